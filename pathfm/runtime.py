@@ -1,0 +1,249 @@
+"""What every verb stands on: errors for people, device, precision, provenance, progress.
+
+Cheap to import: torch comes in when a function needs it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from online_patching.philox import words
+from online_patching.stores.local import atomic_write_text
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+_QUIET_INTERVAL_S = 10.0  # one line this often where nobody watches a bar
+
+
+class PathfmError(Exception):
+    """What a person must know or mend, on one line: what, where, the numbers, the remedy."""
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The torch device called ``name``; "auto" takes a GPU where there is one.
+
+    Raises ``PathfmError`` for a device this machine does not have.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise PathfmError(f"device {name!r} is no torch device: try auto, cpu or cuda:0") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise PathfmError(f"device {name!r}: this machine shows {found} GPUs. Use --device cpu")
+    return device
+
+
+def pick_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype:
+    """The dtype forward passes run in: "auto" is bf16 on a GPU that has it, else fp32."""
+    import torch
+
+    if precision == "fp32":
+        return torch.float32
+    if precision == "bf16":
+        return torch.bfloat16
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if able else torch.float32
+
+
+def autocast(device: torch.device, precision: Precision = "auto") -> AbstractContextManager[object]:
+    """The context for a forward pass; losses are computed in fp32 outside of it."""
+    import torch
+
+    dtype = pick_dtype(device, precision)
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def torch_generator(seed: int, draw: int, stream: int) -> torch.Generator:
+    """A CPU generator that is a pure function of (seed, draw, stream), by way of Philox."""
+    import numpy as np
+    import torch
+
+    low, high = words(seed, np.array([draw]), 0, stream, 2)[0].tolist()
+    return torch.Generator().manual_seed(low | high << 32)
+
+
+@cache
+def git_commit() -> str:
+    """The commit this code stands at, "-dirty" appended where it was changed; else "unknown"."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+
+    try:
+        # an installed copy may lie inside somebody else's repository: its commit is not ours
+        git("ls-files", "--error-unmatch", here.name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def provenance() -> dict[str, str]:
+    """Where a result came from, flat, ready to be logged as tags.
+
+    Commit, versions, machine, command. No host or user name, no working directory.
+    """
+    facts = {
+        "git_commit": git_commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *map(_without_secrets, sys.argv[1:])]),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+    for name in ("pathfm", "torch", "timm", "lightly", "numpy", "tifffile", "zarr", "mlflow"):
+        facts[f"version.{name}"] = installed_version(name) or "missing"
+    torch = sys.modules.get("torch")  # not worth two seconds only to name a GPU
+    if torch is not None and torch.cuda.is_available():
+        facts["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return facts
+
+
+def _without_secrets(word: str) -> str:
+    """A command-line word without the user, password and query string of a URL in it."""
+    if "://" not in word:
+        return word
+    return re.sub(r"://[^/@]*@", "://", word.partition("?")[0])
+
+
+def save_config(config: BaseModel, folder: Path, name: str = "config.yaml") -> Path:
+    """Writes the resolved config beside a verb's outputs; ``pathfm VERB THAT_FILE`` repeats it."""
+    path = make_folder(folder) / name
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    atomic_write_text(path, f"# resolved by pathfm at commit {git_commit()}\n{text}")
+    return path
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made where it was missing, known to be writable; else ``PathfmError``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PathfmError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PathfmError(f"cannot write to the folder {folder}: permission denied")
+    return folder
+
+
+class Progress:
+    """Counts work out loud: a bar with rate and ETA on a terminal, else a line every ten seconds.
+
+    ``advance`` takes facts to show beside the count, e.g. ``loss=6.93, wait=0.12``.
+    """
+
+    def __init__(self, total: int, unit: str, description: str, done: int = 0) -> None:
+        self.total, self.unit, self.description = total, unit, description
+        self.done = self._start = done
+        self._began_s = self._said_s = time.monotonic()
+        self._console = Console(stderr=True)
+        self._bar: RichProgress | None = None
+        if self._console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(description, total=total, completed=done, facts="")
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start (0 before the first)."""
+        passed_s = time.monotonic() - self._began_s
+        return (self.done - self._start) / passed_s if passed_s > 0 else 0.0
+
+    def advance(self, n: int = 1, **facts: float | str) -> None:
+        """Counts ``n`` more units and shows ``facts`` beside them."""
+        self.done += n
+        shown = f"{self.rate:.1f} {self.unit}/s " + " ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in facts.items()
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, facts=shown)
+        elif time.monotonic() - self._said_s >= _QUIET_INTERVAL_S:
+            self._said_s = time.monotonic()
+            eta_s = (self.total - self.done) / self.rate if self.rate else float("nan")
+            line = f"{self.description}: {self.done:,}/{self.total:,} {self.unit}, {shown.strip()}"
+            print(f"{line}, {eta_s:.0f} s left", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def progress(total: int, unit: str, description: str, done: int = 0) -> Progress:
+    """A ``Progress`` over ``total`` units, ``done`` of which a resumed run already has."""
+    return Progress(total, unit, description, done)
+
+
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Times a stage into ``seconds[name]``, also when it fails."""
+    began_s = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[name] = time.monotonic() - began_s
+
+
+def one_line(error: BaseException) -> str:
+    """An error as the one line a person gets; the type's name where it has no words."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def as_dict(config: BaseModel) -> dict[str, Any]:
+    """A config as flat ``dotted.key: value`` pairs, named as on the command line."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}{key}.", inner)
+        else:
+            flat[prefix.removesuffix(".")] = value
+
+    walk("", config.model_dump(mode="json"))
+    return flat
