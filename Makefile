@@ -1,0 +1,57 @@
+# Everything a person needs: `make demo`, `make test`. CI calls the same recipes.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint hooks fast slow bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# a thread a process: on two cores more of them only wait for each other
+TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
+
+help: ## what there is to make
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
+
+venv: $(STAMP) ## .venv with the exact versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 11); print(f"Python {sys.version.split()[0]}"); sys.exit(not ok)' \
+	  || { echo 'error: pathfm needs Python >= 3.11 as `$(PYTHON)`. Another one: make PYTHON=python3.12 ...' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $(STAMP)
+
+demo: $(STAMP) ## slides -> a probed model, offline, in minutes; says where the results are
+	pathfm demo configs/demo.yaml
+
+test: $(STAMP) hooks fast slow ## hooks, fast tests, slow tests
+
+hooks: $(STAMP)
+	@if [ "$$(git rev-parse --show-cdup 2>/dev/null || echo none)" = "" ]; then \
+	  pre-commit run --all-files; \
+	else \
+	  echo 'not the top of a git repository: pre-commit looks at tracked files only, so lint runs by itself'; \
+	  $(MAKE) lint; \
+	fi
+
+fast: $(STAMP)
+	$(TEST_ENV) pytest -q -m 'not slow'
+
+slow: $(STAMP)
+	$(TEST_ENV) pytest -q -m slow
+	$(TEST_ENV) pytest -q --nbmake --nbmake-timeout=300 notebooks
+
+lint: $(STAMP) ## ruff, mypy and the import contracts
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+bench: $(STAMP) ## patches/s beside OpenSlide and tiffslide, on this machine
+	$(TEST_ENV) python benchmarks/read_patches.py
+
+clean: ## caches and what the demo wrote; .venv stays
+	rm -rf demo_out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
