@@ -1,0 +1,276 @@
+"""Pictures a person looks at: mosaics, mask outlines, boxes on thumbnails, line plots as SVG.
+
+Arrays are uint8 (h, w, 3); boxes are (x, y, width, height) in pixels of the picture drawn on.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+RgbArray = NDArray[np.uint8]
+Box = tuple[float, float, float, float]
+
+# Okabe and Ito's colours: told apart by people with any of the common colour blindnesses.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a")
+
+
+def mpp_colour(mpp: float, all_mpp: Sequence[float]) -> str:
+    """The colour that stands for a magnification: by rank among all that occur, finest first."""
+    return COLOURS[sorted(set(all_mpp)).index(mpp) % len(COLOURS)]
+
+
+def mosaic(
+    images: Sequence[RgbArray],
+    captions: Sequence[str] = (),
+    columns: int = 8,
+    tile_px: int = 128,
+) -> Image.Image:
+    """A grid of pictures, row by row, each shrunk to `tile_px`, with a line of text below each.
+
+    Captions are cut to the tile's width. No images give one empty white tile.
+    """
+    gap_px, text_px = 4, 14 if captions else 0
+    columns = max(1, min(columns, len(images)))
+    rows = max(1, -(-len(images) // columns))
+    step_x, step_y = tile_px + gap_px, tile_px + gap_px + text_px
+    sheet = Image.new("RGB", (columns * step_x + gap_px, rows * step_y + gap_px), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, image in enumerate(images):
+        x, y = gap_px + i % columns * step_x, gap_px + i // columns * step_y
+        tile = Image.fromarray(image)
+        tile.thumbnail((tile_px, tile_px), Image.Resampling.LANCZOS)
+        sheet.paste(tile, (x, y))
+        if i < len(captions):
+            draw.text((x, y + tile_px + 1), _fit(captions[i], tile_px, font), "#444444", font)
+    return sheet
+
+
+def outline(
+    thumbnail: RgbArray,
+    mask: NDArray[np.bool_],
+    colour: str = "#00c853",
+    width_px: int = 2,
+) -> Image.Image:
+    """The thumbnail with the mask's border drawn just inside it.
+
+    The mask covers the same area as the thumbnail, whatever its own resolution (its cells are
+    shown as they are, without smoothing). The picture's edge counts as border.
+    """
+    height, width = thumbnail.shape[:2]
+    scaled = np.asarray(
+        Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+    ).astype(bool)
+    inner = scaled
+    for _ in range(width_px):
+        inner = _eroded(inner)
+    out = np.array(thumbnail)
+    out[scaled & ~inner] = _rgb(colour)
+    return Image.fromarray(out)
+
+
+def draw_boxes(
+    picture: RgbArray | Image.Image,
+    boxes: Sequence[Box],
+    colours: Sequence[str],
+    width_px: int = 1,
+) -> Image.Image:
+    """The picture with one rectangle a box, in the order given. Boxes may reach over the edge."""
+    image = picture.copy() if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image = image.convert("RGB")
+    draw = ImageDraw.Draw(image)
+    for (x, y, width, height), colour in zip(boxes, colours, strict=True):
+        # a box below one pixel would be drawn inside out
+        right, lower = x + max(width, 1.0) - 1, y + max(height, 1.0) - 1
+        draw.rectangle((round(x), round(y), round(right), round(lower)), None, colour, width_px)
+    return image
+
+
+def jpeg_data_uri(picture: RgbArray | Image.Image, quality: int = 80, max_px: int = 0) -> str:
+    """A `data:image/jpeg;base64,` URI of the picture, its longer side at most `max_px` (0: as is).
+
+    Only pixels travel: no EXIF, no comment, no file name.
+    """
+    image = picture.copy() if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image = image.convert("RGB")
+    if max_px:
+        image.thumbnail((max_px, max_px), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot: a name and equally many x and y. Points not finite are left out."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def line_plot_svg(
+    series: Sequence[Series],
+    x_label: str = "",
+    y_label: str = "",
+    width_px: int = 640,
+    height_px: int = 260,
+    smooth: int = 0,
+) -> str:
+    """An inline `<svg>` with axes, ticks and a legend; text in `currentColor` suits any page.
+
+    `smooth` > 1 draws each line faintly and its running mean over so many points strongly.
+    Names and labels are escaped. Long lines are thinned to 600 points.
+    """
+    points = [_finite(item) for item in series]
+    filled = [p for p in points if len(p)]
+    if not filled:
+        nothing = '<text x="8" y="34" fill="currentColor">no values</text>'
+        return f'<svg viewBox="0 0 640 60">{nothing}</svg>'
+    every = np.concatenate(filled)
+    x_ticks = nice_ticks(every[:, 0].min(), every[:, 0].max())
+    y_ticks = nice_ticks(every[:, 1].min(), every[:, 1].max())
+    frame = _Frame(width_px, height_px, _span(every[:, 0], ()), _span(every[:, 1], y_ticks))
+    body = frame.axes(x_ticks, y_ticks, x_label, y_label)
+    for i, line in enumerate(points):
+        colour = COLOURS[i % len(COLOURS)]
+        if smooth > 1 and len(line) > smooth:
+            body.append(frame.path(line, colour, opacity=0.28))
+            kernel = np.ones(smooth) / smooth
+            mean = np.convolve(line[:, 1], kernel, "valid")
+            body.append(frame.path(np.column_stack([line[smooth - 1 :, 0], mean]), colour))
+        else:
+            body.append(frame.path(line, colour))
+        body.append(frame.legend(i, series[i].name, colour))
+    label = html.escape(f"{y_label or 'value'} over {x_label or 'x'}", quote=True)
+    return (
+        f'<svg viewBox="0 0 {width_px} {height_px}" role="img" aria-label="{label}" '
+        f'xmlns="http://www.w3.org/2000/svg" font-size="12">{"".join(body)}</svg>'
+    )
+
+
+def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) that reach around [low, high]."""
+    if high <= low:
+        low, high = low - 0.5, high + 0.5
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first = math.floor(low / step)
+    last = math.ceil(high / step)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Maps data to SVG pixels and writes the parts of a plot."""
+
+    width_px: int
+    height_px: int
+    x_span: tuple[float, float]
+    y_span: tuple[float, float]
+    left_px: int = 56
+    right_px: int = 10
+    top_px: int = 26
+    bottom_px: int = 38
+
+    def x(self, value: float) -> float:
+        low, high = self.x_span
+        inner = self.width_px - self.left_px - self.right_px
+        return self.left_px + inner * (value - low) / (high - low)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_span
+        inner = self.height_px - self.top_px - self.bottom_px
+        return self.height_px - self.bottom_px - inner * (value - low) / (high - low)
+
+    def path(self, points: NDArray[np.float64], colour: str, opacity: float = 1.0) -> str:
+        if not len(points):
+            return ""
+        every = max(1, len(points) // 600)
+        kept = np.concatenate([points[::every], points[-1:]]) if every > 1 else points
+        coords = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in kept)
+        if len(points) == 1:
+            x, y = coords.split(",")
+            return f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>'
+        return (
+            f'<polyline points="{coords}" fill="none" stroke="{colour}" stroke-width="1.8" '
+            f'stroke-linejoin="round" opacity="{opacity}"/>'
+        )
+
+    def legend(self, row: int, name: str, colour: str) -> str:
+        x = self.left_px + 4 + row * (self.width_px - self.left_px) // 4
+        return (
+            f'<rect x="{x}" y="8" width="14" height="4" rx="2" fill="{colour}"/>'
+            f'<text x="{x + 20}" y="14" fill="currentColor">{html.escape(name)}</text>'
+        )
+
+    def axes(
+        self, x_ticks: list[float], y_ticks: list[float], x_label: str, y_label: str
+    ) -> list[str]:
+        base, end = self.height_px - self.bottom_px, self.width_px - self.right_px
+        text = 'fill="currentColor" opacity=".75"'
+        parts = []
+        for tick in y_ticks:
+            y = self.y(tick)
+            parts.append(
+                f'<line x1="{self.left_px}" x2="{end}" y1="{y:.1f}" y2="{y:.1f}" '
+                f'stroke="currentColor" opacity=".12"/>'
+                f'<text x="{self.left_px - 6}" y="{y + 4:.1f}" text-anchor="end" {text}>'
+                f"{tick:g}</text>"
+            )
+        low, high = self.x_span
+        parts.extend(
+            f'<text x="{self.x(tick):.1f}" y="{base + 16}" text-anchor="middle" {text}>'
+            f"{tick:g}</text>"
+            for tick in x_ticks
+            if low <= tick <= high
+        )
+        middle = (self.left_px + end) / 2
+        parts.append(
+            f'<text x="{middle}" y="{self.height_px - 4}" text-anchor="middle" {text}>'
+            f"{html.escape(x_label)}</text>"
+            f'<text transform="translate(12 {(self.top_px + base) / 2}) rotate(-90)" '
+            f'text-anchor="middle" {text}>{html.escape(y_label)}</text>'
+        )
+        return parts
+
+
+def _finite(series: Series) -> NDArray[np.float64]:
+    points = np.column_stack([np.asarray(series.x, float), np.asarray(series.y, float)])
+    kept: NDArray[np.float64] = points[np.isfinite(points).all(axis=1)]
+    return kept
+
+
+def _span(values: NDArray[np.float64], ticks: Sequence[float]) -> tuple[float, float]:
+    low, high = min([values.min(), *ticks]), max([values.max(), *ticks])
+    return (float(low), float(high)) if high > low else (float(low) - 0.5, float(high) + 0.5)
+
+
+def _eroded(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The cells whose four neighbours are set; outside counts as unset."""
+    p = np.pad(mask, 1)
+    inner: NDArray[np.bool_] = (
+        p[1:-1, 1:-1] & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
+    )
+    return inner
+
+
+def _rgb(colour: str) -> tuple[int, int, int]:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+def _fit(text: str, width_px: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if font.getlength(text) <= width_px:
+        return text
+    while text and font.getlength(text + "…") > width_px:
+        text = text[:-1]
+    return text + "…"

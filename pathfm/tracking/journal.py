@@ -1,0 +1,204 @@
+"""What a run has to tell, on disk before anything else: the source of every row MLflow ever shows.
+
+    metrics.jsonl        one JSON line a step: {"step": 3, "time_ms": ..., "loss": 6.9, ...}
+    tracking_tasks.jsonl params, tags, pictures, the end of the run: {"do": "tags", ...}
+    tracking.json        who the run is and how far it has been shipped
+
+Rows survive `kill -9` (each is one write of a whole line; a torn last line is dropped on opening).
+They are not fsynced one by one: a power cut can lose the last seconds, a crash cannot.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from online_patching.stores.local import atomic_write_bytes, atomic_write_text
+from pathfm.runtime import PathfmError, make_folder
+
+METRICS = "metrics.jsonl"
+TASKS = "tracking_tasks.jsonl"
+STATE = "tracking.json"
+_NOT_METRICS = ("step", "time_ms")
+
+
+@dataclass(frozen=True)
+class ShippingState:
+    """Who a run is and how much of its journal MLflow has acknowledged."""
+
+    key: str  # ours, drawn before any server is asked; finds a run whose creation went unanswered
+    uri: str = ""
+    experiment: str = ""
+    run_id: str = ""
+    metrics_bytes: int = 0
+    tasks_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows that wait to be shipped, and the cursor after each of them."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    ends: list[int]
+    rewinds: int
+
+
+class Journal:
+    """The journal in one folder; append from any thread, ship from one.
+
+    `run_id` names the run to go on with (its MLflow id, or the "pending-..." id it had before the
+    server answered). Without one, or with another run's, the folder's old journal is moved to
+    `previous_runs/` and a new one begins; rows are never deleted.
+    """
+
+    def __init__(self, folder: Path, run_id: str | None = None) -> None:
+        self.folder = make_folder(folder)
+        self._lock = threading.Lock()
+        self._dropped: dict[int, int] = {}
+        self._rewinds = 0
+        self.state = self._find_state(run_id)
+        for name in (METRICS, TASKS):
+            _drop_torn_line(folder / name)
+        self.save(self.state)
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id, or `pending-<key>` until the server has given one."""
+        return self.state.run_id or f"pending-{self.state.key}"
+
+    def _find_state(self, run_id: str | None) -> ShippingState:
+        known = read_state(self.folder)
+        if run_id and known and run_id in (known.run_id, f"pending-{known.key}"):
+            return known
+        fresh = ShippingState(key=uuid.uuid4().hex)
+        if run_id and not run_id.startswith("pending-"):
+            return replace(fresh, run_id=run_id)  # shipped whole again: MLflow drops equal points
+        self._set_aside(known.key if known else fresh.key)
+        return fresh
+
+    def _set_aside(self, key: str) -> None:
+        old = [p for p in (self.folder / n for n in (METRICS, TASKS, STATE)) if p.exists()]
+        if not any(path.stat().st_size for path in old if path.name != STATE):
+            return
+        target = make_folder(self.folder / "previous_runs" / key[:8])
+        for path in old:
+            path.replace(target / path.name)
+
+    def save(self, state: ShippingState) -> None:
+        """Make `state` the one a restart finds."""
+        self.state = state
+        atomic_write_text(self.folder / STATE, json.dumps(asdict(state), indent=1) + "\n")
+
+    def update(self, run_id: str, experiment: str, uri: str) -> None:
+        """Record who the run is in MLflow."""
+        with self._lock:
+            self.save(replace(self.state, run_id=run_id, experiment=experiment, uri=uri))
+
+    def append_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Add one row. One re-made after `truncate` keeps its old time: MLflow sees no double."""
+        time_ms = self._dropped.pop(step, 0) or int(time.time() * 1000)
+        self._append(METRICS, {"step": step, "time_ms": time_ms, **values})
+
+    def append_task(self, do: str, **facts: Any) -> None:
+        """Add one thing to tell MLflow besides metrics."""
+        self._append(TASKS, {"do": do, "time_ms": int(time.time() * 1000), **facts})
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        line = json.dumps(row).encode() + b"\n"
+        try:
+            with self._lock, (self.folder / name).open("ab", buffering=0) as file:
+                file.write(line)
+        except OSError as error:
+            raise PathfmError(
+                f"{self.folder / name}: a row cannot be written: {error.strerror}. Free space; "
+                f"the run resumes from its last checkpoint"
+            ) from error
+
+    def truncate(self, last_step: int) -> None:
+        """Drop the metric rows after `last_step`: a resumed run makes them again."""
+        path = self.folder / METRICS
+        with self._lock:
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            kept = []
+            for line in lines:
+                row = json.loads(line)
+                if row["step"] <= last_step:
+                    kept.append(line)
+                else:
+                    self._dropped[row["step"]] = row["time_ms"]
+            if len(kept) == len(lines):
+                return
+            data = b"".join(kept)
+            atomic_write_bytes(path, data)
+            self._rewinds += 1
+            at = min(self.state.metrics_bytes, len(data))
+            self.save(replace(self.state, metrics_bytes=at))
+
+    def unshipped(self, name: str, limit: int) -> Slice:
+        """Up to `limit` whole rows past the cursor of METRICS or TASKS."""
+        path = self.folder / name
+        with self._lock:
+            start = self.state.metrics_bytes if name == METRICS else self.state.tasks_bytes
+            if not path.exists():
+                return Slice(name, [], [], self._rewinds)
+            with path.open("rb") as file:
+                file.seek(start)
+                lines = [file.readline() for _ in range(limit)]
+        lines = [line for line in lines if line.endswith(b"\n")]
+        ends = [start + size for size in accumulate(map(len, lines))]
+        return Slice(name, [json.loads(line) for line in lines], ends, self._rewinds)
+
+    def advance(self, done: Slice, rows: int) -> None:
+        """Record that the first `rows` of a slice have arrived."""
+        with self._lock:
+            if done.rewinds != self._rewinds:
+                return  # the file was truncated meanwhile: these offsets mean nothing now
+            at = done.ends[rows - 1]
+            if done.name == METRICS:
+                self.save(replace(self.state, metrics_bytes=at))
+            else:
+                self.save(replace(self.state, tasks_bytes=at))
+
+    @property
+    def pending_rows(self) -> int:
+        """How many rows MLflow has not acknowledged yet."""
+        return sum(len(self.unshipped(name, 1_000_000).rows) for name in (METRICS, TASKS))
+
+
+def read_state(folder: Path) -> ShippingState | None:
+    """The state in a folder, or None where there is none that can be read."""
+    try:
+        return ShippingState(**json.loads((folder / STATE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Every row of a run's `metrics.jsonl`, in order; [] where there is none."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def metric_values(row: dict[str, Any]) -> dict[str, float]:
+    """A row without its step and time."""
+    return {key: value for key, value in row.items() if key not in _NOT_METRICS}
+
+
+def _drop_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
