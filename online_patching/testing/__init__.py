@@ -1,0 +1,29 @@
+"""Help for tests and demonstrations: slides whose truth is known.
+
+layout.py       what lies where on a synthetic slide
+drawing.py      its pixels at any place and µm/px
+writers.py      the same as SVS, generic TIFF and OME-Zarr files
+demo_slides.py  the demo's slides, their truth, and patches of known class
+"""
+
+from online_patching.testing.demo_slides import (
+    DemoSlide,
+    demo_slides,
+    write_demo_slides,
+    write_labelled_patches,
+)
+from online_patching.testing.drawing import StainLook, SyntheticSlide
+from online_patching.testing.layout import CLASS_NAMES
+from online_patching.testing.writers import write_ome_zarr, write_tiff
+
+__all__ = [
+    "CLASS_NAMES",
+    "DemoSlide",
+    "StainLook",
+    "SyntheticSlide",
+    "demo_slides",
+    "write_demo_slides",
+    "write_labelled_patches",
+    "write_ome_zarr",
+    "write_tiff",
+]
