@@ -6,7 +6,7 @@ writers.py      the same as SVS, generic TIFF and OME-Zarr files
 demo_slides.py  the demo's slides, their truth, and patches of known class
 """
 
-from online_patching.testing.demo_slides import (
+from online_patching.testing.demo import (
     DemoSlide,
     demo_slides,
     write_demo_slides,

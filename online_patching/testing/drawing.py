@@ -171,6 +171,9 @@ def _concentrations(
     """Eosin and haematoxylin between the nuclei, (h, w) each."""
     layout, tables = slide.layout, _tables()
     cover = np.clip(lattice.fine(layout.cover) * np.float32(SIGNED_UM / 3.0) + 0.5, 0, 1)
+    # The lattice is clamped at its ends: beyond the slide it would smear the last row.
+    cover *= ((x_um > 0) & (x_um < slide.width_px0 * slide.mpp))[None]
+    cover *= ((y_um > 0) & (y_um < slide.height_px0 * slide.mpp))[:, None]
     # Each slide starts elsewhere in the shared texture tables.
     shift_x, shift_y = uniform(words(slide.seed, [0], 0, STREAM["texture"], 2))[0] * 400.0
     x_um, y_um = x_um + shift_x, y_um + shift_y

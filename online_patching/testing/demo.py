@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,8 @@ def write_labelled_patches(
     by Philox(seed, try): the same arguments give the same files. Glass is left out.
     """
     folder, counts = Path(folder), {}
+    # Without ink and dust: the tissue alone must tell the class.
+    slides = [replace(slide, pen=False, dust=0) for slide in slides]
     for number, name in enumerate(CLASS_NAMES[1:], start=1):
         (folder / name).mkdir(parents=True, exist_ok=True)
         made = 0
