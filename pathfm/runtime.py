@@ -159,6 +159,12 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def console() -> Console:
+    """Where tables are printed: stdout, wide enough for them where it is no terminal."""
+    wide = Console()
+    return wide if wide.is_terminal else Console(width=160)
+
+
 class Progress:
     """Counts work out loud: a bar with rate and ETA on a terminal, else a line every ten seconds.
 

@@ -1,0 +1,146 @@
+"""The command line: ``pathfm VERB [CONFIG.yaml] [WORDS] [--dotted.key value ...]``.
+
+Only the verb that is asked for is imported, so that help and mistakes answer at once. Whatever goes
+wrong ends as one line on stderr and exit code 2 (Ctrl-C: 130); ``PATHFM_DEBUG=1`` shows where.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What the command line must know of a verb before importing it."""
+
+    summary: str
+    words: tuple[str, ...] = ()  # fields that bare words fill
+
+
+VERBS = {
+    "index": Verb("slides -> a corpus folder: headers only, nothing is copied", ("slides",)),
+    "foreground": Verb("corpus -> a tissue mask and an overlay for each slide", ("corpus",)),
+    "pretrain": Verb("corpus -> a self-supervised backbone, with checkpoints that resume"),
+    "embed": Verb("backbone + labelled patches -> frozen features"),
+    "probe": Verb("backbones + labelled patches -> linear probe and kNN, mean and sd"),
+    "compare": Verb("runs of an MLflow experiment, side by side"),
+    "report": Verb("a folder of results -> report.html, one page to look at", ("folder",)),
+    "doctor": Verb("what is installed, what is missing, what to do about it"),
+    "demo": Verb("everything above, on slides it draws itself or on yours"),
+}
+
+_USAGE = "usage: pathfm VERB [CONFIG.yaml] [--dotted.key value ...]"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code; never raises for a mistake of the user's."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `pathfm compare | head` is no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("PATHFM_DEBUG"):
+            raise
+        print(f"error: {_told(error)}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if words[0] == "--version":
+        from pathfm import __version__
+
+        print(f"pathfm {__version__}")
+        return 0
+    name, *rest = words
+    if name not in VERBS:
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"verbs: {', '.join(VERBS)}"
+        print(f"error: no verb {name!r}: {hint}", file=sys.stderr)
+        return EXIT_ERROR
+    return _run(name, rest)
+
+
+def help_text() -> str:
+    """The overview ``pathfm --help`` prints."""
+    lines = [_USAGE, "", "verbs:"]
+    lines += [f"  {name:<11} {verb.summary}" for name, verb in VERBS.items()]
+    lines += ["", "pathfm VERB --help lists its options with types, defaults and units."]
+    return "\n".join(lines)
+
+
+def config_model(name: str) -> type[BaseModel]:
+    """The config model of a verb, e.g. ``IndexConfig`` in ``pathfm.index``."""
+    module = importlib.import_module(f"pathfm.{name}")
+    model: type[BaseModel] = getattr(module, f"{name.capitalize()}Config")
+    return model
+
+
+def _run(name: str, words: list[str]) -> int:
+    from pathlib import Path
+
+    from pathfm.config import load_config
+
+    model = config_model(name)
+    yaml_path = None
+    if words and words[0].endswith((".yaml", ".yml")):
+        yaml_path = Path(words.pop(0))
+    if "--help" in words or "-h" in words:
+        print(verb_help(name, model, yaml_path))
+        return 0
+    config = load_config(model, yaml_path, words, VERBS[name].words)
+    result: Any = importlib.import_module(f"pathfm.{name}").run(config)
+    return int(getattr(result, "exit_code", 0))
+
+
+def verb_help(name: str, model: type[BaseModel], yaml_path: object = None) -> str:
+    """The options of a verb as tyro renders them: types, defaults, units."""
+    import contextlib
+    import io
+
+    import tyro
+
+    verb = VERBS[name]
+    words = "".join(f" [{word.upper()}]" for word in verb.words)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(
+            model,
+            prog=f"pathfm {name} [CONFIG.yaml]{words}",
+            description=f"{verb.summary}. A YAML file gives any of these without the dashes.",
+            args=["--help"],
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    return text.getvalue().rstrip()
+
+
+def _told(error: Exception) -> str:
+    """An error in one line: its own words where it was raised for people, else its type too."""
+    from online_patching.errors import PatchingError
+    from pathfm.runtime import PathfmError, one_line
+
+    if isinstance(error, (PathfmError, PatchingError)):
+        return one_line(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"{one_line(error)}: run `pathfm doctor` to see what is missing"
+    return f"{type(error).__name__}: {one_line(error)} (PATHFM_DEBUG=1 shows where)"
