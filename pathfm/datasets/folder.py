@@ -1,0 +1,130 @@
+"""A labelled folder of pictures: `<root>/<class>/*.png|jpg|tif`, the simplest data set there is.
+
+An optional `<root>/groups.csv` (header `path,group`; path relative to the root) names what must
+not be torn apart by a split: the slide, or better the patient, that a picture comes from.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from online_patching.philox import words
+from pathfm.runtime import PathfmError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+MAX_PICTURES = 1_000_000
+MAX_PIXELS = 64_000_000  # a patch, not a slide
+_STREAM_SUBSET = 401
+
+
+@dataclass(frozen=True)
+class LabelledFolder:
+    """The pictures of a folder: paths relative to `root`, sorted, and their classes."""
+
+    root: Path
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    labels: NDArray[np.int64]
+    groups: tuple[str, ...] = ()  # one a picture, or none at all
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over every path and every byte of every picture: reads the whole folder once."""
+        total = hashlib.sha256()
+        for path, group in zip(self.paths, self.groups or [""] * len(self), strict=True):
+            try:
+                content = hashlib.sha256((self.root / path).read_bytes()).hexdigest()
+            except OSError as error:
+                raise PathfmError(f"{self.root / path}: cannot be read: {error.strerror}") from None
+            total.update(f"{path}\0{group}\0{content}\n".encode())
+        return total.hexdigest()
+
+    def subset(self, per_class: int, seed: int = 0) -> LabelledFolder:
+        """At most `per_class` pictures of each class, chosen by Philox(seed, picture number)."""
+        keys = words(seed, np.arange(len(self)), 0, _STREAM_SUBSET, 1)[:, 0]
+        kept: list[int] = []
+        for label in range(len(self.classes)):
+            members = np.flatnonzero(self.labels == label)
+            kept += members[np.argsort(keys[members], kind="stable")][:per_class].tolist()
+        kept.sort()
+        return LabelledFolder(
+            root=self.root,
+            classes=self.classes,
+            paths=tuple(self.paths[i] for i in kept),
+            labels=self.labels[kept],
+            groups=tuple(self.groups[i] for i in kept) if self.groups else (),
+        )
+
+
+def scan_folder(root: Path) -> LabelledFolder:
+    """Lists the pictures; opens none. Hidden and empty class folders are left out.
+
+    Raises `PathfmError` if the root is missing, holds fewer than two classes with pictures, more
+    than a million pictures, or a `groups.csv` that does not name every picture.
+    """
+    if not root.is_dir():
+        raise PathfmError(f"labelled folder {root}: no such folder; wanted {root}/<class>/*.png")
+    paths: list[str] = []
+    labels: list[int] = []
+    classes: list[str] = []
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != "."):
+        found = sorted(
+            p.relative_to(root).as_posix()
+            for p in folder.iterdir()
+            if p.suffix.lower() in SUFFIXES and p.name[0] != "."
+        )
+        if found:
+            paths += found
+            labels += [len(classes)] * len(found)
+            classes.append(folder.name)
+        if len(paths) > MAX_PICTURES:
+            raise PathfmError(f"labelled folder {root}: more than {MAX_PICTURES:,} pictures")
+    if len(classes) < 2:
+        found_text = f"only the class {classes[0]!r}" if classes else "no class with pictures"
+        raise PathfmError(
+            f"labelled folder {root}: {found_text}; a probe needs at least two folders of "
+            f"{', '.join(SUFFIXES)}"
+        )
+    groups = _read_groups(root, paths)
+    return LabelledFolder(root, tuple(classes), tuple(paths), np.asarray(labels, np.int64), groups)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The picture as RGB. `PathfmError` names a file that is damaged or larger than 64 Mpx."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise PathfmError(
+                    f"{path}: {image.width:,} x {image.height:,} px is no patch; "
+                    f"the limit is {MAX_PIXELS:,} px"
+                )
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise PathfmError(f"{path}: not a readable picture ({reason}). Remove it") from None
+
+
+def _read_groups(root: Path, paths: Sequence[str]) -> tuple[str, ...]:
+    table = root / "groups.csv"
+    if not table.exists():
+        return ()
+    with table.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not {"path", "group"} <= set(reader.fieldnames or ()):
+            raise PathfmError(f"{table}: wants a header with the columns path and group")
+        group_of = {row["path"]: row["group"] for row in reader}
+    missing = [path for path in paths if not group_of.get(path)]
+    if missing:
+        raise PathfmError(f"{table}: {len(missing):,} pictures have no group, first {missing[0]}")
+    return tuple(group_of[path] for path in paths)

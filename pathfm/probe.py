@@ -1,0 +1,379 @@
+"""Verb `probe`: frozen features -> a linear probe and kNN, several seeds, backbones paired.
+
+Linear probe: softmax regression on standardised features (mean and sd of the training part), the
+objective of scikit-learn's LogisticRegression, solved to convergence by L-BFGS in float64; C is
+chosen by balanced accuracy on a validation part of the training half, then the head is solved again
+on the whole training half. The problem is convex: the drawn initial head changes the path, not the
+result. kNN: k = 20, cosine, equal votes, no choice to make.
+
+Every backbone sees the same splits, so their difference is taken seed by seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field
+
+from online_patching.stores.local import atomic_write_text
+from pathfm.datasets import Split, stratified_split
+from pathfm.embeddings import Embeddings
+from pathfm.metrics import (
+    Standardiser,
+    balanced_accuracy,
+    confusion_matrix,
+    decide,
+    fit_logistic,
+    initial_head,
+    knn_predict,
+    rankme,
+    recall_per_class,
+)
+from pathfm.runtime import PathfmError, as_dict, make_folder, progress, provenance
+from pathfm.tracking import TrackingConfig, open_run
+
+RESULT = "probe.json"
+PROBES = ("logistic", "knn")
+_VALIDATION_REPEAT = 1 << 20  # attempts from here on are splits of a training half
+
+
+class ProbeConfig(BaseModel, frozen=True, extra="forbid"):
+    """Which features to probe, and how often."""
+
+    embeddings: list[Path] = Field(
+        min_length=1,
+        description="files written by embed, or folders of them; the first is the "
+        "baseline the others are compared with (in a folder: `init`, else the first by name)",
+    )
+    out: Path = Field(Path("probe"), description="folder for probe.json")
+    n_seeds: int = Field(5, ge=1, le=1000, description="repeats, each with its own split and head")
+    seed: int = Field(0, ge=0, description="key of all splits and heads")
+    test_share: float = Field(0.3, gt=0, lt=1, description="share of each class tested on")
+    validation_share: float = Field(
+        0.2, gt=0, lt=1, description="share of the training half that chooses C"
+    )
+    c_values: tuple[float, ...] = Field(
+        (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0),
+        min_length=1,
+        description="inverse L2 strengths tried (scikit-learn's C)",
+    )
+    k: int = Field(20, ge=1, le=10_000, description="neighbours of the kNN probe")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="where the run is recorded")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One probe of one backbone: balanced accuracy (0..1) of every seed, and what is behind it."""
+
+    values: list[float]
+    mean: float
+    sd: float  # over seeds, n - 1 in the denominator; 0 for one seed
+    recall: list[float]  # mean over seeds, one a class
+    confusion: list[list[int]]  # summed over seeds; row = true class
+    c: list[float]  # chosen inverse L2 strength of each seed; [] for kNN
+
+
+@dataclass(frozen=True)
+class BackboneResult:
+    """Everything measured on one backbone's features."""
+
+    name: str
+    backbone: str
+    backbone_digest: str
+    weights_note: str
+    dim: int
+    precision: str
+    rankme: float
+    probes: dict[str, Scores]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Other minus baseline, seed by seed, in balanced accuracy."""
+
+    baseline: str
+    other: str
+    probe: str
+    differences: list[float]
+    mean: float
+    sd: float
+    no_worse: bool  # mean of other >= mean of baseline - sd of baseline
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What `probe.json` holds."""
+
+    data: str
+    data_digest: str
+    input_px: int
+    classes: list[str]
+    n: int
+    n_per_class: list[int]
+    n_train: int
+    n_test: int
+    n_seeds: int
+    seed: int
+    test_share: float
+    k: int
+    backbones: list[BackboneResult]
+    paired: list[Paired]
+    caveats: list[str]
+
+    @property
+    def verdict(self) -> str:
+        """One line a backbone: is it no worse than the baseline minus one sd?"""
+        lines = [
+            f"{p.other} no worse than {p.baseline} minus one sd ({p.probe}): "
+            f"{'yes' if p.no_worse else 'NO'} "
+            f"({100 * p.mean:+.1f} ± {100 * p.sd:.1f} points, paired over {self.n_seeds} seeds)"
+            for p in self.paired
+        ]
+        return "\n".join(lines)
+
+
+def run(config: ProbeConfig) -> ProbeResult:
+    """Probes every file, writes `<out>/probe.json`, prints the table and the verdict."""
+    parts = [Embeddings.load(path) for path in find_embeddings(config.embeddings)]
+    check_comparable(parts)
+    make_folder(config.out)
+    tracking = config.tracking.model_copy(
+        update={
+            "uri": config.tracking.store(config.out),
+            "run_name": config.tracking.run_name or "probe",
+        }
+    )
+    params = as_dict(config)
+    with open_run(tracking, config.out, params, provenance() | {"stage": "probe"}) as tracked:
+        first = parts[0]
+        tracked.cohort(first.info.data, first.info.data_digest, "evaluation")
+        splits = [_split(first, config, repeat) for repeat in range(config.n_seeds)]
+        with progress(len(parts) * len(splits), "probes", "probe") as bar:
+            backbones = [probe_backbone(part, splits, config, bar.advance) for part in parts]
+        result = _result(config, first, splits, backbones)
+        path = config.out / RESULT
+        atomic_write_text(path, json.dumps(asdict(result), indent=1) + "\n")
+        for backbone in backbones:
+            for probe, scores in backbone.probes.items():
+                at = f"{backbone.name}/{probe}"
+                tracked.summary(**{f"{at}.mean": scores.mean, f"{at}.sd": scores.sd})
+                for repeat, value in enumerate(scores.values):
+                    tracked.log(repeat, **{f"{at}.by_seed": value})
+            tracked.summary(**{f"{backbone.name}/rankme": backbone.rankme})
+        tracked.artifact(path)
+    show(result)
+    return result
+
+
+def find_embeddings(given: Sequence[Path]) -> list[Path]:
+    """The files meant, baseline first; `PathfmError` for a folder without any."""
+    files: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = sorted(path.glob("*.safetensors"), key=lambda p: (p.stem != "init", p.stem))
+            if not inside:
+                raise PathfmError(f"{path}: no *.safetensors here; make them with `pathfm embed`")
+            files += inside
+        else:
+            files.append(path)
+    return files
+
+
+def check_comparable(parts: Sequence[Embeddings]) -> None:
+    """`PathfmError` unless all features are of the same pictures at the same input size."""
+    first = parts[0]
+    names = [part.info.name for part in parts]
+    if len(set(names)) < len(names):
+        raise PathfmError(f"two embeddings have one name: {', '.join(names)}; embed with --name")
+    for part in parts[1:]:
+        for what in ("data_digest", "input_px"):
+            a, b = getattr(first.info, what), getattr(part.info, what)
+            if a != b:
+                raise PathfmError(
+                    f"{first.info.name} and {part.info.name} cannot be compared: "
+                    f"{what} {str(a)[:12]} and {str(b)[:12]}. Embed both again"
+                )
+
+
+def _split(data: Embeddings, config: ProbeConfig, repeat: int) -> Split:
+    return stratified_split(data.labels, config.test_share, config.seed, repeat, data.groups)
+
+
+def probe_backbone(
+    data: Embeddings, splits: Sequence[Split], config: ProbeConfig, advance: Any = None
+) -> BackboneResult:
+    """Both probes on every split."""
+    n_classes = len(data.classes)
+    predictions: dict[str, list[NDArray[np.int64]]] = {probe: [] for probe in PROBES}
+    chosen: list[float] = []
+    for repeat, split in enumerate(splits):
+        c, predicted = logistic_predict(data, split, config, repeat)
+        chosen.append(c)
+        predictions["logistic"].append(predicted)
+        train, test = data.features[split.train], data.features[split.test]
+        predictions["knn"].append(
+            knn_predict(train, data.labels[split.train], test, config.k, n_classes)
+        )
+        if advance is not None:
+            advance(1)
+    truths = [data.labels[split.test] for split in splits]
+    return BackboneResult(
+        name=data.info.name,
+        backbone=data.info.backbone,
+        backbone_digest=data.info.backbone_digest,
+        weights_note=data.info.weights_note,
+        dim=data.features.shape[1],
+        precision=data.info.precision,
+        rankme=rankme(data.features),
+        probes={
+            "logistic": _scores(truths, predictions["logistic"], n_classes, chosen),
+            "knn": _scores(truths, predictions["knn"], n_classes, []),
+        },
+    )
+
+
+def logistic_predict(
+    data: Embeddings, split: Split, config: ProbeConfig, repeat: int
+) -> tuple[float, NDArray[np.int64]]:
+    """The C that validation chose and the test half's predicted classes, (n_test,)."""
+    labels, n_classes = data.labels, len(data.classes)
+    groups = [data.groups[i] for i in split.train] if data.groups else ()
+    inner = stratified_split(
+        labels[split.train],
+        config.validation_share,
+        config.seed,
+        _VALIDATION_REPEAT + repeat,
+        groups,
+    )
+    fit_rows, validation_rows = split.train[inner.train], split.train[inner.test]
+    head = initial_head(data.features.shape[1], n_classes, config.seed, repeat)
+    scale = Standardiser.of(data.features[fit_rows])
+    x, v = scale(data.features[fit_rows]), scale(data.features[validation_rows])
+    best = (-1.0, config.c_values[0])
+    path_head = head
+    for c in sorted(config.c_values):  # strong to weak: each solution starts the next
+        path_head = fit_logistic(x, labels[fit_rows], c, path_head)
+        predicted = decide(v, path_head)
+        score = balanced_accuracy(labels[validation_rows], predicted, n_classes)
+        if score > best[0] + 1e-9:  # a tie goes to the stronger penalty
+            best = (score, c)
+    scale = Standardiser.of(data.features[split.train])
+    head = fit_logistic(scale(data.features[split.train]), labels[split.train], best[1], head)
+    return best[1], decide(scale(data.features[split.test]), head)
+
+
+def _scores(
+    truths: Sequence[NDArray[np.int64]],
+    predictions: Sequence[NDArray[np.int64]],
+    n_classes: int,
+    c: list[float],
+) -> Scores:
+    pairs = list(zip(truths, predictions, strict=True))
+    values = [balanced_accuracy(truth, predicted, n_classes) for truth, predicted in pairs]
+    tables = [confusion_matrix(truth, predicted, n_classes) for truth, predicted in pairs]
+    recall = np.nanmean([recall_per_class(table) for table in tables], axis=0)
+    return Scores(
+        values=values,
+        mean=float(np.mean(values)),
+        sd=_sd(values),
+        recall=recall.tolist(),
+        confusion=np.sum(tables, axis=0).tolist(),
+        c=c,
+    )
+
+
+def _sd(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def compare_paired(baseline: BackboneResult, other: BackboneResult, probe: str) -> Paired:
+    """Other minus baseline on the same splits."""
+    a, b = baseline.probes[probe], other.probes[probe]
+    differences = [y - x for x, y in zip(a.values, b.values, strict=True)]
+    return Paired(
+        baseline=baseline.name,
+        other=other.name,
+        probe=probe,
+        differences=differences,
+        mean=float(np.mean(differences)),
+        sd=_sd(differences),
+        no_worse=b.mean >= a.mean - a.sd,
+    )
+
+
+def _result(
+    config: ProbeConfig,
+    data: Embeddings,
+    splits: Sequence[Split],
+    backbones: list[BackboneResult],
+) -> ProbeResult:
+    caveats = []
+    if not data.groups:
+        caveats.append(
+            "No slide or patient ids (no groups.csv): neighbouring patches can fall on both sides "
+            "of a split, so these scores are optimistic. Compare them with each other only."
+        )
+    caveats.append(
+        "The sd is over splits of one data set; it does not tell how another data set would differ."
+    )
+    return ProbeResult(
+        data=data.info.data,
+        data_digest=data.info.data_digest,
+        input_px=data.info.input_px,
+        classes=list(data.classes),
+        n=len(data.labels),
+        n_per_class=np.bincount(data.labels, minlength=len(data.classes)).tolist(),
+        n_train=len(splits[0].train),
+        n_test=len(splits[0].test),
+        n_seeds=config.n_seeds,
+        seed=config.seed,
+        test_share=config.test_share,
+        k=config.k,
+        backbones=backbones,
+        paired=[
+            compare_paired(backbones[0], other, probe)
+            for other in backbones[1:]
+            for probe in PROBES
+        ],
+        caveats=caveats,
+    )
+
+
+def show(result: ProbeResult) -> None:
+    """Prints the table, the per-class recall, the verdict and the caveats."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    table = Table(
+        title=f"{escape(result.data)}: {result.n:,} pictures, {len(result.classes)} classes, "
+        f"{result.input_px} px, {result.n_train:,} train / {result.n_test:,} test, "
+        f"{result.n_seeds} splits; balanced accuracy, %",
+        title_justify="left",
+    )
+    table.add_column("backbone")
+    table.add_column("logistic", justify="right")
+    table.add_column(f"kNN (k={result.k})", justify="right")
+    table.add_column("RankMe", justify="right")
+    for name in result.classes:
+        table.add_column(f"{escape(name)}\nrecall", justify="right")
+    for b in result.backbones:
+        logistic, knn = b.probes["logistic"], b.probes["knn"]
+        table.add_row(
+            escape(b.name),
+            *(f"{100 * s.mean:.1f} ± {100 * s.sd:.1f}" for s in (logistic, knn)),
+            f"{b.rankme:.1f} of {b.dim}",
+            *(f"{100 * value:.0f}" for value in logistic.recall),
+        )
+    console.print(table)
+    if result.paired:
+        console.print(result.verdict, markup=False, highlight=False)
+    for caveat in result.caveats:
+        console.print(f"note: {caveat}", markup=False, highlight=False)
