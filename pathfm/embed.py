@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,6 @@ from pathfm.runtime import (
     autocast,
     make_folder,
     pick_device,
-    pick_dtype,
     progress,
     provenance,
 )
@@ -41,6 +40,9 @@ if TYPE_CHECKING:
 
     from pathfm.backbone import Backbone
 
+# Measured on a Xeon with avx512_bf16, ViT-Ti at 224 px, two threads: 114 pictures/s in bf16, 45 in
+# fp32, lowest cosine between the two 0.9998 over 128 patches.
+_MIN_COSINE = 0.999
 _AHEAD = 3  # batches decoded before the backbone asks for them: bounds the pictures in memory
 
 
@@ -63,10 +65,14 @@ class EmbedConfig(BaseModel, frozen=True, extra="forbid"):
         None, ge=2, description="at most so many pictures of each class; unset: all"
     )
     seed: int = Field(0, ge=0, description="chooses the pictures when per_class is set")
-    batch_size: int = Field(64, ge=1, le=4096, description="pictures in one forward pass")
+    batch_size: int = Field(32, ge=1, le=4096, description="pictures in one forward pass")
     threads: int = Field(2, ge=1, le=256, description="threads that decode and resize")
     device: str = Field("auto", description="auto, cpu or cuda:N")
-    precision: Precision = Field("auto", description="auto (bf16 on a GPU, else fp32), bf16, fp32")
+    precision: Precision = Field(
+        "auto",
+        description="bf16, fp32, or auto: bf16 where the processor has it and it changes no "
+        "feature's direction (cosine to fp32 at least 0.999 on the first batch)",
+    )
     tracking: TrackingConfig = Field(TrackingConfig(), description="where the run is recorded")
 
 
@@ -98,14 +104,35 @@ def run(config: EmbedConfig) -> EmbedResult:
         data=config.data.name,
         data_digest=folder.digest,
         input_px=config.input_px,
-        precision=str(pick_dtype(device, config.precision)).removeprefix("torch."),
     )
-    if stored_key(path) == info.key:
+    plan = plan_precision(config.precision, device)
+    usable = {replace(info, precision=p).key for p in {plan} | _fallback(config)}
+    if stored_key(path) in usable:
         found = Embeddings.load(path)
         if found.info.name == config.name:
             print(f"embed {config.name}: {path} is up to date ({len(found.features):,} pictures)")
             return EmbedResult(path, True, 0.0, rankme(found.features))
-    return _embed(config, folder, backbone, device, info, path)
+    return _embed(config, folder, backbone, device, info, plan, path)
+
+
+def plan_precision(asked: Precision, device: torch.device) -> Precision:
+    """bf16 or fp32: what "auto" means on this machine, by what its processor has."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        import torch
+
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "fp32"
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+def _fallback(config: EmbedConfig) -> set[Precision]:
+    """Precisions that "auto" may have ended with."""
+    return {"fp32"} if config.precision == "auto" else set()
 
 
 def _embed(
@@ -114,6 +141,7 @@ def _embed(
     backbone: Backbone,
     device: torch.device,
     info: EmbeddingsInfo,
+    plan: Precision,
     path: Path,
 ) -> EmbedResult:
     tracking = config.tracking.model_copy(
@@ -127,7 +155,8 @@ def _embed(
     with open_run(tracking, record, params, provenance() | {"stage": "embed"}) as tracked:
         tracked.cohort(info.data, info.data_digest, "evaluation")
         began_s = time.monotonic()
-        features = compute_features(config, folder, backbone, device)
+        features, precision = compute_features(config, folder, backbone, device, plan)
+        info = replace(info, precision=precision)
         rate = len(folder) / (time.monotonic() - began_s)
         rank = rankme(features)
         classes, paths, groups = folder.classes, folder.paths, folder.groups
@@ -136,30 +165,54 @@ def _embed(
         tracked.tag("embeddings.key", info.key)
     print(
         f"embed {config.name}: {len(folder):,} pictures at {config.input_px} px -> {path}, "
-        f"{rate:.1f} pictures/s, RankMe {rank:.1f} of {features.shape[1]}"
+        f"{rate:.1f} pictures/s ({precision}), RankMe {rank:.1f} of {features.shape[1]}"
     )
     return EmbedResult(path, False, rate, rank)
 
 
 def compute_features(
-    config: EmbedConfig, folder: LabelledFolder, backbone: Backbone, device: torch.device
-) -> NDArray[np.float32]:
-    """CLS features of every picture, float32 (n, d), in the folder's order."""
+    config: EmbedConfig,
+    folder: LabelledFolder,
+    backbone: Backbone,
+    device: torch.device,
+    precision: Precision,
+) -> tuple[NDArray[np.float32], Precision]:
+    """CLS features of every picture, float32 (n, d) in the folder's order, and their precision.
+
+    When bf16 was not asked for but planned, the first batch is done both ways and decides.
+    """
     import torch
 
     backbone = backbone.to(device).eval()
     mean = torch.as_tensor(backbone.mean, device=device).view(1, 3, 1, 1)
     std = torch.as_tensor(backbone.std, device=device).view(1, 3, 1, 1)
+
+    def features(pixels: NDArray[np.uint8], precision: Precision) -> NDArray[np.float32]:
+        x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float().div_(255.0)
+        with autocast(device, precision):
+            y = backbone.embed((x - mean) / std)
+        return np.asarray(y.float().cpu().numpy())
+
     parts: list[NDArray[np.float32]] = []
     files = [folder.root / path for path in folder.paths]
     with torch.inference_mode(), progress(len(files), "pictures", f"embed {config.name}") as bar:
         for pixels in read_batches(files, config.input_px, config.batch_size, config.threads):
-            x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float().div_(255.0)
-            with autocast(device, config.precision):
-                y = backbone.embed((x - mean) / std)
-            parts.append(y.float().cpu().numpy())
+            part = features(pixels, precision)
+            if not parts and precision == "bf16" and config.precision == "auto":
+                exact = features(pixels, "fp32")
+                cosine = lowest_cosine(part, exact)
+                if not cosine >= _MIN_COSINE:  # also when it is NaN
+                    print(f"embed {config.name}: fp32, for bf16 agrees to cosine {cosine:.4f} only")
+                    part, precision = exact, "fp32"
+            parts.append(part)
             bar.advance(len(pixels))
-    return np.concatenate(parts)
+    return np.concatenate(parts), precision
+
+
+def lowest_cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """The lowest cosine between equal rows of two feature matrices (n, d)."""
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(((a * b).sum(axis=1) / np.maximum(norms, 1e-12)).min())
 
 
 def read_batches(

@@ -192,7 +192,7 @@ def check_comparable(parts: Sequence[Embeddings]) -> None:
     if len(set(names)) < len(names):
         raise PathfmError(f"two embeddings have one name: {', '.join(names)}; embed with --name")
     for part in parts[1:]:
-        for what in ("data_digest", "input_px"):
+        for what in ("data_digest", "input_px", "precision"):
             a, b = getattr(first.info, what), getattr(part.info, what)
             if a != b:
                 raise PathfmError(
@@ -352,27 +352,29 @@ def show(result: ProbeResult) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(
-        title=f"{escape(result.data)}: {result.n:,} pictures, {len(result.classes)} classes, "
+    about = (
+        f"{result.data}: {result.n:,} pictures, {len(result.classes)} classes, input "
         f"{result.input_px} px, {result.n_train:,} train / {result.n_test:,} test, "
-        f"{result.n_seeds} splits; balanced accuracy, %",
-        title_justify="left",
+        f"{result.n_seeds} splits. Balanced accuracy, %, mean ± sd over splits:"
     )
-    table.add_column("backbone")
-    table.add_column("logistic", justify="right")
-    table.add_column(f"kNN (k={result.k})", justify="right")
-    table.add_column("RankMe", justify="right")
+    console.print(about, markup=False, highlight=False)
+    table = Table("backbone")
+    for column in ("logistic", f"kNN, k={result.k}", "RankMe"):
+        table.add_column(column, justify="right", no_wrap=True)
+    recall = Table("backbone", title="recall of each class, %, logistic", title_justify="left")
     for name in result.classes:
-        table.add_column(f"{escape(name)}\nrecall", justify="right")
+        recall.add_column(escape(name), justify="right")
     for b in result.backbones:
-        logistic, knn = b.probes["logistic"], b.probes["knn"]
+        scores = (b.probes[probe] for probe in PROBES)
         table.add_row(
             escape(b.name),
-            *(f"{100 * s.mean:.1f} ± {100 * s.sd:.1f}" for s in (logistic, knn)),
+            *(f"{100 * s.mean:.1f} ± {100 * s.sd:.1f}" for s in scores),
             f"{b.rankme:.1f} of {b.dim}",
-            *(f"{100 * value:.0f}" for value in logistic.recall),
         )
+        values = b.probes["logistic"].recall
+        recall.add_row(escape(b.name), *(f"{100 * value:.0f}" for value in values))
     console.print(table)
+    console.print(recall)
     if result.paired:
         console.print(result.verdict, markup=False, highlight=False)
     for caveat in result.caveats:
