@@ -1,0 +1,143 @@
+"""Everything that can go wrong between a slide's URI and a patch, as one tree.
+
+PatchingError
+├── SlideError                 something about one slide: list it and go on
+│   ├── NotASlideError         not a container we, OpenSlide or tiffslide know
+│   ├── UnsupportedSlideError  a real image that must not be used (fluorescence, multiplex, ...)
+│   ├── DamagedSlideError      truncated, or its headers lie
+│   │   ├── ShortReadError     the object ends before the bytes its index promises
+│   │   └── TileDecodeError    one tile's bytes do not decode to the tile they claim to be
+│   └── MppError               no µm/px, or one outside the sane range
+├── StoreError                 something about reading bytes
+│   ├── ObjectNotFoundError    404 / no such file
+│   ├── RangeIgnoredError      a server that answers a Range request with something else
+│   ├── ObjectChangedError     the object is not the one that was indexed (size, mtime, ETag)
+│   └── StoreUnavailableError  still failing after every retry
+├── MaskError                  a foreground mask that cannot be used
+├── CorpusError                a corpus folder that is missing, stale or damaged
+├── SamplerError               nothing can be drawn under the conditions asked
+└── LoaderError                the stream of batches cannot go on
+    ├── FailureBudgetError     too many bad draws
+    ├── StateMismatchError     a saved state that belongs to another stream
+    └── WorkerDiedError        a loader process ended without saying why
+
+Messages say what, where, the numbers and the remedy, in one line; the facts are fields too.
+"""
+
+from __future__ import annotations
+
+
+class PatchingError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class SlideError(PatchingError):
+    """One slide cannot be used; `uri` names it and `reason` says why, without the URI."""
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(f"{uri}: {reason}")
+        self.uri, self.reason = uri, reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+class NotASlideError(SlideError):
+    """The file is not a whole-slide image that any reader at hand recognises."""
+
+
+class UnsupportedSlideError(SlideError):
+    """The file is an image, but not one to train an H&E or IHC model on."""
+
+
+class DamagedSlideError(SlideError):
+    """The slide is truncated or its headers contradict its bytes."""
+
+
+class ShortReadError(DamagedSlideError):
+    """The object ended before the bytes its tile index promises."""
+
+    def __init__(self, uri: str, start: int, stop: int, size_bytes: int) -> None:
+        super().__init__(
+            uri,
+            f"tile bytes {start:,}-{stop:,} lie past the end of the object ({size_bytes:,} bytes). "
+            "The slide is truncated or still uploading: copy it again, or leave it out.",
+        )
+        self.start, self.stop, self.size_bytes = start, stop, size_bytes
+
+
+class TileDecodeError(DamagedSlideError):
+    """A tile's bytes do not decode to the tile they claim to be."""
+
+    def __init__(self, uri: str, level: int, tile: int, why: str) -> None:
+        super().__init__(uri, f"level {level} tile {tile} does not decode: {why}")
+        self.level, self.tile, self.why = level, tile, why
+
+
+class MppError(SlideError):
+    """The slide carries no µm per pixel, or one that no scanner makes."""
+
+
+class StoreError(PatchingError):
+    """Bytes could not be read; `key` names the object without credentials or query."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"{key}: {reason}")
+        self.key, self.reason = key, reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+class ObjectNotFoundError(StoreError):
+    """There is no such object (or it may not be seen)."""
+
+
+class RangeIgnoredError(StoreError):
+    """The server did not honour a byte range; reading on would download whole slides."""
+
+
+class ObjectChangedError(StoreError):
+    """The object is not the one whose headers were indexed."""
+
+
+class StoreUnavailableError(StoreError):
+    """The store kept failing past every retry."""
+
+
+class MaskError(PatchingError):
+    """A foreground mask is empty, damaged or belongs to another slide."""
+
+
+class CorpusError(PatchingError):
+    """A corpus folder is missing, stale or damaged."""
+
+
+class SamplerError(PatchingError):
+    """No patch can be drawn under the conditions asked for."""
+
+
+class LoaderError(PatchingError):
+    """The stream of batches cannot go on."""
+
+
+class FailureBudgetError(LoaderError):
+    """More draws failed than the run allows."""
+
+
+class StateMismatchError(LoaderError):
+    """A saved loader state belongs to another corpus, mask set or sampler."""
+
+
+class WorkerDiedError(LoaderError):
+    """A loader process ended without handing over an error."""
+
+
+def _rebuild(
+    kind: type[Exception], args: tuple[object, ...], fields: dict[str, object]
+) -> Exception:
+    """Unpickle an error whose __init__ takes other arguments than Exception.args holds."""
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(fields)
+    return error

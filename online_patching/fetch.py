@@ -1,0 +1,175 @@
+"""Runs plans against stores: the stored pieces of a patch's tiles, as bytes.
+
+Local pieces are read at once by the calling (decode) thread. Remote ones are awaited, with a
+bound on the bytes in flight that is reserved in the order of asking, so that a late patch never
+starves an early one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+
+from online_patching.errors import ObjectNotFoundError
+from online_patching.plan import ReadPlan, Tile, merge_ranges
+from online_patching.slide_index import SlideIndex
+from online_patching.stats import Stats
+from online_patching.stores import Stores
+
+DEFAULT_GAP_BYTES = 16 * 2**10
+"""Remote tiles this close together are fetched in one request: less than what a request costs."""
+
+_CHUNK_BYTES_GUESS = 256 * 2**10
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One stored piece of a tile: the object it lies in and its range (stop None: all of it)."""
+
+    tile: Tile
+    part: int
+    key: str
+    start: int
+    stop: int | None
+
+
+def pieces_of(index: SlideIndex, plan: ReadPlan) -> list[Piece]:
+    """What a plan needs from storage, in tile order. Tiles that are not stored have empty ranges."""
+    level = index.levels[plan.level]
+    out = []
+    for tile in plan.tiles:
+        for part in range(level.parts):
+            if level.keys is not None:
+                key = f"{index.uri.rstrip('/')}/{level.keys.key(tile.row, tile.column, part)}"
+                out.append(Piece(tile, part, key, 0, None))
+            else:
+                start, stop = level.byte_range(tile.number * level.parts + part)
+                out.append(Piece(tile, part, index.uri, start, stop))
+    return out
+
+
+def fetch_local(
+    index: SlideIndex, pieces: list[Piece], stores: Stores, stats: Stats
+) -> list[bytes]:
+    """The bytes of each piece of a local slide; b'' for what is not stored."""
+    out, read_bytes = [], 0
+    for piece in pieces:
+        if piece.stop == piece.start:
+            out.append(b"")
+            continue
+        try:
+            out.append(stores.local.read(piece.key, piece.start, piece.stop))
+        except ObjectNotFoundError:
+            if piece.stop is not None:
+                raise
+            out.append(b"")  # an absent Zarr chunk holds the fill value
+        read_bytes += len(out[-1])
+    stored = sum(1 for data in out if data)
+    stats.add(tiles=len(pieces), requests=stored, bytes_wanted=read_bytes, bytes_read=read_bytes)
+    return out
+
+
+async def fetch_remote(
+    index: SlideIndex,
+    pieces: list[Piece],
+    stores: Stores,
+    stats: Stats,
+    budget: ByteBudget,
+    gap_bytes: int = DEFAULT_GAP_BYTES,
+) -> list[bytes]:
+    """The bytes of each piece of a remote slide, neighbours merged into one request."""
+    store = stores.remote(index.uri)
+    if index.levels[0].keys is not None:
+        return await _fetch_chunks(pieces, stores, stats, budget)
+    ranges = [(p.start, p.stop or 0) for p in pieces]
+    requests = merge_ranges(ranges, gap_bytes)
+    size = sum(stop - start for start, stop in requests)
+    wanted = sum(stop - start for start, stop in merge_ranges(ranges, 0))
+    async with budget.reserve(size):
+        bodies = await asyncio.gather(
+            *(store.read(index.uri, start, stop, index.token) for start, stop in requests)
+        )
+    stats.add(tiles=len(pieces), requests=len(requests), bytes_wanted=wanted, bytes_read=size)
+    out = []
+    for start, stop in ranges:
+        if start == stop:
+            out.append(b"")
+            continue
+        k = next(i for i, (a, b) in enumerate(requests) if a <= start and stop <= b)
+        out.append(bodies[k][start - requests[k][0] : stop - requests[k][0]])
+    return out
+
+
+async def _fetch_chunks(
+    pieces: list[Piece], stores: Stores, stats: Stats, budget: ByteBudget
+) -> list[bytes]:
+    async def one(piece: Piece) -> bytes:
+        try:
+            return await stores.remote(piece.key).read(piece.key, 0, None)
+        except ObjectNotFoundError:
+            return b""  # an absent Zarr chunk holds the fill value
+
+    async with budget.reserve(_CHUNK_BYTES_GUESS * len(pieces)):
+        out = await asyncio.gather(*(one(piece) for piece in pieces))
+    size = sum(map(len, out))
+    stats.add(tiles=len(pieces), requests=len(pieces), bytes_wanted=size, bytes_read=size)
+    return list(out)
+
+
+class ByteBudget:
+    """At most `limit` bytes in flight, granted strictly in the order of asking.
+
+    A request larger than the limit is granted when nothing else is in flight.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.in_flight = 0
+        self.peak = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    def reserve(self, size: int) -> _Reservation:
+        """An async context that holds `size` bytes of the budget."""
+        return _Reservation(self, size)
+
+    async def acquire(self, size: int) -> None:
+        if not self._waiting and self._fits(size):
+            self._take(size)
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((size, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.release(size)
+            raise
+
+    def release(self, size: int) -> None:
+        self.in_flight -= size
+        while self._waiting and (
+            self._waiting[0][1].cancelled() or self._fits(self._waiting[0][0])
+        ):
+            waiting, turn = self._waiting.popleft()
+            if not turn.cancelled():
+                self._take(waiting)
+                turn.set_result(None)
+
+    def _fits(self, size: int) -> bool:
+        return self.in_flight == 0 or self.in_flight + size <= self.limit
+
+    def _take(self, size: int) -> None:
+        self.in_flight += size
+        self.peak = max(self.peak, self.in_flight)
+
+
+class _Reservation:
+    def __init__(self, budget: ByteBudget, size: int) -> None:
+        self.budget, self.size = budget, size
+
+    async def __aenter__(self) -> None:
+        await self.budget.acquire(self.size)
+
+    async def __aexit__(self, *_: object) -> None:
+        self.budget.release(self.size)

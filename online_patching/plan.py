@@ -1,0 +1,134 @@
+"""Which level, which tiles, which byte ranges, pasted where. Pure arithmetic, no I/O.
+
+The level rule, in one place: the coarsest level whose µm/px is at most 2 % coarser than asked; if
+there is none, the finest, and then never more than 2x upscaled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from online_patching.errors import SamplerError
+from online_patching.geometry import Box, PatchRef
+from online_patching.slide_index import Level, SlideIndex
+
+LEVEL_TOLERANCE = 0.02
+MAX_UPSCALE = 2.0
+EXACT_WITHIN_PX = 0.5
+"""A read whose size at the level rounds to the asked size is not resampled: the whole patch is
+off by less than half a pixel at its far edge."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A stored tile that a box touches: its number and where its upper left corner lies (level px)."""
+
+    number: int
+    row: int
+    column: int
+    left: int
+    top: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """How to read one patch: cut `box` (level px, may overhang the level) out of `tiles`, then
+    resample `window` (left, top, right, bottom within the box, fractional) to `size_px`
+    (width, height); a window of None means that the box is the patch.
+    """
+
+    level: int
+    box: Box
+    tiles: tuple[Tile, ...]
+    size_px: tuple[int, int]
+    window: tuple[float, float, float, float] | None
+
+
+def can_serve(level_mpps: Sequence[float], mpp: float) -> bool:
+    """Whether a slide with these levels serves `mpp` without upscaling more than 2x."""
+    return min(level_mpps) <= MAX_UPSCALE * mpp * (1 + 1e-9)
+
+
+def choose_level(level_mpps: Sequence[float], mpp: float) -> int:
+    """The number of the level to read for `mpp`; levels may be in any order."""
+    fine_enough = [(m, i) for i, m in enumerate(level_mpps) if m <= mpp * (1 + LEVEL_TOLERANCE)]
+    if fine_enough:
+        return max(fine_enough)[1]
+    if can_serve(level_mpps, mpp):
+        return min((m, i) for i, m in enumerate(level_mpps))[1]
+    raise SamplerError(
+        f"the finest level has {min(level_mpps):g} µm/px: {mpp:g} µm/px would upscale it "
+        f"{min(level_mpps) / mpp:.1f}x, more than {MAX_UPSCALE:g}x. Ask for coarser patches."
+    )
+
+
+def plan_patch(index: SlideIndex, ref: PatchRef) -> ReadPlan:
+    """The read that gives a patch at its exact µm/px."""
+    number = choose_level([level.mpp for level in index.levels], ref.mpp)
+    level = index.levels[number]
+    left, top = ref.x_px0 / level.downsample_x, ref.y_px0 / level.downsample_y
+    width, height = ref.width_px0 / level.downsample_x, ref.height_px0 / level.downsample_y
+    return plan_window(
+        level, number, (left, top, left + width, top + height), (ref.size_px, ref.size_px)
+    )
+
+
+def plan_window(
+    level: Level, number: int, window: tuple[float, float, float, float], size_px: tuple[int, int]
+) -> ReadPlan:
+    """The read that gives `size_px` pixels of a fractional window on a level."""
+    left, top, right, bottom = window
+    width, height = size_px
+    if abs(right - left - width) < EXACT_WITHIN_PX and abs(bottom - top - height) < EXACT_WITHIN_PX:
+        x, y = round_half_up(left), round_half_up(top)
+        box = Box(x, y, x + width, y + height)
+        return ReadPlan(number, box, tiles_of(level, box), size_px, None)
+    # The triangle filter reaches one output pixel beyond the window on each side.
+    mx = math.ceil(max(1.0, (right - left) / width)) + 1
+    my = math.ceil(max(1.0, (bottom - top) / height)) + 1
+    box = Box(
+        math.floor(left) - mx, math.floor(top) - my, math.ceil(right) + mx, math.ceil(bottom) + my
+    )
+    inner = (left - box.left, top - box.top, right - box.left, bottom - box.top)
+    return ReadPlan(number, box, tiles_of(level, box), size_px, inner)
+
+
+def tiles_of(level: Level, box: Box) -> tuple[Tile, ...]:
+    """The tiles a box touches, row by row; the part of the box outside the level touches none."""
+    inside = box.intersect(Box(0, 0, level.width_px, level.height_px))
+    if inside.empty:
+        return ()
+    w, h = level.tile_width_px, level.tile_height_px
+    return tuple(
+        Tile(row * level.columns + column, row, column, column * w, row * h)
+        for row in range(inside.top // h, -(-inside.bottom // h))
+        for column in range(inside.left // w, -(-inside.right // w))
+    )
+
+
+def merge_ranges(
+    ranges: Iterable[tuple[int, int]], gap_bytes: int, max_bytes: int = 8 * 2**20
+) -> list[tuple[int, int]]:
+    """Ranges to request so that every given one lies in one of them: sorted, disjoint.
+
+    Neighbours at most `gap_bytes` apart become one request of at most `max_bytes` (a single
+    larger range stays whole). With a gap of 0 only touching ranges join, and exactly the bytes
+    given are asked for. Empty ranges vanish.
+    """
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(r for r in ranges if r[1] > r[0]):
+        if merged:
+            first, last = merged[-1]
+            joined = max(last, stop)
+            if start < last or (start - last <= gap_bytes and joined - first <= max_bytes):
+                merged[-1] = (first, joined)
+                continue
+        merged.append((start, stop))
+    return merged
+
+
+def round_half_up(value: float) -> int:
+    """The nearest whole pixel; halves go up, so that neighbouring boxes tile."""
+    return math.floor(value + 0.5)

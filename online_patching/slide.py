@@ -1,0 +1,185 @@
+"""A slide as a person uses it: patches in µm, regions in pixels, a thumbnail."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from online_patching.decode import BadTileError, decode_tile
+from online_patching.errors import TileDecodeError
+from online_patching.fetch import ByteBudget, Piece, fetch_local, fetch_remote, pieces_of
+from online_patching.formats import read_slide_index
+from online_patching.formats.fallback import worker
+from online_patching.geometry import Box
+from online_patching.plan import ReadPlan, choose_level, plan_window, round_half_up, tiles_of
+from online_patching.resample import paste, resample
+from online_patching.slide_index import Level, SlideIndex
+from online_patching.stats import Stats
+from online_patching.stores import Stores, is_remote
+
+_SYNC_BUDGET_BYTES = 64 * 2**20
+_STRIP_PX = 2**24
+
+
+def open_slide(slide: str | SlideIndex, *, mpp: float | tuple[float, float] | None = None) -> Slide:
+    """A Slide from a path, URL or SlideIndex. `mpp` overrides the µm/px the file carries."""
+    stores = Stores()
+    index = read_slide_index(slide, mpp=mpp, stores=stores) if isinstance(slide, str) else slide
+    return Slide(index, stores)
+
+
+class Slide:
+    """Pixels of one slide, read on demand. Close it, or use it as a context manager.
+
+    Everything returned is uint8 RGB of shape (height, width, 3); what lies outside the slide is
+    white (255).
+    """
+
+    def __init__(self, index: SlideIndex, stores: Stores | None = None) -> None:
+        self.index = index
+        self.stats = Stats()
+        self._stores = stores or Stores()
+        if not is_remote(index.uri) and not index.fallback and index.token:
+            self._stores.local.check_version(index.uri, index.token)
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """Width and height in level-0 pixels."""
+        return self.index.dimensions
+
+    @property
+    def mpp(self) -> float:
+        """µm/px of level 0 (mean of the axes)."""
+        return self.index.mpp
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        return self.index.levels
+
+    def read_patch(
+        self, *, x_um: float, y_um: float, mpp: float, size_px: int
+    ) -> NDArray[np.uint8]:
+        """`size_px` x `size_px` pixels at exactly `mpp`, from the upper left corner (x_um, y_um).
+
+        Reads the coarsest level at most 2 % coarser than asked and resamples with antialiasing;
+        refuses (SamplerError) to upscale more than 2x.
+        """
+        number = choose_level([level.mpp for level in self.levels], mpp)
+        level = self.levels[number]
+        left, top = x_um / level.mpp_x, y_um / level.mpp_y
+        window = (left, top, left + size_px * mpp / level.mpp_x, top + size_px * mpp / level.mpp_y)
+        return self.read_plan(plan_window(level, number, window, (size_px, size_px)))
+
+    def read_region(
+        self, location_px0: tuple[int, int], level: int, size_px: tuple[int, int]
+    ) -> NDArray[np.uint8]:
+        """`size_px` (width, height) pixels of a level, OpenSlide's convention: the location is in
+        level-0 pixels, rounded to the level's nearest whole pixel (OpenSlide interpolates there).
+        """
+        chosen = self.levels[level]
+        x = round_half_up(location_px0[0] / chosen.downsample_x)
+        y = round_half_up(location_px0[1] / chosen.downsample_y)
+        return self.read_box(level, Box(x, y, x + size_px[0], y + size_px[1]))
+
+    def thumbnail(self, mpp: float = 8.0) -> NDArray[np.uint8]:
+        """The whole slide at about `mpp`: round(height * mpp_y / mpp) rows, and columns likewise.
+
+        It spans exactly the slide, so that pixel (r, c) covers the same part of it as cell (r, c)
+        of a mask of that shape. Never finer than level 0. Read strip by strip.
+        """
+        mpp = max(mpp, self.mpp)
+        w0, h0 = self.dimensions
+        width, height = (
+            max(1, round(w0 * self.index.mpp_x / mpp)),
+            max(1, round(h0 * self.index.mpp_y / mpp)),
+        )
+        number = choose_level([level.mpp for level in self.levels], mpp)
+        level = self.levels[number]
+        sx, sy = level.width_px / width, level.height_px / height
+        rows = max(1, min(height, int(_STRIP_PX / (level.width_px * sy))))
+        strips = []
+        for top in range(0, height, rows):
+            bottom = min(height, top + rows)
+            strips.append(
+                self._strip(number, (0.0, top * sy, width * sx, bottom * sy), (width, bottom - top))
+            )
+        return np.concatenate(strips)
+
+    def _strip(
+        self, number: int, window: tuple[float, float, float, float], size_px: tuple[int, int]
+    ) -> NDArray[np.uint8]:
+        """A resampled window whose margins stop at the slide's edge, so that no white bleeds in."""
+        level = self.levels[number]
+        left, top, right, bottom = window
+        margin = math.ceil((bottom - top) / size_px[1]) + 1
+        box = Box(0, max(0, math.floor(top) - margin), level.width_px,
+                  min(level.height_px, math.ceil(bottom) + margin))  # fmt: skip
+        inner = (left, top - box.top, min(right, box.width), min(bottom - box.top, box.height))
+        plan = ReadPlan(number, box, tiles_of(level, box), size_px, inner)
+        return self.read_plan(plan)
+
+    def read_box(self, level: int, box: Box) -> NDArray[np.uint8]:
+        """A box of whole pixels of a level, as stored."""
+        plan = ReadPlan(
+            level, box, tiles_of(self.levels[level], box), (box.width, box.height), None
+        )
+        return self.read_plan(plan)
+
+    def read_plan(self, plan: ReadPlan) -> NDArray[np.uint8]:
+        """Run a plan and wait for its pixels."""
+        if self.index.fallback:
+            return finish_fallback(self.index, plan)
+        pieces = pieces_of(self.index, plan)
+        if is_remote(self.index.uri):
+            budget = ByteBudget(_SYNC_BUDGET_BYTES)
+            work = fetch_remote(self.index, pieces, self._stores, self.stats, budget)
+            data = self._stores.loop.run(work)
+        else:
+            data = fetch_local(self.index, pieces, self._stores, self.stats)
+        return finish(self.index, plan, pieces, data)
+
+    def close(self) -> None:
+        """Close files and connections."""
+        self._stores.close()
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def finish(
+    index: SlideIndex, plan: ReadPlan, pieces: list[Piece], data: list[bytes]
+) -> NDArray[np.uint8]:
+    """Decode, paste and resample fetched pieces: the compute half of a read, for a thread."""
+    level = index.levels[plan.level]
+    decoded = []
+    for piece, body in zip(pieces, data, strict=True):
+        try:
+            pixels = decode_tile(level.codec, body, level.tile_width_px, level.tile_height_px)
+        except BadTileError as error:
+            raise TileDecodeError(index.uri, plan.level, piece.tile.number, f"{error}.") from None
+        decoded.append((piece.tile, piece.part, pixels))
+    return resample(plan, paste(level, plan.box, decoded))
+
+
+def finish_fallback(index: SlideIndex, plan: ReadPlan) -> NDArray[np.uint8]:
+    """Read and resample a plan's box through the fallback reader's process."""
+    level = index.levels[plan.level]
+    inside = plan.box.intersect(Box(0, 0, level.width_px, level.height_px))
+    canvas = np.full((plan.box.height, plan.box.width, 3), 255, np.uint8)
+    if not inside.empty:
+        target = inside.shift(-plan.box.left, -plan.box.top)
+        canvas[target.top : target.bottom, target.left : target.right] = worker().read(
+            index, plan.level, inside
+        )
+    return resample(plan, canvas)

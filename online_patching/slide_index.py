@@ -1,0 +1,298 @@
+"""A slide as a table of byte ranges: its levels, and where every tile lies.
+
+A SlideIndex is made once from headers (`formats/`) and saved; from then on nothing opens the slide.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import struct
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from online_patching.errors import CorpusError, MppError
+from online_patching.stores import atomic_write_bytes, redact
+
+MPP_SANE_RANGE = (0.05, 8.0)
+"""µm/px that a slide scanner can make; anything else is a wrong tag."""
+
+MPP_AXES_TOLERANCE = 0.05
+"""How far µm/px may differ between the axes before the slide is refused."""
+
+CODEC_KINDS = frozenset({"jpeg", "jpeg2000", "raw", "deflate", "lzw", "zstd", "chunk"})
+"""What `Codec.kind` may be: the ways of storing a tile that decode.py undoes."""
+
+_MAGIC = b"PFMINDX1"
+_MAX_HEADER_BYTES = 64 * 2**20
+_LENGTH_BITS = np.uint64(24)
+_LENGTH_MASK = np.uint64(2**24 - 1)
+_ESCAPE = 2**24 - 1
+_MAX_OFFSET = 2**40
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a tile's bytes become pixels.
+
+    `kind`: jpeg, jpeg2000, raw, deflate, lzw, zstd (TIFF), or chunk (Zarr: `filters` is the
+    list of codec configurations to undo, last first). `colour` is the space stored in a JPEG or
+    JPEG 2000 stream: rgb, ycbcr or gray. `tables` are abbreviated JPEG tables. `predictor` 2 is
+    TIFF's horizontal differencing. `fill` is the value of a tile that is not stored.
+    """
+
+    kind: str
+    colour: str = "rgb"
+    tables: bytes = b""
+    predictor: int = 1
+    samples: int = 3
+    planar: bool = False
+    filters: tuple[dict[str, Any], ...] = ()
+    fill: int = 255
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "tables": base64.b64encode(self.tables).decode()}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Codec:
+        tables = base64.b64decode(fields["tables"])
+        return cls(**{**fields, "tables": tables, "filters": tuple(fields["filters"])})
+
+
+@dataclass(frozen=True)
+class ChunkKeys:
+    """Names of a Zarr level's chunks: `prefix` + indices joined by `separator`.
+
+    `axes` are the array's axes in order, of t, c, z, y, x; an index is 0 except along c, y and x.
+    """
+
+    prefix: str
+    separator: str
+    axes: str
+
+    def key(self, row: int, column: int, channel: int) -> str:
+        index = {"y": row, "x": column, "c": channel}
+        return self.prefix + self.separator.join(str(index.get(axis, 0)) for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of the pyramid. Sizes are pixels of this level; tiles are row-major.
+
+    `parts` is the number of stored pieces a tile consists of: 1, or the number of channel chunks
+    of a Zarr array that stores channels apart. Piece p of tile t has number t * parts + p.
+    `rows` packs (offset << 24 | length) a piece, as `pack_rows` makes them; `overflow` holds the
+    (offset, length) of those that do not fit. A fallback slide has neither rows nor `keys`.
+    """
+
+    width_px: int
+    height_px: int
+    tile_width_px: int
+    tile_height_px: int
+    downsample_x: float
+    downsample_y: float
+    mpp_x: float
+    mpp_y: float
+    codec: Codec
+    rows: NDArray[np.uint64] | None = field(default=None, compare=False)
+    overflow: tuple[tuple[int, int], ...] = ()
+    keys: ChunkKeys | None = None
+    parts: int = 1
+
+    @property
+    def mpp(self) -> float:
+        """Mean µm/px of the two axes."""
+        return (self.mpp_x + self.mpp_y) / 2
+
+    @property
+    def columns(self) -> int:
+        return -(-self.width_px // self.tile_width_px)
+
+    @property
+    def n_tiles(self) -> int:
+        return self.columns * -(-self.height_px // self.tile_height_px)
+
+    def byte_range(self, piece: int) -> tuple[int, int]:
+        """Start and stop of a piece in the slide's object; equal when the tile is not stored."""
+        if self.rows is None:
+            raise CorpusError("a chunked or fallback level has no byte ranges in one object")
+        row = int(self.rows[piece])
+        offset, length = row >> 24, row & _ESCAPE
+        if length == _ESCAPE:
+            offset, length = self.overflow[offset]
+        return offset, offset + length
+
+
+def pack_rows(
+    offsets: ArrayLike, lengths: ArrayLike
+) -> tuple[NDArray[np.uint64], tuple[tuple[int, int], ...]]:
+    """Tile rows of 40-bit offset and 24-bit length, and the tiles too large or too far for them."""
+    start = np.asarray(offsets, dtype=np.uint64)
+    length = np.asarray(lengths, dtype=np.uint64)
+    large = np.flatnonzero((length >= _ESCAPE) | (start >= _MAX_OFFSET))
+    rows = (start << _LENGTH_BITS) | (length & _LENGTH_MASK)
+    rows[large] = (np.arange(len(large), dtype=np.uint64) << _LENGTH_BITS) | np.uint64(_ESCAPE)
+    return rows, tuple((int(start[i]), int(length[i])) for i in large)
+
+
+@dataclass(frozen=True)
+class SlideIndex:
+    """What is known of one slide without opening it.
+
+    `uri` is where its bytes are; `token` (ETag, or size-mtime) tells whether they are still the
+    same. `content_hash` is a reader's own fingerprint of the pixels, where it has one. `container` is svs, tiff, ome-tiff, ome-zarr, or the fallback reader's name (openslide,
+    tiffslide). `mpp_source` says where µm/px came from.
+    """
+
+    slide_id: str
+    uri: str
+    container: str
+    vendor: str
+    mpp_x: float
+    mpp_y: float
+    mpp_source: str
+    levels: tuple[Level, ...]
+    size_bytes: int = 0
+    token: str = ""
+    content_hash: str = ""
+
+    def __post_init__(self) -> None:
+        check_mpp(self.uri, self.mpp_x, self.mpp_y, self.mpp_source)
+        if not self.levels:
+            raise CorpusError(f"{self.uri}: an index needs at least one level")
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """Width and height in level-0 pixels."""
+        return self.levels[0].width_px, self.levels[0].height_px
+
+    @property
+    def mpp(self) -> float:
+        """Mean µm/px of level 0."""
+        return (self.mpp_x + self.mpp_y) / 2
+
+    @property
+    def fallback(self) -> bool:
+        """Whether the slide is read through another library instead of by byte ranges."""
+        return self.container in ("openslide", "tiffslide")
+
+    @property
+    def codec(self) -> str:
+        """The codec's name, for a table."""
+        codec = self.levels[0].codec
+        if codec.kind == "chunk":
+            names = [str(f.get("id") or f.get("name")) for f in codec.filters]
+            return "+".join(names) or "raw"
+        return f"{codec.kind} {codec.colour}" if codec.kind.startswith("jpeg") else codec.kind
+
+    @property
+    def n_tiles(self) -> int:
+        return sum(level.n_tiles for level in self.levels)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides pixels: not the URI, so that a copy has the same."""
+        header = self._header()
+        for name in ("uri", "token", "slide_id"):
+            header.pop(name)
+        hasher = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        for level in self.levels:
+            if level.rows is not None:
+                hasher.update(level.rows.astype("<u8").tobytes())
+        return hasher.hexdigest()
+
+    def with_mpp(self, mpp_x: float, mpp_y: float, source: str) -> SlideIndex:
+        """The same slide with other µm/px."""
+        levels = tuple(
+            replace(lv, mpp_x=mpp_x * lv.downsample_x, mpp_y=mpp_y * lv.downsample_y)
+            for lv in self.levels
+        )
+        return replace(self, mpp_x=mpp_x, mpp_y=mpp_y, mpp_source=source, levels=levels)
+
+    def _header(self) -> dict[str, Any]:
+        fields = {k: v for k, v in self.__dict__.items() if k not in ("levels", "digest")}
+        fields["uri"] = redact(self.uri)
+        fields["levels"] = [_level_to_json(level) for level in self.levels]
+        return fields
+
+    def to_bytes(self) -> tuple[bytes, NDArray[np.uint64]]:
+        """The JSON header, and the tile rows of all levels one after another."""
+        rows = [level.rows for level in self.levels if level.rows is not None]
+        packed = np.concatenate(rows) if rows else np.empty(0, np.uint64)
+        return json.dumps(self._header()).encode(), packed.astype("<u8")
+
+    @classmethod
+    def from_bytes(cls, header: bytes, rows: NDArray[np.uint64]) -> SlideIndex:
+        """The index whose `to_bytes` gave these; `rows` may be a view of a mapped file."""
+        fields = json.loads(header)
+        levels, start = [], 0
+        for entry in fields.pop("levels"):
+            count = entry.pop("n_rows")
+            levels.append(_level_from_json(entry, rows[start : start + count] if count else None))
+            start += count
+        if start != len(rows):
+            raise CorpusError(
+                f"{fields.get('uri')}: the index names {start} tiles and holds {len(rows)}"
+            )
+        return cls(levels=tuple(levels), **fields)
+
+    def save(self, path: str | Path) -> None:
+        """Write the index atomically: magic, header length, JSON header, tile rows."""
+        header, rows = self.to_bytes()
+        atomic_write_bytes(path, _MAGIC + struct.pack("<Q", len(header)) + header + rows.tobytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> SlideIndex:
+        """Read what `save` wrote; anything else raises CorpusError."""
+        try:
+            data = Path(path).read_bytes()
+            if data[:8] != _MAGIC:
+                raise ValueError("it does not start as a slide index does")
+            (length,) = struct.unpack("<Q", data[8:16])
+            if length > min(_MAX_HEADER_BYTES, len(data)):
+                raise ValueError("its header is longer than the file")
+            rows = np.frombuffer(data, "<u8", offset=16 + length)
+            return cls.from_bytes(data[16 : 16 + length], rows)
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            raise CorpusError(
+                f"{path}: not a readable slide index ({error}). Index the slide again."
+            ) from None
+
+
+def check_mpp(uri: str, mpp_x: float, mpp_y: float, source: str) -> None:
+    """Refuse µm/px that no scanner makes, or that differ too much between the axes."""
+    low, high = MPP_SANE_RANGE
+    for mpp in (mpp_x, mpp_y):
+        if not low <= mpp <= high:
+            raise MppError(
+                uri,
+                f"{mpp:g} µm/px ({source}) is outside {low:g} to {high:g}. "
+                "Give the right value in the µm/px override table.",
+            )
+    if abs(mpp_x - mpp_y) > MPP_AXES_TOLERANCE * max(mpp_x, mpp_y):
+        raise MppError(
+            uri,
+            f"µm/px differ by axis: {mpp_x:g} and {mpp_y:g} ({source}), more than "
+            f"{MPP_AXES_TOLERANCE:.0%}. Give one value in the µm/px override table.",
+        )
+
+
+def _level_to_json(level: Level) -> dict[str, Any]:
+    fields = {k: v for k, v in level.__dict__.items() if k not in ("rows", "codec", "keys")}
+    fields["codec"] = level.codec.to_json()
+    fields["keys"] = asdict(level.keys) if level.keys else None
+    fields["n_rows"] = 0 if level.rows is None else len(level.rows)
+    return fields
+
+
+def _level_from_json(fields: dict[str, Any], rows: NDArray[np.uint64] | None) -> Level:
+    keys = ChunkKeys(**fields["keys"]) if fields["keys"] else None
+    overflow = tuple((int(a), int(b)) for a, b in fields["overflow"])
+    codec = Codec.from_json(fields["codec"])
+    return Level(**{**fields, "rows": rows, "keys": keys, "overflow": overflow, "codec": codec})

@@ -1,0 +1,57 @@
+"""Counters that prove what the loader did: requests, bytes, waits, failures."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Stats:
+    """What was read so far. Add under `lock` when several threads share one.
+
+    `bytes_wanted` are the bytes of the tiles touched; `bytes_read` are the bytes asked of the
+    store for them, so `bytes_read - bytes_wanted` is the excess that merging ranges costs.
+    """
+
+    patches: int = 0
+    tiles: int = 0
+    requests: int = 0
+    retries: int = 0
+    bytes_wanted: int = 0
+    bytes_read: int = 0
+    wait_s: float = 0.0
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def add(self, **amounts: float) -> None:
+        """Add to counters by name, atomically."""
+        with self.lock:
+            for name, amount in amounts.items():
+                setattr(self, name, getattr(self, name) + amount)
+
+    def fail(self, reason: str) -> None:
+        """Count one failed draw under a reason."""
+        with self.lock:
+            self.failures[reason] += 1
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add another process's counters (its `as_dict`)."""
+        with self.lock:
+            for name, amount in other.items():
+                if name == "failures":
+                    self.failures.update(amount)
+                else:
+                    setattr(self, name, getattr(self, name) + amount)
+
+    def as_dict(self) -> dict[str, Any]:
+        """A plain dictionary, for JSON, a log line or another process."""
+        with self.lock:
+            return {**asdict(self), "failures": dict(self.failures)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.as_dict()

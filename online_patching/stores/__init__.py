@@ -1,0 +1,162 @@
+"""Where bytes come from: local files, http(s), and any filesystem fsspec knows.
+
+Two kinds of store, told apart by `.local`: LocalStore answers at once and is called inside decode
+threads; the others are awaited on an event loop and are made inside the process that uses them
+(clients do not survive a fork). `Stores` lets plain code read from both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol
+
+from online_patching.stores.any_fsspec import FsspecStore
+from online_patching.stores.http import HttpStore, redact
+from online_patching.stores.local import LocalStore, atomic_write_bytes, atomic_write_text
+from online_patching.stores.retry import RetryPolicy
+
+__all__ = [
+    "AsyncStore",
+    "FsspecStore",
+    "HttpStore",
+    "LocalStore",
+    "LoopThread",
+    "RetryPolicy",
+    "Stores",
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "is_remote",
+    "local_path",
+    "redact",
+]
+
+
+class AsyncStore(Protocol):
+    """What a remote store offers: the version of an object, and ranges of its bytes."""
+
+    local: bool
+    retries: int
+
+    async def version(self, key: str) -> tuple[int, str]:
+        """Size in bytes and a token that changes with the content ('' when there is none)."""
+        ...
+
+    async def read(self, key: str, start: int, stop: int | None, token: str = "") -> bytes:
+        """Exactly the bytes start..stop (or all when stop is None), or an error."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of every connection."""
+        ...
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a URI needs the event loop (has a scheme other than file)."""
+    return "://" in uri and not uri.startswith("file://")
+
+
+def local_path(uri: str) -> str:
+    """The absolute path of a local URI."""
+    return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+
+
+class LoopThread:
+    """An event loop in a daemon thread, for code that is not async itself."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.pid = os.getpid()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="patch-io", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Start a coroutine on the loop; returns a concurrent future."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine on the loop and wait for its result."""
+        return self.submit(work).result()
+
+    def close(self) -> None:
+        """Cancel what still runs, stop the loop and join its thread."""
+        if self.loop.is_closed() or self.pid != os.getpid():
+            return
+        self.submit(_cancel_others()).result(timeout=10)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(timeout=10)
+        self.loop.close()
+
+
+class Stores:
+    """The stores of one process: one LocalStore, one client a remote scheme, one loop thread.
+
+    Everything is made on first use, so an instance may be created before a fork or pickled
+    without its clients.
+    """
+
+    def __init__(self, policy: RetryPolicy | None = None) -> None:
+        self.policy = policy or RetryPolicy()
+        self.local = LocalStore()
+        self._remote: dict[str, AsyncStore] = {}
+        self._loop: LoopThread | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def loop(self) -> LoopThread:
+        with self._lock:
+            if self._loop is None:
+                self._loop = LoopThread()
+            return self._loop
+
+    @property
+    def retries(self) -> int:
+        return sum(store.retries for store in self._remote.values())
+
+    def remote(self, uri: str) -> AsyncStore:
+        """The client for a remote URI's scheme."""
+        kind = "http" if uri.startswith(("http://", "https://")) else "fsspec"
+        with self._lock:
+            if kind not in self._remote:
+                self._remote[kind] = (
+                    HttpStore(self.policy) if kind == "http" else FsspecStore(self.policy)
+                )
+            return self._remote[kind]
+
+    def version(self, uri: str) -> tuple[int, str]:
+        """Size and version token of an object, waiting for the answer."""
+        if is_remote(uri):
+            size, token = self.loop.run(self.remote(uri).version(uri))
+            return size, token
+        return self.local.version(local_path(uri))
+
+    def read(self, uri: str, start: int, stop: int | None, token: str = "") -> bytes:
+        """Bytes of an object, waiting for them. Local tokens are checked when a slide is opened."""
+        if is_remote(uri):
+            data: bytes = self.loop.run(self.remote(uri).read(uri, start, stop, token))
+            return data
+        return self.local.read(local_path(uri), start, stop)
+
+    def close(self) -> None:
+        """Close clients, descriptors and the loop thread."""
+        self.local.close()
+        if self._loop is not None and self._loop.pid == os.getpid():
+            for store in self._remote.values():
+                self._loop.run(store.close())
+            self._loop.close()
+        self._remote.clear()
+        self._loop = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Stores, (self.policy,))
+
+
+async def _cancel_others() -> None:
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
