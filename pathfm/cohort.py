@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -23,6 +23,7 @@ from online_patching.stores.local import atomic_write_text
 from pathfm.runtime import PathfmError
 
 _URI_COLUMNS = ("uri", "file", "path", "slide")  # what people call it
+_TEXT_COLUMNS = ("patient", "site", "label", "split")
 _SPLIT_STREAM = 0x5_9117  # a stream of random words of its own
 
 
@@ -79,13 +80,15 @@ class Cohort:
             uri = next((record[name] for name in _URI_COLUMNS if record.get(name)), "")
             if not uri:
                 wanted = ", ".join(_URI_COLUMNS)
-                raise PathfmError(
-                    f"{path}, line {line}: no slide named; columns looked at: {wanted}"
+                raise PathfmError(f"{path}, line {line}: no slide named (in columns {wanted})")
+            mpp_cell = record.get("mpp")
+            rows.append(
+                CohortRow(
+                    uri=uri if "://" in uri else str(path.parent / uri),
+                    mpp=_number(mpp_cell, f"{path}, line {line}") if mpp_cell else None,
+                    **{name: record.get(name, "") for name in _TEXT_COLUMNS},
                 )
-            told = {f.name: record.get(f.name, "") for f in fields(CohortRow)}
-            mpp = _number(told["mpp"], f"{path}, line {line}") if told["mpp"] else None
-            located = uri if "://" in uri else str(path.parent / uri)
-            rows.append(CohortRow(**{**told, "uri": located, "mpp": mpp}))
+            )
         if not rows:
             raise PathfmError(f"{path}: the cohort table has no rows")
         return cls(tuple(rows))

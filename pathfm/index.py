@@ -1,8 +1,8 @@
-"""``pathfm index``: slides in, a corpus folder of tile indexes out. Headers only; nothing is copied.
+"""``pathfm index``: slides in, a corpus folder of tile indexes out. Headers only.
 
-Writes ``slides/<slide_id>.index``, ``slides.csv``, ``skipped.csv`` and ``index.yaml``. A rerun takes
-over the index of a slide whose bytes (size, modification time or ETag) and µm/px override are the
-same. The folder is what the last run asked for: indexes of slides no longer named are removed.
+Writes ``slides/<slide_id>.index``, ``slides.csv``, ``skipped.csv`` and ``index.yaml``. A rerun
+takes over the index of a slide whose bytes (size, modification time or ETag) and µm/px override
+are the same. The folder is what the last run asked for: indexes of other slides are removed.
 """
 
 from __future__ import annotations
@@ -24,25 +24,10 @@ from online_patching.slide_index import SlideIndex
 from pathfm.cohort import Cohort, CohortRow, MppOverrides, write_csv
 from pathfm.runtime import PathfmError, console, make_folder, one_line, progress, save_config
 
-_COLUMNS = [
-    "slide_id",
-    "uri",
-    "patient",
-    "site",
-    "label",
-    "split",
-    "width_px",
-    "height_px",
-    "mpp_x",
-    "mpp_y",
-    "mpp_source",
-    "container",
-    "codec",
-    "levels",
-    "tiles",
-    "size_bytes",
-    "digest",
-]
+_COLUMNS = (
+    "slide_id uri patient site label split width_px height_px mpp_x mpp_y mpp_source "
+    "container codec levels tiles size_bytes digest"
+).split()
 
 
 class IndexConfig(BaseModel, frozen=True, extra="forbid"):
@@ -189,8 +174,8 @@ def _refuse_if_useless(
         raise PathfmError(f"{skipped[0][0]}: {skipped[0][1]}")
     reasons = "; ".join(f"{Path(uri).name}: {reason}" for uri, reason in skipped[:3])
     raise PathfmError(
-        f"none of {len(skipped)} files under {', '.join(config.slides)} is a usable slide ({reasons}"
-        f"{'; ...' if len(skipped) > 3 else ''})"
+        f"none of {len(skipped)} files under {', '.join(config.slides)} is a usable slide "
+        f"({reasons}{'; ...' if len(skipped) > 3 else ''})"
     )
 
 
