@@ -186,7 +186,7 @@ class Corpus:
         )
 
     def _write(self, root: Path, left_out: list[tuple[str, str]]) -> None:
-        arrays = (self.records, self._headers, self._tiles, self._masks)
+        arrays: tuple[NDArray[Any], ...] = (self.records, self._headers, self._tiles, self._masks)
         folder = root / "packed" / self.digest
         sizes = {}
         for name, array in zip(_FILES, arrays, strict=True):
@@ -228,7 +228,7 @@ def _reopen(folder: Path, digest: str) -> Corpus:
     return corpus
 
 
-def _fill_record(record: NDArray[np.void], index: SlideIndex, mask: ForegroundMask) -> None:
+def _fill_record(record: np.void, index: SlideIndex, mask: ForegroundMask) -> None:
     record["width_px0"], record["height_px0"] = index.dimensions
     record["mpp_x"], record["mpp_y"] = index.mpp_x, index.mpp_y
     record["mask_width"], record["mask_height"] = mask.width, mask.height

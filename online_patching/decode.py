@@ -149,8 +149,8 @@ def _chunk(codec: Codec, data: bytes, width: int, height: int) -> NDArray[np.uin
         raise BadTileError(f"its chunk holds {len(data):,} bytes, not {wanted:,}")
     flat = np.frombuffer(data, np.uint8)
     if codec.planar:  # stored as (channel, y, x)
-        return flat.reshape(codec.samples, height, width).transpose(1, 2, 0)
-    return flat.reshape(height, width, codec.samples)
+        return np.reshape(flat, (codec.samples, height, width)).transpose(1, 2, 0)
+    return np.reshape(flat, (height, width, codec.samples))
 
 
 def _undo(config: dict[str, Any], data: bytes, wanted: int) -> bytes:

@@ -134,6 +134,7 @@ class ByteBudget:
         return _Reservation(self, size)
 
     async def acquire(self, size: int) -> None:
+        """Wait for `size` bytes of the budget."""
         if not self._waiting and self._fits(size):
             self._take(size)
             return
@@ -147,6 +148,7 @@ class ByteBudget:
             raise
 
     def release(self, size: int) -> None:
+        """Give `size` bytes back and wake whoever is next."""
         self.in_flight -= size
         while self._waiting and (
             self._waiting[0][1].cancelled() or self._fits(self._waiting[0][0])

@@ -20,14 +20,17 @@ class Box:
 
     @property
     def width(self) -> int:
+        """Pixels across."""
         return self.right - self.left
 
     @property
     def height(self) -> int:
+        """Pixels down."""
         return self.bottom - self.top
 
     @property
     def empty(self) -> bool:
+        """Whether it holds no pixel."""
         return self.width == 0 or self.height == 0
 
     def intersect(self, other: Box) -> Box:
@@ -41,6 +44,7 @@ class Box:
         )
 
     def shift(self, dx: int, dy: int) -> Box:
+        """The same box, moved."""
         return Box(self.left + dx, self.top + dy, self.right + dx, self.bottom + dy)
 
 

@@ -72,11 +72,14 @@ class PatchBatch:
 class Engine(Protocol):
     """Makes batches: `request` starts one, `take` waits for the oldest requested."""
 
-    def request(self, draws: NDArray[np.int64]) -> None: ...
+    def request(self, draws: NDArray[np.int64]) -> None:
+        """Start making a batch of these draws."""
 
-    def take(self) -> PatchBatch: ...
+    def take(self) -> PatchBatch:
+        """Wait for the oldest requested batch."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop everything."""
 
 
 class PatchLoader:

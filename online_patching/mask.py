@@ -59,6 +59,7 @@ class ForegroundMask:
 
     @property
     def height(self) -> int:
+        """Cells down."""
         return len(self.packed)
 
     @property
@@ -68,14 +69,17 @@ class ForegroundMask:
 
     @property
     def tissue_cells(self) -> int:
+        """How many cells are tissue."""
         return int(self.row_start[-1])
 
     @property
     def tissue_fraction(self) -> float:
+        """Share of the slide's cells that are tissue."""
         return self.tissue_cells / (self.width * self.height)
 
     @property
     def tissue_area_um2(self) -> float:
+        """Tissue area in µm²."""
         (w, h), (mx, my) = self.size_px0, self.mpp_px0
         return self.tissue_fraction * w * mx * h * my
 
@@ -167,10 +171,10 @@ class ForegroundMask:
 def _coverage(first: int, stop: int, low: float, high: float) -> NDArray[np.float64]:
     """How much of each cell first..stop-1 lies in [low, high)."""
     edges = np.arange(first, stop)
-    return np.clip(np.minimum(edges + 1, high) - np.maximum(edges, low), 0.0, 1.0)
+    return np.asarray(np.clip(np.minimum(edges + 1, high) - np.maximum(edges, low), 0.0, 1.0))
 
 
-def _inside(start: NDArray[np.float64], side: float, limit: int) -> NDArray[np.float64]:
+def _inside(start: NDArray[np.floating], side: float, limit: int) -> NDArray[np.float64]:
     if side >= limit:
         return np.full_like(start, (limit - side) / 2)
     return np.clip(start, 0, limit - side)

@@ -35,9 +35,11 @@ class Slot:
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
+        """The memory as an array (batch, size, size, 3)."""
         return np.ndarray(self.shape, np.uint8, self.memory.buf)
 
     def release(self) -> None:
+        """Let the next batch be written here."""
         self.free = True
 
 

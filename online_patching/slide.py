@@ -57,6 +57,7 @@ class Slide:
 
     @property
     def levels(self) -> tuple[Level, ...]:
+        """The pyramid, as indexed."""
         return self.index.levels
 
     def read_patch(

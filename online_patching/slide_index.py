@@ -57,10 +57,12 @@ class Codec:
     fill: int = 255
 
     def to_json(self) -> dict[str, Any]:
+        """JSON types only."""
         return {**asdict(self), "tables": base64.b64encode(self.tables).decode()}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Codec:
+        """What `to_json` gave."""
         tables = base64.b64decode(fields["tables"])
         return cls(**{**fields, "tables": tables, "filters": tuple(fields["filters"])})
 
@@ -77,6 +79,7 @@ class ChunkKeys:
     axes: str
 
     def key(self, row: int, column: int, channel: int) -> str:
+        """The name of a chunk, relative to the store."""
         index = {"y": row, "x": column, "c": channel}
         return self.prefix + self.separator.join(str(index.get(axis, 0)) for axis in self.axes)
 
@@ -112,10 +115,12 @@ class Level:
 
     @property
     def columns(self) -> int:
+        """Tiles across."""
         return -(-self.width_px // self.tile_width_px)
 
     @property
     def n_tiles(self) -> int:
+        """How many tiles there are."""
         return self.columns * -(-self.height_px // self.tile_height_px)
 
     def byte_range(self, piece: int) -> tuple[int, int]:
@@ -146,7 +151,8 @@ class SlideIndex:
     """What is known of one slide without opening it.
 
     `uri` is where its bytes are; `token` (ETag, or size-mtime) tells whether they are still the
-    same. `content_hash` is a reader's own fingerprint of the pixels, where it has one. `container` is svs, tiff, ome-tiff, ome-zarr, or the fallback reader's name (openslide,
+    same. `content_hash` is a reader's own fingerprint of the pixels, where it has one.
+    `container` is svs, tiff, ome-tiff, ome-zarr, or the fallback reader's name (openslide,
     tiffslide). `mpp_source` says where µm/px came from.
     """
 
@@ -193,6 +199,7 @@ class SlideIndex:
 
     @property
     def n_tiles(self) -> int:
+        """Tiles of all levels together."""
         return sum(level.n_tiles for level in self.levels)
 
     @cached_property

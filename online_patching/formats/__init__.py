@@ -11,8 +11,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from online_patching.errors import (
+    DamagedSlideError,
     NotASlideError,
     ObjectNotFoundError,
+    ShortReadError,
     UnsupportedSlideError,
 )
 from online_patching.formats import fallback, tiff, zarr
@@ -72,8 +74,14 @@ def _read(uri: str, override: Mpp | None, stores: Stores) -> SlideIndex:
         )
     size, token = stores.version(uri)
     head = stores.read(uri, 0, min(size, 16), token) if size else b""
+    damage: DamagedSlideError | None = None
     if tiff.is_tiff(head):
-        found = tiff.read_index(uri, slide_id, override, stores, size, token)
+        try:
+            found = tiff.read_index(uri, slide_id, override, stores, size, token)
+        except ShortReadError:
+            raise
+        except DamagedSlideError as error:  # tags that tifffile cannot read, OpenSlide may
+            found, damage = None, error
         if found is not None:
             return replace(found, size_bytes=size, token=token)
     if is_remote(uri):
@@ -81,7 +89,10 @@ def _read(uri: str, override: Mpp | None, stores: Stores) -> SlideIndex:
             redact(uri),
             "only tiled TIFF/SVS and OME-Zarr are read remotely; copy this slide to disk.",
         )
-    return replace(fallback.read_index(uri, slide_id, override), size_bytes=size, token=token)
+    try:
+        return replace(fallback.read_index(uri, slide_id, override), size_bytes=size, token=token)
+    except NotASlideError as error:
+        raise (damage or error) from None
 
 
 def find_slides(root: str) -> list[str]:

@@ -37,10 +37,15 @@ def read_index(uri: str, slide_id: str, override: Mpp | None) -> SlideIndex:
             try:
                 found = worker().describe(path, reader)
             except DamagedSlideError as error:
-                reasons.append(f"{reader}: {error.reason}")
+                reasons.append(f"{reader}: {error.reason.replace(path, Path(path).name)[:140]}")
                 continue
             return _index(path, slide_id, reader, found, override)
-    raise NotASlideError(uri, "no reader opens it (" + "; ".join(dict.fromkeys(reasons)) + ").")
+    raise NotASlideError(uri, "no reader opens it (" + "; ".join(_two(reasons)) + ").")
+
+
+def _two(reasons: list[str]) -> list[str]:
+    """The first reason of each reader: a folder of instances would repeat itself."""
+    return list({reason.partition(":")[0]: reason for reason in reversed(reasons)}.values())
 
 
 def _candidates(uri: str) -> list[str]:
@@ -131,7 +136,7 @@ class RegionWorker:
         if self._process is None or self._process.poll() is not None:
             self.close()
             # Our own module, no shell; stderr is dropped: native readers chat there.
-            self._process = subprocess.Popen(  # noqa: S603
+            self._process = subprocess.Popen(
                 [sys.executable, "-m", "online_patching.formats.region_worker"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},

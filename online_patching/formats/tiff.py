@@ -112,9 +112,7 @@ def _pyramid(file: tifffile.TiffFile, first: tifffile.TiffPage) -> list[tifffile
     """Page 0 and the smaller tiled pages of its shape, largest first; [] when page 0 is not tiled."""
     if not first.is_tiled:
         return []
-    others: list[Any] = []
-    for number in range(1, min(len(file.pages), _MAX_PAGES)):
-        others.append(file.pages[number])
+    others: list[Any] = [file.pages[i] for i in range(1, min(len(file.pages), _MAX_PAGES))]
     if first.subifds and first.pages is not None:
         others.extend(first.pages[i] for i in range(min(len(first.pages), 64)))
     levels = [first]
@@ -162,7 +160,7 @@ def _codec(page: tifffile.TiffPage) -> Codec | None:
     elif compression == 33005:
         colour = "rgb"
     return Codec(
-        cast(str, kind),
+        kind,
         colour,
         bytes(page.jpegtables or b""),
         int(page.predictor),
@@ -217,20 +215,25 @@ class HeaderFile(io.RawIOBase):
         self._blocks: dict[int, bytes] = {}
 
     def readable(self) -> bool:
+        """Yes."""
         return True
 
     def seekable(self) -> bool:
+        """Yes."""
         return True
 
     def tell(self) -> int:
+        """The position in bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a position; past the end is allowed, as in files."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = max(0, base + offset)
         return self._position
 
     def read(self, count: int | None = -1) -> bytes:
+        """Up to `count` bytes, fewer at the end."""
         left = max(0, self._size - self._position)
         count = left if count is None or count < 0 else min(count, left)
         first, last = self._position // _BLOCK_BYTES, (self._position + count - 1) // _BLOCK_BYTES
@@ -243,6 +246,7 @@ class HeaderFile(io.RawIOBase):
         return data[skip : skip + count]
 
     def readinto(self, buffer: Any) -> int:
+        """Fill a buffer; returns how much."""
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)

@@ -35,6 +35,7 @@ class Mpp:
 
     @classmethod
     def override(cls, mpp: float | tuple[float, float]) -> Mpp:
+        """µm/px that somebody wrote into the override table."""
         x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
         return cls(float(x), float(y), "override table")
 

@@ -108,6 +108,7 @@ class Stores:
 
     @property
     def loop(self) -> LoopThread:
+        """This process's event-loop thread."""
         with self._lock:
             if self._loop is None:
                 self._loop = LoopThread()
@@ -115,6 +116,7 @@ class Stores:
 
     @property
     def retries(self) -> int:
+        """Retries of all remote stores together."""
         return sum(store.retries for store in self._remote.values())
 
     def remote(self, uri: str) -> AsyncStore:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
@@ -17,6 +16,8 @@ from online_patching.errors import (
     StoreError,
 )
 from online_patching.stores.retry import RetryPolicy, TransientError, with_retries
+
+T = TypeVar("T")
 
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_WHOLE_OBJECT_BYTES = 256 * 2**20
@@ -64,7 +65,7 @@ class HttpStore:
                 if stop is None:
                     return await _whole_body(key, answer)
                 _check_range_answer(key, answer, start, stop)
-                body = await answer.read()
+                body: bytes = await answer.read()
                 if len(body) != stop - start:
                     raise TransientError(
                         f"{len(body):,} bytes where {stop - start:,} were promised"
@@ -74,17 +75,18 @@ class HttpStore:
         return await self._retry(key, once)
 
     async def close(self) -> None:
+        """Close the session and its connections."""
         if self._session is not None:
             await self._session.close()
             self._session = None
 
-    async def _retry(self, key: str, once: Callable[[], Any]) -> Any:
-        async def guarded() -> Any:
+    async def _retry(self, key: str, once: Callable[[], Awaitable[T]]) -> T:
+        async def guarded() -> T:
             try:
                 return await once()
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
                 raise TransientError(type(error).__name__) from None
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise TransientError(f"no answer within {self.policy.timeout_s:g} s") from None
             except aiohttp.ClientError as error:
                 raise StoreError(redact(key), f"{type(error).__name__}.") from None
