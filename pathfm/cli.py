@@ -136,11 +136,11 @@ def verb_help(name: str, model: type[BaseModel], yaml_path: object = None) -> st
 
 def _told(error: Exception) -> str:
     """An error in one line: its own words where it was raised for people, else its type too."""
+    if isinstance(error, ModuleNotFoundError):  # before importing anything else
+        return f"{error}: install it with `pip install -c constraints.txt -e .`, or `make venv`"
     from online_patching.errors import PatchingError
     from pathfm.runtime import PathfmError, one_line
 
     if isinstance(error, (PathfmError, PatchingError)):
         return one_line(error)
-    if isinstance(error, ModuleNotFoundError):
-        return f"{one_line(error)}: run `pathfm doctor` to see what is missing"
     return f"{type(error).__name__}: {one_line(error)} (PATHFM_DEBUG=1 shows where)"

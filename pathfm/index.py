@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, field_validator
+from rich.markup import escape
 from rich.table import Table
 
 from online_patching.errors import PatchingError
@@ -231,7 +232,12 @@ def _show(
         width_px, height_px = index.dimensions
         levels = "/".join(f"{level.downsample_x:.3g}" for level in index.levels)
         table.add_row(
-            *(index.slide_id, f"{width_px} x {height_px}", f"{index.mpp:.4g}", index.mpp_source),
+            *(
+                escape(index.slide_id),
+                f"{width_px} x {height_px}",
+                f"{index.mpp:.4g}",
+                index.mpp_source,
+            ),
             *(levels, index.container, index.codec, f"{index.n_tiles:,}"),
         )
     out.print(table)
@@ -240,7 +246,8 @@ def _show(
         table.add_column("file", overflow="fold")
         table.add_column("why", overflow="fold")
         for uri, reason in skipped:
-            table.add_row(Path(uri).name, reason)
+            table.add_row(escape(Path(uri).name), escape(reason))
         out.print(table)
     for name in overrides.unmatched:
-        out.print(f"note: no slide is named {name!r}, which {overrides.source} gives µm/px for")
+        text = f"note: no slide is named {name!r}, which {overrides.source} gives µm/px for"
+        out.print(text, markup=False, highlight=False)
