@@ -95,9 +95,19 @@ def _glass(c: _Canvas) -> None:
         c.rgb += (c.noise(c.size / 2, 1) * c.between(0.5, 4))[..., None]
     if c.chance(0.25):  # grime without colour or with a little
         speckle = np.maximum(c.noise(c.between(3, 12), 3) - c.between(0.3, 1.6), 0)
-        c.rgb -= speckle[..., None] * c.rng.uniform(2, 9, 3).astype(np.float32)
+        c.rgb -= speckle[..., None] * c.rng.uniform(2, 14, 3).astype(np.float32)
+    if c.chance(0.25):
+        _smudges(c)
     if c.chance(0.35):
         _seams(c)
+
+
+def _smudges(c: _Canvas) -> None:
+    """Pale stains on the glass with soft or sharp edges: mountant, drops of dye, finger marks."""
+    field = c.noise(c.between(8, 45), 3) - c.between(1.0, 2.2)
+    alpha = np.clip(field * c.between(1, 12), 0, 1) * c.between(0.2, 1)
+    tint = np.float32(c.between(2, 9)) * (1 + c.rng.uniform(-0.5, 0.5, 3).astype(np.float32))
+    c.rgb -= alpha[..., None] * tint
 
 
 def _seams(c: _Canvas) -> None:
@@ -189,7 +199,9 @@ def _stain(c: _Canvas) -> tuple[Array, Array, float, float]:
 
 def _tissue(c: _Canvas, signed: Array) -> None:
     one, two, strong_one, strong_two = _stain(c)
-    pale = c.between(0.12, 0.45) if c.chance(0.22) else c.between(0.5, 1.5)
+    # Pale, usual, and now and then as dark as ink.
+    kind = int(np.searchsorted((0.2, 0.92), c.between(0, 1), side="right"))
+    pale = c.between(*((0.18, 0.45), (0.5, 1.5), (1.6, 3.5))[kind])
     regions, other = c.noise(c.between(20, 110), 3), c.noise(c.between(12, 70), 3)
     flat = c.chance(0.3)
     fine = c.between(0.0, 0.06) if flat else c.between(0.08, 0.4)
@@ -357,6 +369,11 @@ def _frame(c: _Canvas) -> None:
             if c.chance(0.5):
                 depth = int(c.between(0.02, 0.35) * c.size)
                 edge = [np.s_[:depth], np.s_[-depth:], np.s_[:, :depth], np.s_[:, -depth:]][side]
+                if c.chance(0.5):  # a rim where the scanned part ends
+                    rim = int(c.between(1, 14))
+                    wide = [np.s_[: depth + rim], np.s_[-depth - rim :]][side % 2]
+                    where = wide if side < 2 else (slice(None), wide)
+                    c.rgb[where] -= c.rng.uniform(-3, 14, 3).astype(np.float32)
                 c.rgb[edge] = tone
                 c.truth[edge] = False
     if c.chance(0.07):

@@ -10,9 +10,9 @@ the same thumbnails everywhere and, on one machine with one thread, the same wei
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from online_patching.philox import integers, uniform, words
+from online_patching.stores import atomic_write_bytes
 from pathfm.segmentation.losses import bce_dice_loss
 from pathfm.segmentation.otsu import otsu_mask
 from pathfm.segmentation.thumbnails import draw_thumbnail
@@ -45,11 +46,11 @@ class TrainSettings:
     """Everything the weights depend on."""
 
     seed: int = 0
-    thumbnails: int = 900
+    thumbnails: int = 1000
     thumbnail_px: int = 384
     crop_px: int = 224
     batch_size: int = 8
-    steps: int = 900
+    steps: int = 1700
     warmup_steps: int = 40
     lr: float = 3e-3
     weight_decay: float = 1e-4
@@ -178,16 +179,14 @@ def held_out_scores(model: ThumbnailUNet, settings: TrainSettings) -> dict[str, 
 
 def save_weights(model: ThumbnailUNet, path: Path) -> None:
     """fp16 safetensors at `path`, written beside it and renamed."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {
         key: value.half().contiguous() if value.is_floating_point() else value
         for key, value in model.state_dict().items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    save_file(state, draft)
-    os.replace(draft, path)
+    atomic_write_bytes(path, save(state))
 
 
 def main() -> None:
@@ -199,6 +198,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=TrainSettings.seed)
     parser.add_argument("--steps", type=int, default=TrainSettings.steps)
     parser.add_argument("--thumbnails", type=int, default=TrainSettings.thumbnails)
+    parser.add_argument("--held-out", type=int, default=TrainSettings.held_out)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; 1 is reproducible")
     given = vars(parser.parse_args())
     out, threads = given.pop("out"), given.pop("threads")
@@ -213,6 +213,7 @@ def main() -> None:
         "command": f"python -m pathfm.segmentation.train --out {out.name} --seed {settings.seed} "
         f"--steps {settings.steps} --thumbnails {settings.thumbnails} --threads {threads}",
         "settings": asdict(settings),
+        "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "multiply_adds_per_pixel": round(multiply_adds_per_pixel(model)),
         "training_data": "synthetic thumbnails only (pathfm/segmentation/thumbnails.py)",

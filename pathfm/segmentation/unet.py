@@ -117,7 +117,7 @@ def tissue_probability(
     The whole thumbnail goes through at once: 4,096 x 4,096 px take about 1.5 GB and 10 s on a core.
     """
     model = model.to(device)
-    rgb = torch.from_numpy(np.ascontiguousarray(thumbnail)).to(device)
+    rgb = torch.from_numpy(np.array(thumbnail)).to(device)  # a copy: pictures may be read-only
     with torch.inference_mode():
         logits = model(rgb.permute(2, 0, 1)[None].float() / 255)
     return np.asarray(logits[0].float().sigmoid().cpu().numpy(), np.float32)

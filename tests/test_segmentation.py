@@ -1,0 +1,231 @@
+"""The foreground model: losses against loops, the network's shape, its shipped weights, Otsu."""
+
+import hashlib
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from online_patching.testing import SyntheticSlide
+from pathfm.segmentation import train as training
+from pathfm.segmentation.losses import bce_dice_loss, bce_loss, dice_loss, iou, soft_dice
+from pathfm.segmentation.otsu import otsu_mask, otsu_threshold
+from pathfm.segmentation.thumbnails import draw_thumbnail
+from pathfm.segmentation.tidy import mask_iou, tidy
+from pathfm.segmentation.unet import (
+    SHIPPED_WEIGHTS,
+    ThumbnailUNet,
+    load_unet,
+    multiply_adds_per_pixel,
+    tissue_probability,
+)
+
+P = [
+    [0.38574776, 0.08795848, 0.83927506],
+    [0.21592768, 0.44453627, 0.10463644],
+    [0.8793516, 0.65118235, 0.5184219],
+]
+Y = [[1.0, 0, 0], [0, 0, 0], [1, 1, 1]]
+
+
+def _logits(seed: int = 1, shape: tuple[int, ...] = (2, 5, 7)) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(shape, generator=generator)
+    return logits, (torch.rand(shape, generator=generator) > 0.6).float()
+
+
+def test_dice_has_the_worked_value():
+    p, y = torch.tensor(P), torch.tensor(Y)
+    assert soft_dice(p, y, smooth=1.0).item() == pytest.approx(0.64307916, abs=2e-7)
+    assert soft_dice(p, y).item() == pytest.approx(0.59916145, abs=2e-7)
+    assert dice_loss(torch.logit(p)[None], y[None]).item() == pytest.approx(
+        1 - 0.64307916, abs=1e-6
+    )
+
+
+def test_losses_equal_a_float64_loop():
+    logits, target = _logits()
+    bce, dice = 0.0, 0.0
+    for picture, truth in zip(logits.tolist(), target.tolist(), strict=True):
+        overlap = total = 0.0
+        for row, truths in zip(picture, truth, strict=True):
+            for z, y in zip(row, truths, strict=True):
+                p = 1 / (1 + math.exp(-z))
+                bce -= (y * math.log(p) + (1 - y) * math.log(1 - p)) / logits.numel()
+                overlap += p * y
+                total += p + y
+        dice += (1 - (2 * overlap + 1) / (total + 1)) / len(logits)
+    assert bce_loss(logits, target).item() == pytest.approx(bce, rel=1e-6)
+    assert dice_loss(logits, target).item() == pytest.approx(dice, rel=1e-6)
+    assert bce_dice_loss(logits, target).item() == pytest.approx(bce + dice, rel=1e-6)
+
+
+def test_dices_gradient_is_the_one_by_hand():
+    logits, target = _logits(shape=(1, 4, 3))
+    logits.requires_grad_()
+    dice_loss(logits, target, smooth=1.0).backward()
+    p, y = logits.detach().sigmoid().double(), target.double()
+    total, overlap = p.sum() + y.sum() + 1, (p * y).sum()
+    by_p = -(2 * y * total - (2 * overlap + 1)) / total**2
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad.double(), by_p * p * (1 - p), rtol=1e-5, atol=1e-8)
+
+
+def test_losses_are_fp32_and_finite_on_bf16_and_extreme_logits():
+    logits = torch.tensor([[-1e4, 1e4, 0.0]], dtype=torch.bfloat16, requires_grad=True)
+    for target in (torch.zeros(1, 3), torch.ones(1, 3)):
+        loss = bce_dice_loss(logits, target)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert torch.isfinite(loss)
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_an_empty_picture_predicted_empty_costs_nothing():
+    assert dice_loss(torch.full((1, 9), -50.0), torch.zeros(1, 9)).item() == pytest.approx(
+        0, abs=1e-6
+    )
+    nothing = torch.zeros(3, dtype=torch.bool)
+    assert iou(nothing, nothing) == 1
+    assert iou(torch.tensor([True, True, False]), torch.tensor([True, False, True])) == 1 / 3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (31, 33), (64, 32), (97, 250)])
+def test_any_size_in_the_same_size_out(size):
+    model = ThumbnailUNet((2, 3, 4)).eval()
+    with torch.inference_mode():
+        assert model(torch.zeros(2, 3, *size)).shape == (2, *size)
+
+
+def test_parameters_and_multiply_adds_are_as_documented():
+    model = ThumbnailUNet()
+    assert sum(p.numel() for p in model.parameters()) == 496_516
+    # Two levels by hand: 3x3 convolutions at 1/4 and 1/16 of the pixels, then 1x1.
+    small = ThumbnailUNet((2, 3))
+    quarter = 9 * (12 * 2 + 2 * 2) + 9 * ((3 + 2) * 2 + 2 * 2) + 2 * 4
+    assert multiply_adds_per_pixel(small, 64) == quarter / 4 + 9 * (2 * 3 + 3 * 3) / 16
+    assert multiply_adds_per_pixel(model) == pytest.approx(8719, abs=1)
+
+
+def test_the_shipped_weights_are_those_the_sidecar_tells_of():
+    facts = json.loads(SHIPPED_WEIGHTS.with_suffix(".json").read_text())
+    assert hashlib.sha256(SHIPPED_WEIGHTS.read_bytes()).hexdigest() == facts["sha256"]
+    assert SHIPPED_WEIGHTS.stat().st_size < 1_200_000
+    held_out = facts["held_out_synthetic"]
+    assert held_out["unet"]["iou_all_pixels"] > held_out["otsu"]["iou_all_pixels"]
+
+
+def test_the_shipped_weights_find_the_tissue_of_slides_drawn_another_way():
+    slide = SyntheticSlide(seed=5, width_px0=9000, height_px0=6400, mpp=0.25, pen=False)
+    truth = slide.class_map(8.0) > 0
+    picture = slide.render(0, 0, truth.shape[1], truth.shape[0], mpp=8.0)
+    found = tidy(tissue_probability(load_unet(), picture) > 0.5, 100)
+    assert mask_iou(found, truth) > 0.85
+    assert mask_iou(found, truth) > mask_iou(tidy(otsu_mask(picture), 100), truth) - 0.02
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+def test_weights_that_do_not_fit_are_named(tmp_path, damage):
+    path = tmp_path / "w.safetensors"
+    if damage == "cut":
+        path.write_bytes(SHIPPED_WEIGHTS.read_bytes()[:1000])
+    if damage == "other":
+        save_file({"x": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match=r"w\.safetensors"):
+        load_unet(path)
+
+
+def test_otsus_threshold_is_the_best_by_exhaustive_search():
+    rng = np.random.default_rng(3)
+    values = np.concatenate([rng.normal(60, 12, 900), rng.normal(150, 30, 400)])
+    values = values.clip(0, 255).astype(np.uint8)
+
+    def between(t: int) -> float:
+        low, high = values[values <= t], values[values > t]
+        if not len(low) or not len(high):
+            return -1.0
+        return len(low) * len(high) * float(low.mean() - high.mean()) ** 2
+
+    assert otsu_threshold(values) == max(range(256), key=between)
+
+
+def test_otsu_finds_pink_on_white_and_nothing_on_bare_glass():
+    glass = np.full((50, 70, 3), 240, np.uint8)
+    assert not otsu_mask(glass).any()
+    glass[::2] -= 3  # noise has two sides as well
+    assert not otsu_mask(glass).any()
+    glass[10:30, 5:60] = (200, 120, 170)
+    assert otsu_mask(glass).sum() == 20 * 55
+
+
+def test_tidy_drops_specks_and_fills_pinholes_but_not_bays():
+    mask = np.zeros((20, 30), bool)
+    mask[5:15, 5:25] = True
+    mask[8:10, 8:10] = False  # a pinhole
+    mask[5:11, 20:22] = False  # a bay, open to the glass
+    mask[0:2, 28:30] = True  # a speck
+    tidied = tidy(mask, smallest_px=5)
+    assert tidied[8:10, 8:10].all()
+    assert not tidied[5:11, 20:22].any()
+    assert not tidied[0:2, 28:30].any()
+    assert not tidy(np.zeros((4, 5), bool), 3).any()
+    assert tidy(np.ones((4, 5), bool), 3).all()
+
+
+def test_mask_iou_of_empty_masks_is_one():
+    a, b = np.zeros((2, 3), bool), np.ones((2, 3), bool)
+    assert (mask_iou(a, a), mask_iou(a, b), mask_iou(b, b)) == (1.0, 0.0, 1.0)
+
+
+def test_a_thumbnail_is_a_pure_function_of_seed_and_draw():
+    drawn = [draw_thumbnail(s, d, 96) for s, d in ((0, 1), (0, 2), (1, 1), (0, 1))]
+    assert all(p.shape == (96, 96, 3) and t.shape == (96, 96) for p, t in drawn)
+    assert np.array_equal(drawn[0][0], drawn[3][0])
+    assert np.array_equal(drawn[0][1], drawn[3][1])
+    assert not np.array_equal(drawn[0][0], drawn[1][0])
+    assert not np.array_equal(drawn[0][0], drawn[2][0])
+
+
+def test_thumbnails_hold_frames_without_glass_and_without_tissue():
+    shares = [draw_thumbnail(0, d, 64)[1].mean() for d in range(60)]
+    assert min(shares) == 0
+    assert max(shares) > 0.98
+
+
+@pytest.mark.slow
+def test_the_training_command_learns_and_writes_weights_that_load(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "deep" / "w.safetensors"
+    sizes = ["--steps", "12", "--thumbnails", "4", "--held-out", "2"]
+    monkeypatch.setattr(sys, "argv", ["train", "--out", str(out), *sizes])
+    threads = torch.get_num_threads()
+    try:
+        training.main()
+    finally:
+        torch.set_num_threads(threads)
+    facts = json.loads(out.with_suffix(".json").read_text())
+    assert facts["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    assert facts["settings"]["steps"] == 12
+    load_unet(out)
+    assert "held_out_synthetic" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_training_is_the_same_twice_and_its_loss_falls():
+    settings = training.TrainSettings(
+        thumbnails=6, thumbnail_px=96, crop_px=64, batch_size=4, steps=30, warmup_steps=3
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        (first, losses), (second, again) = (training.train(settings, print) for _ in range(2))
+    finally:
+        torch.set_num_threads(threads)
+    assert losses == again
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
