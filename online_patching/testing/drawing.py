@@ -25,16 +25,17 @@ from online_patching.testing.layout import (
     STREAM,
     Array,
     Layout,
+    f32,
     plan_layout,
 )
 
 # Per class, in the order of CLASS_NAMES: eosin and haematoxylin between the nuclei, how much of the
 # fibre and of the grain texture shows, and how far cells are emptied to white vacuoles.
-_EOSIN = np.float32([0.0, 0.50, 0.62, 0.42, 0.34, 0.72])
-_HAEMATOXYLIN = np.float32([0.0, 0.26, 0.03, 0.02, 0.30, 0.16])
-_FIBRE = np.float32([0.0, 0.08, 0.34, 0.15, 0.05, 0.05])
-_GRAIN = np.float32([0.0, 0.20, 0.08, 0.0, 0.15, 0.34])
-_VACUOLE = np.float32([0.0, 0.0, 0.0, 1.0, 0.0, 0.0])
+_EOSIN = f32([0.0, 0.50, 0.62, 0.42, 0.34, 0.72])
+_HAEMATOXYLIN = f32([0.0, 0.26, 0.03, 0.02, 0.30, 0.16])
+_FIBRE = f32([0.0, 0.08, 0.34, 0.15, 0.05, 0.05])
+_GRAIN = f32([0.0, 0.20, 0.08, 0.0, 0.15, 0.34])
+_VACUOLE = f32([0.0, 0.0, 0.0, 1.0, 0.0, 0.0])
 
 _BLOCK_PX = 512
 _FINEST_DRAWN_UM = 1.0  # coarser pictures are drawn at up to this and averaged
@@ -138,8 +139,8 @@ def _draw(
 ) -> Array:
     """One block, float32 RGB 0..255; (x_px, y_px) is its corner in pixels of size `mpp`."""
     layout, stain = slide.layout, slide.stain
-    x_um = (x_px + np.arange(width_px) + 0.5) * mpp
-    y_um = (y_px + np.arange(height_px) + 0.5) * mpp
+    x_um = np.asarray((x_px + np.arange(width_px) + 0.5) * mpp, np.float64)
+    y_um = np.asarray((y_px + np.arange(height_px) + 0.5) * mpp, np.float64)
     lattice = _Window(layout, x_um, y_um)
     shape = (height_px, width_px)
     noise = _gather(_tables()["noise"], x_um, y_um, _TEXEL_UM)
@@ -152,7 +153,7 @@ def _draw(
             od += blue * np.float32(stain.haematoxylin_od[c])
             np.multiply(np.exp(-od), np.float32(stain.glass_rgb[c]), out=rgb[..., c])
     else:
-        rgb[:] = np.float32(stain.glass_rgb)
+        rgb[:] = f32(stain.glass_rgb)
     for signed, ink, opacity in (
         (layout.pen, stain.ink_rgb, 0.68),
         (layout.dust, (70.0, 66.0, 62.0), 0.75),
@@ -208,12 +209,12 @@ class _Window:
 
     def fine(self, lattice: Array) -> Array:
         """(h, w) values at the pixels: two small matrix products, 1 ns a pixel."""
-        return self._wy @ lattice[self._rows, self._columns] @ self._wx.T
+        return f32(self._wy @ lattice[self._rows, self._columns] @ self._wx.T)
 
     def mixed(self, per_class: Array) -> Array:
         """(h, w) of a per-class number, mixed by the soft memberships."""
         here = self._layout.weights[:, self._rows, self._columns]
-        return self._wy @ np.tensordot(per_class, here, axes=1) @ self._wx.T
+        return f32(self._wy @ np.tensordot(per_class, here, axes=1) @ self._wx.T)
 
 
 def _linear(positions: NDArray[np.float64], nodes: int) -> tuple[slice, Array]:
@@ -235,7 +236,7 @@ def _gather(
     """(h, w) of a periodic table at places in µm, nearest texel."""
     i = np.floor(y_um / texel_um).astype(np.int64) % table.shape[0]
     j = np.floor(x_um / texel_um).astype(np.int64) % table.shape[1]
-    return table.take(i, axis=0).take(j, axis=1)
+    return f32(table.take(i, axis=0).take(j, axis=1))
 
 
 def _stamp_nuclei(blue: Array, layout: Layout, x_px: float, y_px: float, mpp: float) -> None:
@@ -311,7 +312,7 @@ def _tables() -> dict[str, Array]:
     def filtered(gain: NDArray[np.float64]) -> Array:
         made = np.fft.irfft2(waves * gain, s=(n, n))
         made = (made - made.mean()) / made.std()
-        return np.clip(made, -2.5, 2.5).astype(np.float32)
+        return f32(np.clip(made, -2.5, 2.5))
 
     radial = np.hypot(fx, fy)
     grain = filtered(np.exp(-((radial * 1.9) ** 2)) * (1 - np.exp(-((radial * 9.0) ** 2))))

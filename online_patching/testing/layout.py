@@ -10,11 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from online_patching.philox import uniform, words
 
 Array = NDArray[np.float32]
+
+
+def f32(values: ArrayLike) -> Array:
+    """The values as a float32 array."""
+    return np.asarray(values, np.float32)
+
 
 CLASS_NAMES = ("glass", "tumour", "stroma", "fat", "lymphoid", "necrosis")
 GLASS, TUMOUR, STROMA, FAT, LYMPHOID, NECROSIS = range(6)
@@ -28,9 +34,9 @@ STREAM = {name: 7000 + number for number, name in enumerate(_PURPOSES)}
 
 #: Nuclei stand on a jittered grid; the chance that a site keeps its own depends on the class.
 NUCLEUS_PITCH_UM = 7.5
-_NUCLEI_KEPT = np.float32([0.0, 0.60, 0.13, 0.006, 0.95, 0.18])
+_NUCLEI_KEPT = f32([0.0, 0.60, 0.13, 0.006, 0.95, 0.18])
 KINDS = ("tumour", "spindle", "lymphocyte", "debris")
-_KIND_OF_CLASS = np.int64([0, 0, 1, 1, 2, 3])
+_KIND_OF_CLASS = np.array([0, 0, 1, 1, 2, 3], np.int64)
 SPRITES_PER_KIND = 24
 
 #: Signed fields change by about 1 over this distance.

@@ -62,7 +62,8 @@ def pyramid(level0: Picture, downsamples: Sequence[float]) -> list[Picture]:
 
 def default_downsamples(slide: SyntheticSlide) -> tuple[float, ...]:
     """4, 16, ... until the longest side is below 1,024 px."""
-    longest, made = max(slide.width_px0, slide.height_px0), []
+    longest = max(slide.width_px0, slide.height_px0)
+    made: list[float] = []
     while longest / 4 ** len(made) > 1024:
         made.append(4.0 ** (len(made) + 1))
     return tuple(made)
@@ -280,7 +281,7 @@ def _zarr_compressor(version: str, name: str) -> Any:
     if name == "none":
         return None
     if version == "0.4":
-        import numcodecs
+        import numcodecs  # type: ignore[import-untyped]
 
         old = {"zstd": numcodecs.Zstd(3), "blosc": numcodecs.Blosc(), "gzip": numcodecs.GZip(5)}
         return old[name]

@@ -13,11 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+
+
+def _f32(values: ArrayLike) -> Array:
+    return np.asarray(values, np.float32)
 
 
 @dataclass
@@ -57,9 +61,9 @@ class _Canvas:
         v = at[:, None] * np.cos(angle) - at[None] * np.sin(angle)
         return u.astype(np.float32), v.astype(np.float32)
 
-    def blend(self, colour: Array, alpha: Array | float) -> None:
-        a = np.asarray(alpha, np.float32)
-        self.rgb += (colour - self.rgb) * (a[..., None] if a.ndim else a)
+    def blend(self, colour: ArrayLike, alpha: ArrayLike) -> None:
+        a = _f32(alpha)
+        self.rgb += (_f32(colour) - self.rgb) * (a[..., None] if a.ndim else a)
 
 
 def draw_thumbnail(seed: int, draw: int, size_px: int = 384) -> tuple[NDArray[np.uint8], Mask]:
@@ -82,10 +86,8 @@ def draw_thumbnail(seed: int, draw: int, size_px: int = 384) -> tuple[NDArray[np
 
 # --- glass ----------------------------------------------------------------------------------------
 
-_GLASS = np.float32(
-    [(246, 246, 246), (238, 238, 240), (240, 238, 252), (250, 250, 250), (249, 243, 224),
-     (240, 232, 214), (232, 236, 244), (244, 238, 240), (226, 226, 228), (236, 244, 238)]
-)  # fmt: skip
+_GLASS = _f32([(246, 246, 246), (238, 238, 240), (240, 238, 252), (250, 250, 250), (249, 243, 224),
+     (240, 232, 214), (232, 236, 244), (244, 238, 240), (226, 226, 228), (236, 244, 238)])  # fmt: skip
 
 
 def _glass(c: _Canvas) -> None:
@@ -191,7 +193,7 @@ def _stain(c: _Canvas) -> tuple[Array, Array, float, float]:
     _, first, second, a, b = _STAINS[number]
     spread = 0.6 if number == len(_STAINS) - 1 else 0.13
     one, two = (
-        np.float32(od) * (1 + c.rng.uniform(-spread, spread, 3).astype(np.float32))
+        _f32(od) * (1 + c.rng.uniform(-spread, spread, 3).astype(np.float32))
         for od in (first, second)
     )
     return one, two, a, b
@@ -301,7 +303,7 @@ def _stroke(c: _Canvas, points: NDArray[np.float64], width_px: float) -> Array:
             r = width_px / 2
             brush.ellipse((x - r, y - r, x + r, y + r), fill=255)
     blurred = picture.filter(ImageFilter.GaussianBlur(0.6))
-    return np.asarray(blurred, np.float32) / 255
+    return _f32(np.asarray(blurred, np.float32) / 255)
 
 
 def _curve(c: _Canvas, reach: float) -> NDArray[np.float64]:
@@ -330,7 +332,7 @@ def _dirt(c: _Canvas) -> None:
         u, v = c.plane()
         r = np.hypot(u - c.between(-1, 1), v - c.between(-1, 1)) - c.between(0.03, 0.4)
         ring = np.exp(-((r * c.size / 2 / c.between(0.7, 2)) ** 2))
-        c.blend(np.float32([120, 120, 125]), ring * c.between(0.2, 0.8))
+        c.blend(_f32([120, 120, 125]), ring * c.between(0.2, 0.8))
         c.rgb += ((r < 0) * c.between(-6, 4))[..., None].astype(np.float32)
     if c.chance(0.12):
         u, _ = c.plane()
@@ -340,10 +342,8 @@ def _dirt(c: _Canvas) -> None:
         c.rgb -= (np.float32(c.between(0, 14)) * (away > 0))[..., None]
 
 
-_INKS = np.float32(
-    [(20, 130, 95), (30, 70, 170), (25, 25, 28), (200, 25, 40), (0, 90, 60), (60, 120, 210),
-     (225, 70, 70), (30, 30, 80), (240, 190, 40), (90, 40, 120)]
-)  # fmt: skip
+_INKS = _f32([(20, 130, 95), (30, 70, 170), (25, 25, 28), (200, 25, 40), (0, 90, 60), (60, 120, 210),
+     (225, 70, 70), (30, 30, 80), (240, 190, 40), (90, 40, 120)])  # fmt: skip
 
 
 def _ink(c: _Canvas) -> None:
@@ -368,14 +368,11 @@ def _frame(c: _Canvas) -> None:
         for side in range(4):
             if c.chance(0.5):
                 depth = int(c.between(0.02, 0.35) * c.size)
-                edge = [np.s_[:depth], np.s_[-depth:], np.s_[:, :depth], np.s_[:, -depth:]][side]
                 if c.chance(0.5):  # a rim where the scanned part ends
-                    rim = int(c.between(1, 14))
-                    wide = [np.s_[: depth + rim], np.s_[-depth - rim :]][side % 2]
-                    where = wide if side < 2 else (slice(None), wide)
-                    c.rgb[where] -= c.rng.uniform(-3, 14, 3).astype(np.float32)
-                c.rgb[edge] = tone
-                c.truth[edge] = False
+                    rim = _strip(side, depth + int(c.between(1, 14)))
+                    c.rgb[rim] -= c.rng.uniform(-3, 14, 3).astype(np.float32)
+                c.rgb[_strip(side, depth)] = tone
+                c.truth[_strip(side, depth)] = False
     if c.chance(0.07):
         u, _ = c.plane()
         corner = u > c.between(0.75, 1.25)
@@ -385,6 +382,12 @@ def _frame(c: _Canvas) -> None:
         x, y = c.rng.integers(0, c.size - 8, 2)
         c.rgb[y : y + 3, x : x + 7] = 10
         c.truth[y : y + 3, x : x + 7] = False
+
+
+def _strip(side: int, depth_px: int) -> tuple[slice, slice]:
+    """The first or last rows (side 0, 1) or columns (side 2, 3) of a picture."""
+    part = slice(-depth_px, None) if side % 2 else slice(depth_px)
+    return (part, slice(None)) if side < 2 else (slice(None), part)
 
 
 def _camera(c: _Canvas) -> NDArray[np.uint8]:

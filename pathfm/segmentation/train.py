@@ -143,7 +143,7 @@ def train(
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss is {loss.item()} at step {step}: lower lr")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
