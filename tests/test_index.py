@@ -128,7 +128,7 @@ def test_one_file_named_that_is_no_use_is_one_line_and_exit_2(
 
 def test_a_folder_without_any_slide_is_told(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    with pytest.raises(PathfmError, match="no slides found|usable slide"):
+    with pytest.raises(PathfmError, match=r"no slides found|usable slide"):
         run(IndexConfig(slides=(str(tmp_path / "in"),), out=tmp_path / "c"))
 
 
