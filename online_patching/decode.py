@@ -133,7 +133,7 @@ def _deflate(codec: Codec, data: bytes, width: int, height: int) -> NDArray[np.u
 
 def _lzw(codec: Codec, data: bytes, width: int, height: int) -> NDArray[np.uint8]:
     wanted = width * height * codec.samples
-    return _raw(codec, bytes(imagecodecs.lzw_decode(data, out=wanted)), width, height)
+    return _raw(codec, bytes(imagecodecs.lzw_decode(data, out=wanted + 1)), width, height)
 
 
 def _zstd(codec: Codec, data: bytes, width: int, height: int) -> NDArray[np.uint8]:
