@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-from pathfm.runtime import PathfmError
+from pathfm.runtime import PathfmError, console
 from pathfm.tracking import RunRecord, read_runs, replay, ui_command, without_secrets
 
 
@@ -127,18 +127,17 @@ def differing_params(runs: Sequence[RunRecord]) -> list[str]:
 
 def show(result: CompareResult) -> None:
     """Prints the tree of runs, each stage's runs side by side, and how to open the MLflow UI."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    out = console()
     tree = Table("run", "status", "started (UTC)", "commit")
     for depth, record in result.tree:
         name = "  " * (depth - 1) + ("└ " if depth else "") + record.name
         started = datetime.fromtimestamp(record.start_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
         commit = record.tags.get("mlflow.source.git.commit", "")[:8]
         tree.add_row(escape(name), record.status.lower(), started, commit)
-    console.print(tree)
+    out.print(tree)
     for part in result.stages:
         title = escape(f"{part.stage or 'runs'}: metrics, and params that differ")
         table = Table("", title=title, title_justify="left")
@@ -150,6 +149,6 @@ def show(result: CompareResult) -> None:
         for name in part.metrics:
             numbers = [record.metrics.get(name) for record in part.runs]
             table.add_row(escape(name), *("" if n is None else f"{n:.5g}" for n in numbers))
-        console.print(table)
+        out.print(table)
     # not wrapped: it is there to be copied
     print(f"\nto look at them in a browser: {ui_command(result.uri)}")

@@ -32,6 +32,7 @@ from pathfm.runtime import (
     pick_device,
     progress,
     provenance,
+    save_config,
 )
 from pathfm.tracking import TrackingConfig, open_run
 
@@ -95,6 +96,7 @@ def run(config: EmbedConfig) -> EmbedResult:
         folder = folder.subset(config.per_class, config.seed)
     path = make_folder(config.out) / f"{config.name}.safetensors"
     device = pick_device(config.device)
+    save_config(config, config.out, f"{config.name}.yaml")
     backbone = load_backbone(config.backbone, config.weights, img_size=config.input_px)
     info = EmbeddingsInfo(
         name=config.name,

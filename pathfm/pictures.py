@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.util
 import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 RgbArray = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
@@ -22,10 +25,13 @@ Box = tuple[float, float, float, float]
 # Okabe and Ito's colours: told apart by people with any of the common colour blindnesses.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a")
 
+# Boxes on tissue: apart from each other in lightness too, and from H&E's pink and purple.
+MPP_COLOURS = ("#ffe14d", "#00b7ff", "#008f4c", "#2a2ad1", "#ff7a00", "#ffffff")
+
 
 def mpp_colour(mpp: float, all_mpp: Sequence[float]) -> str:
     """The colour that stands for a magnification: by rank among all that occur, finest first."""
-    return COLOURS[sorted(set(all_mpp)).index(mpp) % len(COLOURS)]
+    return MPP_COLOURS[sorted(set(all_mpp)).index(mpp) % len(MPP_COLOURS)]
 
 
 def mosaic(
@@ -34,7 +40,7 @@ def mosaic(
     columns: int = 8,
     tile_px: int = 128,
 ) -> Image.Image:
-    """A grid of pictures, row by row, each shrunk to `tile_px`, with a line of text below each.
+    """A grid of pictures, row by row, each scaled to `tile_px`, with a line of text below each.
 
     Captions are cut to the tile's width. No images give one empty white tile.
     """
@@ -43,12 +49,13 @@ def mosaic(
     rows = max(1, -(-len(images) // columns))
     step_x, step_y = tile_px + gap_px, tile_px + gap_px + text_px
     sheet = Image.new("RGB", (columns * step_x + gap_px, rows * step_y + gap_px), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    draw, font = ImageDraw.Draw(sheet), _font(10)
     for i, image in enumerate(images):
         x, y = gap_px + i % columns * step_x, gap_px + i // columns * step_y
-        tile = Image.fromarray(image)
-        tile.thumbnail((tile_px, tile_px), Image.Resampling.LANCZOS)
-        sheet.paste(tile, (x, y))
+        size = (tile_px, tile_px)
+        sheet.paste(
+            ImageOps.contain(Image.fromarray(image), size, Image.Resampling.LANCZOS), (x, y)
+        )
         if i < len(captions):
             draw.text((x, y + tile_px + 1), _fit(captions[i], tile_px, font), "#444444", font)
     return sheet
@@ -127,7 +134,7 @@ def line_plot_svg(
 ) -> str:
     """An inline `<svg>` with axes, ticks and a legend; text in `currentColor` suits any page.
 
-    `smooth` > 1 draws each line faintly and its running mean over so many points strongly.
+    `smooth` > 1 draws each line faintly and its centred mean over so many points strongly.
     Names and labels are escaped. Long lines are thinned to 600 points.
     """
     points = [_finite(item) for item in series]
@@ -146,14 +153,17 @@ def line_plot_svg(
             body.append(frame.path(line, colour, opacity=0.28))
             kernel = np.ones(smooth) / smooth
             mean = np.convolve(line[:, 1], kernel, "valid")
-            body.append(frame.path(np.column_stack([line[smooth - 1 :, 0], mean]), colour))
+            body.append(
+                frame.path(np.column_stack([line[smooth // 2 :, 0][: len(mean)], mean]), colour)
+            )
         else:
             body.append(frame.path(line, colour))
-        body.append(frame.legend(i, series[i].name, colour))
+        if len(series) > 1:
+            body.append(frame.legend(i, series[i].name, colour))
     label = html.escape(f"{y_label or 'value'} over {x_label or 'x'}", quote=True)
     return (
         f'<svg viewBox="0 0 {width_px} {height_px}" role="img" aria-label="{label}" '
-        f'xmlns="http://www.w3.org/2000/svg" font-size="12">{"".join(body)}</svg>'
+        f'xmlns="http://www.w3.org/2000/svg" font-size="13">{"".join(body)}</svg>'
     )
 
 
@@ -177,7 +187,7 @@ class _Frame:
     height_px: int
     x_span: tuple[float, float]
     y_span: tuple[float, float]
-    left_px: int = 56
+    left_px: int = 60
     right_px: int = 10
     top_px: int = 26
     bottom_px: int = 38
@@ -225,7 +235,7 @@ class _Frame:
                 f'<line x1="{self.left_px}" x2="{end}" y1="{y:.1f}" y2="{y:.1f}" '
                 f'stroke="currentColor" opacity=".12"/>'
                 f'<text x="{self.left_px - 6}" y="{y + 4:.1f}" text-anchor="end" {text}>'
-                f"{tick:g}</text>"
+                f"{_tick_text(tick)}</text>"
             )
         low, high = self.x_span
         parts.extend(
@@ -242,6 +252,24 @@ class _Frame:
             f'text-anchor="middle" {text}>{html.escape(y_label)}</text>'
         )
         return parts
+
+
+@cache
+def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu Sans from matplotlib's files, unimported: Pillow's own font has no µ."""
+    found = importlib.util.find_spec("matplotlib")
+    if found is not None and found.origin is not None:
+        path = Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if path.exists():
+            return ImageFont.truetype(str(path), size_px)
+    return ImageFont.load_default(size_px)
+
+
+def _tick_text(tick: float) -> str:
+    """Short enough for the margin: 0.5, 20, 5e-4."""
+    if tick and abs(tick) < 1e-3:
+        return f"{tick:.0e}".replace("e-0", "e-")
+    return f"{tick:g}"
 
 
 def _finite(series: Series) -> NDArray[np.float64]:

@@ -35,7 +35,15 @@ from pathfm.metrics import (
     rankme,
     recall_per_class,
 )
-from pathfm.runtime import PathfmError, as_dict, make_folder, progress, provenance
+from pathfm.runtime import (
+    PathfmError,
+    as_dict,
+    console,
+    make_folder,
+    progress,
+    provenance,
+    save_config,
+)
 from pathfm.tracking import TrackingConfig, open_run
 
 RESULT = "probe.json"
@@ -142,7 +150,7 @@ def run(config: ProbeConfig) -> ProbeResult:
     """Probes every file, writes `<out>/probe.json`, prints the table and the verdict."""
     parts = [Embeddings.load(path) for path in find_embeddings(config.embeddings)]
     check_comparable(parts)
-    make_folder(config.out)
+    save_config(config, make_folder(config.out), "probe.yaml")
     tracking = config.tracking.model_copy(
         update={
             "uri": config.tracking.store(config.out),
@@ -347,17 +355,16 @@ def _result(
 
 def show(result: ProbeResult) -> None:
     """Prints the table, the per-class recall, the verdict and the caveats."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    out = console()
     about = (
         f"{result.data}: {result.n:,} pictures, {len(result.classes)} classes, input "
         f"{result.input_px} px, {result.n_train:,} train / {result.n_test:,} test, "
         f"{result.n_seeds} splits. Balanced accuracy, %, mean ± sd over splits:"
     )
-    console.print(about, markup=False, highlight=False)
+    out.print(about, markup=False, highlight=False)
     table = Table("backbone")
     for column in ("logistic", f"kNN, k={result.k}", "RankMe"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -373,9 +380,9 @@ def show(result: ProbeResult) -> None:
         )
         values = b.probes["logistic"].recall
         recall.add_row(escape(b.name), *(f"{100 * value:.0f}" for value in values))
-    console.print(table)
-    console.print(recall)
+    out.print(table)
+    out.print(recall)
     if result.paired:
-        console.print(result.verdict, markup=False, highlight=False)
+        out.print(result.verdict, markup=False, highlight=False)
     for caveat in result.caveats:
-        console.print(f"note: {caveat}", markup=False, highlight=False)
+        out.print(f"note: {caveat}", markup=False, highlight=False)
