@@ -1,0 +1,195 @@
+"""Checkpoints: one folder a step, whole or not there, found again after any crash.
+
+    checkpoints/
+      last                      text: the name of the newest folder
+      step_00000120/
+        tensors.safetensors     weights, buffers, optimizer moments, under dotted names
+        state.json              everything that is no tensor
+        backbone/               the backbone in timm's local-dir form (where the caller writes it)
+        checksums.json          size and sha256 of every file above
+
+A folder is written under another name, synced and renamed. `load_newest` trusts checksums, not
+names: what is truncated or changed is skipped with a warning, and the one before it is taken.
+No pickles anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from online_patching.stores.local import atomic_write_text
+from pathfm.runtime import PathfmError, make_folder
+
+_log = logging.getLogger(__name__)
+
+TENSORS, STATE, CHECKSUMS, LAST = "tensors.safetensors", "state.json", "checksums.json", "last"
+_PREFIX, _UNFINISHED = "step_", ".unfinished-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved: tensors on the CPU, JSON state, the number of optimizer steps done."""
+
+    path: Path
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    keep_last: int,
+    write_more: Callable[[Path], None] | None = None,
+) -> Path:
+    """Writes root/step_NNNNNNNN, points `last` at it, removes all but the newest `keep_last`.
+
+    write_more gets the unfinished folder and may add files. After a crash at any instruction the
+    folder is whole or not there. Raises PathfmError when the disk refuses.
+    """
+    target = make_folder(root) / f"{_PREFIX}{step:08d}"
+    _sweep(root)
+    work = root / f"{_UNFINISHED}{target.name}"
+    try:
+        work.mkdir()
+        cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(cpu, work / TENSORS)
+        (work / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
+        if write_more is not None:
+            write_more(work)
+        _write_checksums(work)
+        if target.exists():  # a damaged one of the same step, from before a crash
+            target.rename(root / f"{_UNFINISHED}old-{target.name}")
+        work.rename(target)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise PathfmError(
+            f"checkpoint {target} cannot be written: {error}. Free space; the run resumes from "
+            "the one before"
+        ) from error
+    atomic_write_text(root / LAST, target.name + "\n")
+    for old in _folders(root)[keep_last:]:
+        # renamed first: a deletion cut short leaves nothing that looks like a checkpoint
+        old.rename(root / f"{_UNFINISHED}old-{old.name}")
+    _sweep(root)
+    return target
+
+
+def load_newest(root: Path) -> Checkpoint | None:
+    """The newest checkpoint whose every file is as it was written, or None where there is none."""
+    for folder in _folders(root):
+        try:
+            return load_checkpoint(folder)
+        except PathfmError as error:
+            _log.warning("skipped a checkpoint: %s", error)
+    return None
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """One checkpoint, verified; PathfmError says which file is damaged and how."""
+    damage = _damage(folder)
+    if damage:
+        raise PathfmError(f"checkpoint {folder} is damaged: {damage}. Use an earlier one")
+    state = json.loads((folder / STATE).read_text())
+    return Checkpoint(folder, int(state["step"]), load_file(folder / TENSORS), state)
+
+
+def digest_of(folder: Path) -> str:
+    """sha256 of a checkpoint's checksums: one name for all its bytes."""
+    return hashlib.sha256((folder / CHECKSUMS).read_bytes()).hexdigest()
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[Any]]:
+    """An optimizer's state as ("optimizer.<parameter>.<name>" -> tensor, JSON param groups)."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"optimizer.{index}.{name}": torch.as_tensor(value)
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[Any]
+) -> None:
+    """Give an optimizer over the same parameters what `pack_optimizer` took."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            index, _, key = rest.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _folders(root: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted((p for p in root.glob(f"{_PREFIX}*") if p.is_dir()), reverse=True)
+
+
+def _sweep(root: Path) -> None:
+    """Removes what an interrupted save or deletion left."""
+    for stale in root.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _write_checksums(folder: Path) -> None:
+    """checksums.json over all files, everything synced to disk."""
+    sums = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        _sync(path)
+        sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, _sha256(path)]
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+    for path in (folder / CHECKSUMS, folder):
+        _sync(path)
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a folder's files, or ""."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text())
+        for name, (size_bytes, digest) in sums.items():
+            path = folder / name
+            if path.stat().st_size != size_bytes:
+                return f"{name} has {path.stat().st_size:,} of {size_bytes:,} bytes"
+            if _sha256(path) != digest:
+                return f"{name} has other bytes than were written"
+        if not {TENSORS, STATE} <= set(sums):
+            return f"{CHECKSUMS} lists no {TENSORS}"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{CHECKSUMS} cannot be read ({error})"
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

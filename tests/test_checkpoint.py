@@ -1,0 +1,149 @@
+"""Checkpoints: what is saved comes back, what is damaged or half-written is never trusted."""
+
+import logging
+
+import pytest
+import torch
+
+from pathfm.checkpoint import (
+    digest_of,
+    load_checkpoint,
+    load_newest,
+    pack_optimizer,
+    save_checkpoint,
+    unpack_optimizer,
+)
+from pathfm.runtime import PathfmError
+
+
+def save(root, step, keep_last=3, **more):
+    tensors = {"student.w": torch.full((2, 3), float(step)), "criterion.center": torch.zeros(1, 4)}
+    return save_checkpoint(root, step, tensors, {"run_id": "abc"}, keep_last=keep_last, **more)
+
+
+def test_tensors_and_state_come_back(tmp_path):
+    path = save(tmp_path, 7)
+    loaded = load_newest(tmp_path)
+    assert loaded is not None
+    assert (loaded.step, loaded.state["run_id"], loaded.path) == (7, "abc", path)
+    assert torch.equal(loaded.tensors["student.w"], torch.full((2, 3), 7.0))
+    assert (tmp_path / "last").read_text().strip() == path.name
+    assert len(digest_of(path)) == 64
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert load_newest(tmp_path / "missing") is None
+
+
+def test_the_newest_are_kept_by_step_not_by_time(tmp_path):
+    for step in (2, 10, 100, 30):
+        save(tmp_path, step, keep_last=2)
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["last", "step_00000030", "step_00000100"]
+
+
+def _truncate(path):
+    data = (path / "tensors.safetensors").read_bytes()
+    (path / "tensors.safetensors").write_bytes(data[:-5])
+
+
+def _flip(path):
+    data = bytearray((path / "tensors.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "tensors.safetensors").write_bytes(data)
+
+
+def _lose(path):
+    (path / "state.json").unlink()
+
+
+def _lose_sums(path):
+    (path / "checksums.json").unlink()
+
+
+def _spoil_sums(path):
+    (path / "checksums.json").write_text("[1")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_truncate, "bytes"),
+        (_flip, "other bytes"),
+        (_lose, "state.json is missing"),
+        (_lose_sums, "checksums.json is missing"),
+        (_spoil_sums, "cannot be read"),
+    ],
+)
+def test_a_damaged_newest_is_skipped_with_a_warning(tmp_path, caplog, damage, words):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    damage(newest)
+    with caplog.at_level(logging.WARNING):
+        loaded = load_newest(tmp_path)
+    assert loaded is not None
+    assert loaded.step == 1
+    assert words in caplog.text
+    with pytest.raises(PathfmError, match="damaged"):
+        load_checkpoint(newest)
+
+
+def test_a_damaged_checkpoint_is_replaced_when_the_run_gets_there_again(tmp_path):
+    _flip(save(tmp_path, 2))
+    save(tmp_path, 2)
+    loaded = load_newest(tmp_path)
+    assert loaded is not None
+    assert loaded.step == 2
+
+
+def test_a_save_that_fails_half_way_leaves_the_one_before(tmp_path):
+    save(tmp_path, 1)
+
+    def full_disk(folder):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(PathfmError, match="No space left"):
+        save(tmp_path, 2, write_more=full_disk)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step_00000001"]
+
+
+def test_an_unfinished_folder_is_never_loaded_and_swept_by_the_next_save(tmp_path):
+    (tmp_path / ".unfinished-step_00000009").mkdir()
+    assert load_newest(tmp_path) is None
+    save(tmp_path, 10)
+    assert not list(tmp_path.glob(".unfinished*"))
+
+
+def test_files_the_caller_adds_are_checked_too(tmp_path):
+    path = save(tmp_path, 1, write_more=lambda folder: (folder / "more").write_text("x") and None)
+    assert load_newest(tmp_path) is not None
+    (path / "more").write_text("y")
+    assert load_newest(tmp_path) is None
+
+
+def test_an_optimizer_continues_bit_for_bit(tmp_path):
+    def train(weight, optimizer, steps):
+        for step in steps:
+            ((weight - step) ** 2).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def fresh():
+        weight = torch.nn.Parameter(torch.arange(5.0))
+        return weight, torch.optim.AdamW([weight], lr=0.1, weight_decay=0.3)
+
+    weight, optimizer = fresh()
+    train(weight, optimizer, range(3))
+    packed, groups = pack_optimizer(optimizer)
+    state = {"groups": groups}
+    save_checkpoint(tmp_path, 3, {"w": weight, **packed}, state, keep_last=1)
+    train(weight, optimizer, range(3, 6))
+
+    again, resumed = fresh()
+    loaded = load_newest(tmp_path)
+    assert loaded is not None
+    with torch.no_grad():
+        again.copy_(loaded.tensors["w"])
+    unpack_optimizer(resumed, loaded.tensors, loaded.state["groups"])
+    train(again, resumed, range(3, 6))
+    assert torch.equal(again, weight)

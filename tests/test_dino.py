@@ -1,0 +1,159 @@
+"""DINO: the loss against the paper written as loops in float64, the teacher, the frozen parts."""
+
+import math
+
+import pytest
+import torch
+from lightly.loss import DINOLoss
+
+from pathfm.backbone import load_backbone
+from pathfm.methods import build_method
+from pathfm.methods.settings import DinoSettings
+from pathfm.runtime import PathfmError
+
+SMALL = DinoSettings(out_dim=32, hidden_dim=16, bottleneck_dim=8)
+
+
+def method(settings=SMALL, steps=10, seed=0):
+    backbone = load_backbone("vit_tiny_patch16_224", "random", embed_dim=24, depth=1, num_heads=2)
+    return build_method("dino", backbone, settings, steps=steps, seed=seed)
+
+
+def views(n_local=2, batch=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [32, 32] + [16] * n_local
+    return [torch.randn(batch, 3, size, size, generator=generator) for size in sizes]
+
+
+def paper_loss(teacher, student, centre, teacher_temp, student_temp):
+    """Algorithm 1 and eq. 2-3 of the paper, view by view, image by image, prototype by prototype."""
+    total, terms = 0.0, 0
+    for i, t_view in enumerate(teacher):
+        for j, s_view in enumerate(student):
+            if i == j:
+                continue
+            terms += 1
+            for t, s in zip(t_view.tolist(), s_view.tolist(), strict=True):
+                p = [math.exp((a - c) / teacher_temp) for a, c in zip(t, centre, strict=True)]
+                q = [math.exp(b / student_temp) for b in s]
+                total -= sum(
+                    a / sum(p) * math.log(b / sum(q)) for a, b in zip(p, q, strict=True)
+                ) / len(t_view)
+    return total / terms
+
+
+def test_lightlys_loss_is_the_papers_and_so_is_its_centre():
+    generator = torch.Generator().manual_seed(0)
+    teacher = [torch.rand(3, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
+    student = [torch.rand(3, 6, generator=generator, dtype=torch.float64) for _ in range(4)]
+    criterion = DINOLoss(output_dim=6, student_temp=0.1, center_momentum=0.9).double()
+    centre = [0.0] * 6
+    for _ in range(3):
+        want = paper_loss(teacher, student, centre, 0.05, 0.1)
+        got = criterion(teacher, student, teacher_temp=0.05)
+        assert float(got) == pytest.approx(want, rel=1e-6)  # its temperature is a float32 tensor
+        rows = [row for view in teacher for row in view.tolist()]
+        batch_mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        centre = [0.9 * c + 0.1 * m for c, m in zip(centre, batch_mean, strict=True)]
+        assert criterion.center.flatten().tolist() == pytest.approx(centre, rel=1e-6)
+        teacher = [view.roll(1, dims=1) for view in teacher]
+
+
+def test_the_method_gives_the_loss_of_its_own_networks():
+    dino, crops = method(), views()
+    loss = dino.loss(crops, 2, step=0).detach()
+    with torch.no_grad():
+        head, backbone = dino.teacher["head"], dino.teacher["backbone"]
+        outputs = [head(backbone.embed(crop)).double() for crop in crops]
+    # at step 0 student and teacher are one network, and the centre is zero
+    want = paper_loss(outputs[:2], outputs, [0.0] * 32, 0.04, 0.1)
+    assert float(loss) == pytest.approx(want, rel=1e-5)
+
+
+def test_student_and_teacher_are_equal_at_the_start_and_share_no_memory():
+    dino = method()
+    pairs = list(zip(dino.student.parameters(), dino.teacher.parameters(), strict=True))
+    assert len(pairs) > 20
+    for student, teacher in pairs:
+        assert torch.equal(student, teacher)
+        assert student.data_ptr() != teacher.data_ptr()
+        assert not teacher.requires_grad
+
+
+def test_heads_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    first = method(seed=4).student["head"].state_dict()
+    torch.manual_seed(2)
+    again, other = (method(seed=s).student["head"].state_dict() for s in (4, 5))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["layers.0.weight"], other["layers.0.weight"])
+
+
+def test_the_teacher_is_the_moving_average_by_hand():
+    dino = method(DinoSettings(**(SMALL.model_dump() | {"ema": (0.5, 1.0)})), steps=3)
+    weight = dino.student["backbone"].vit.norm.bias
+    average = dino.teacher["backbone"].vit.norm.bias
+    expected = average.detach().clone()
+    for step, momentum in enumerate((0.5, 0.75, 1.0)):
+        with torch.no_grad():
+            weight += 1.0
+        expected = momentum * expected + (1 - momentum) * weight.detach()
+        dino.after_update(step)
+        torch.testing.assert_close(average.detach(), expected)
+
+
+def test_gradients_reach_the_student_only_and_not_the_frozen_patch_embedding():
+    dino = method()
+    dino.loss(views(), 2, step=0).backward()
+    assert all(p.grad is None for p in dino.teacher.parameters())
+    named = dict(dino.student["backbone"].vit.named_parameters())
+    assert named["patch_embed.proj.weight"].grad is None
+    assert named["blocks.0.attn.qkv.weight"].grad.abs().sum() > 0
+    assert dino.student["head"].last_layer.weight_v.grad.abs().sum() > 0
+
+
+def test_prototypes_stay_in_the_first_steps_only():
+    dino = method(DinoSettings(**(SMALL.model_dump() | {"freeze_last_layer_steps": 1})))
+    for step, frozen in ((0, True), (1, False)):
+        dino.loss(views(), 2, step).backward()
+        dino.before_update(step)
+        assert (dino.student["head"].last_layer.weight_v.grad is None) == frozen
+        assert dino.student["head"].layers[0].weight.grad is not None
+        dino.zero_grad(set_to_none=True)
+
+
+def test_the_loss_is_fp32_under_bf16_autocast():
+    dino = method()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = dino.loss(views(), 2, step=0).detach()
+    assert loss.dtype == torch.float32
+    assert dino.criterion.center.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(method().loss(views(), 2, step=0).detach()), rel=0.02)
+
+
+def test_a_uniform_and_a_one_hot_teacher_have_the_entropies_known():
+    dino = method()
+    uniform = dino._describe(torch.zeros(4, 32), 0.04)
+    assert float(uniform["teacher_entropy"]) == pytest.approx(math.log(32), rel=1e-6)
+    assert float(uniform["teacher_marginal_entropy"]) == pytest.approx(math.log(32), rel=1e-6)
+    apart = dino._describe(100.0 * torch.eye(4, 32), 0.04)
+    assert float(apart["teacher_entropy"]) == pytest.approx(0, abs=1e-6)
+    assert float(apart["teacher_marginal_entropy"]) == pytest.approx(math.log(4), rel=1e-6)
+    collapsed = dino._describe(100.0 * torch.eye(1, 32).expand(4, 32), 0.04)
+    assert float(collapsed["teacher_marginal_entropy"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_state_holds_the_centre_and_brings_it_back():
+    dino = method()
+    dino.loss(views(), 2, step=0)
+    state = {name: tensor.clone() for name, tensor in dino.state_dict().items()}
+    assert state["criterion.center"].abs().sum() > 0
+    other = method(seed=9)
+    other.load_state_dict(state)
+    loss, again = dino.loss(views(seed=1), 2, 1), other.loss(views(seed=1), 2, 1)
+    assert torch.equal(loss, again)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(PathfmError, match="choose dino"):
+        build_method("byol", load_backbone("vit_tiny_patch16_224", "random"), SMALL, 1, 0)
