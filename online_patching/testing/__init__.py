@@ -2,7 +2,9 @@
 
 layout.py       what lies where on a synthetic slide
 drawing.py      its pixels at any place and µm/px
-writers.py      the same as SVS, generic TIFF and OME-Zarr files
+textures.py     what it is woven from
+writers.py      the same as SVS and generic TIFF
+ome_zarr.py     the same as OME-Zarr
 demo_slides.py  the demo's slides, their truth, and patches of known class
 """
 
@@ -14,7 +16,8 @@ from online_patching.testing.demo import (
 )
 from online_patching.testing.drawing import StainLook, SyntheticSlide
 from online_patching.testing.layout import CLASS_NAMES
-from online_patching.testing.writers import write_ome_zarr, write_tiff
+from online_patching.testing.ome_zarr import write_ome_zarr
+from online_patching.testing.writers import write_tiff
 
 __all__ = [
     "CLASS_NAMES",

@@ -16,7 +16,8 @@ from PIL import Image
 from online_patching.philox import integers, words
 from online_patching.testing.drawing import SyntheticSlide
 from online_patching.testing.layout import CLASS_NAMES
-from online_patching.testing.writers import write_ome_zarr, write_tiff
+from online_patching.testing.ome_zarr import write_ome_zarr
+from online_patching.testing.writers import write_tiff
 
 TRUTH_MPP = 8.0
 _PATCH_STREAM = 7100

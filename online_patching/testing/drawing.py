@@ -11,7 +11,7 @@ Colours follow Beer-Lambert: concentrations of eosin and haematoxylin times thei
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +19,14 @@ from numpy.typing import NDArray
 from online_patching.philox import uniform, words
 from online_patching.testing.layout import (
     CLASS_NAMES,
-    KINDS,
     SIGNED_UM,
-    SPRITES_PER_KIND,
     STREAM,
     Array,
     Layout,
     f32,
     plan_layout,
 )
+from online_patching.testing.textures import TEXEL_UM, gather, nucleus_sprites, tables
 
 # Per class, in the order of CLASS_NAMES: eosin and haematoxylin between the nuclei, how much of the
 # fibre and of the grain texture shows, and how far cells are emptied to white vacuoles.
@@ -39,8 +38,6 @@ _VACUOLE = f32([0.0, 0.0, 0.0, 1.0, 0.0, 0.0])
 
 _BLOCK_PX = 512
 _FINEST_DRAWN_UM = 1.0  # coarser pictures are drawn at up to this and averaged
-_TABLE_PX = 1024
-_TEXEL_UM = 0.25
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ def _draw(
     y_um = np.asarray((y_px + np.arange(height_px) + 0.5) * mpp, np.float64)
     lattice = _Window(layout, x_um, y_um)
     shape = (height_px, width_px)
-    noise = _gather(_tables()["noise"], x_um, y_um, _TEXEL_UM)
+    noise = gather(tables()["noise"], x_um, y_um, TEXEL_UM)
     rgb = np.empty((*shape, 3), np.float32)
     if lattice.any_above(layout.cover, -2.0):
         eosin, blue = _concentrations(slide, lattice, x_um, y_um)
@@ -170,7 +167,7 @@ def _concentrations(
     slide: SyntheticSlide, lattice: _Window, x_um: NDArray[np.float64], y_um: NDArray[np.float64]
 ) -> tuple[Array, Array]:
     """Eosin and haematoxylin between the nuclei, (h, w) each."""
-    layout, tables = slide.layout, _tables()
+    layout, table = slide.layout, tables()
     cover = np.clip(lattice.fine(layout.cover) * np.float32(SIGNED_UM / 3.0) + 0.5, 0, 1)
     # The lattice is clamped at its ends: beyond the slide it would smear the last row.
     cover *= ((x_um > 0) & (x_um < slide.width_px0 * slide.mpp))[None]
@@ -178,14 +175,14 @@ def _concentrations(
     # Each slide starts elsewhere in the shared texture tables.
     shift_x, shift_y = uniform(words(slide.seed, [0], 0, STREAM["texture"], 2))[0] * 400.0
     x_um, y_um = x_um + shift_x, y_um + shift_y
-    grain = _gather(tables["grain"], x_um, y_um, _TEXEL_UM)
-    fibre = _gather(tables["fibre"], x_um, y_um, _TEXEL_UM)
-    crossing = _gather(tables["crossing"], x_um, y_um, _TEXEL_UM * 1.37)
+    grain = gather(table["grain"], x_um, y_um, TEXEL_UM)
+    fibre = gather(table["fibre"], x_um, y_um, TEXEL_UM)
+    crossing = gather(table["crossing"], x_um, y_um, TEXEL_UM * 1.37)
     fibre += (crossing - fibre) * lattice.fine(layout.direction)
     texture = fibre * lattice.mixed(_FIBRE)
     texture += grain * lattice.mixed(_GRAIN)
     if lattice.any_above(layout.weights[3], 0.02):
-        wall = _gather(tables["wall"], x_um, y_um, 0.5)
+        wall = gather(table["wall"], x_um, y_um, 0.5)
         cover = cover * (1 - lattice.mixed(_VACUOLE) * (1 - wall))
     cover = cover * lattice.fine(layout.thickness)
     eosin = lattice.mixed(_EOSIN) * np.maximum(1 + texture, 0.05) * cover
@@ -230,18 +227,9 @@ def _linear(positions: NDArray[np.float64], nodes: int) -> tuple[slice, Array]:
     return slice(start, stop), weights
 
 
-def _gather(
-    table: Array, x_um: NDArray[np.float64], y_um: NDArray[np.float64], texel_um: float
-) -> Array:
-    """(h, w) of a periodic table at places in µm, nearest texel."""
-    i = np.floor(y_um / texel_um).astype(np.int64) % table.shape[0]
-    j = np.floor(x_um / texel_um).astype(np.int64) % table.shape[1]
-    return f32(table.take(i, axis=0).take(j, axis=1))
-
-
 def _stamp_nuclei(blue: Array, layout: Layout, x_px: float, y_px: float, mpp: float) -> None:
     """Raises haematoxylin to each nucleus's own where that is darker: order does not matter."""
-    nuclei, sprites = layout.nuclei, _sprites(mpp)
+    nuclei, sprites = layout.nuclei, nucleus_sprites(mpp)
     height, width = blue.shape
     margin = max(s.shape[0] for s in sprites) // 2 + 1
     first, last = np.searchsorted(
@@ -259,97 +247,3 @@ def _stamp_nuclei(blue: Array, layout: Layout, x_px: float, y_px: float, mpp: fl
         if b > t and r > le:
             under = blue[t:b, le:r]
             np.maximum(under, sprite[t - top : b - top, le - left : r - left], out=under)
-
-
-# Per kind: radius and its spread (µm), elongation, haematoxylin, chromatin contrast, softness (µm).
-_LOOK_OF_KIND = {
-    "tumour": (4.4, 1.0, 1.35, 0.95, 0.55, 0.8),
-    "spindle": (3.3, 0.6, 2.9, 1.10, 0.25, 0.7),
-    "lymphocyte": (2.9, 0.3, 1.10, 1.50, 0.30, 0.6),
-    "debris": (1.4, 0.6, 1.30, 1.40, 0.10, 0.5),
-}
-
-
-@lru_cache(maxsize=16)
-def _sprites(mpp: float) -> tuple[Array, ...]:
-    """One square array of haematoxylin a nucleus shape, at `mpp`; same for every slide."""
-    grain = _tables()["grain"]
-    u = uniform(words(0, np.arange(len(KINDS) * SPRITES_PER_KIND), 0, STREAM["sprite"], 6))
-    sprites = []
-    for number, draw in enumerate(u):
-        radius, spread, stretch, dark, contrast, soft = _LOOK_OF_KIND[
-            KINDS[number // SPRITES_PER_KIND]
-        ]
-        radius_um = radius + spread * (2 * draw[0] - 1)
-        stretch = stretch * (1 + 0.25 * (draw[1] - 0.5))
-        long_um, short_um = radius_um * np.sqrt(stretch), radius_um / np.sqrt(stretch)
-        half_px = int(np.ceil((long_um + soft) / mpp))
-        at = np.arange(-half_px, half_px + 1) * mpp
-        cos, sin = np.cos(draw[2] * np.pi), np.sin(draw[2] * np.pi)
-        along, across = at[None] * cos + at[:, None] * sin, at[:, None] * cos - at[None] * sin
-        angle = np.arctan2(across, along)
-        wobble = 1 + 0.08 * np.sin(3 * angle + 6.3 * draw[3]) + 0.06 * np.sin(2 * angle + draw[4])
-        gap_um = (1 - np.hypot(along / long_um, across / short_um) / wobble) * short_um
-        # A pixel wider than the rim sees only part of it: soften by the pixel, keep the mass.
-        inside = np.clip(gap_um / max(soft, mpp) + 0.5, 0, 1)
-        rim = np.exp(-((gap_um / 0.9) ** 2)) * contrast
-        chromatin = _gather(grain, at + 97.0 * draw[3], at + 61.0 * draw[4], _TEXEL_UM * 0.7)
-        value = (
-            dark * (1 + 0.3 * (draw[5] - 0.5)) * (1 + contrast * (0.30 * chromatin - 0.25)) + rim
-        )
-        sprites.append(np.asarray(np.maximum(value, 0.2) * inside, np.float32))
-    return tuple(sprites)
-
-
-@lru_cache(maxsize=1)
-def _tables() -> dict[str, Array]:
-    """Periodic textures, (1024, 1024) each, mean 0 and sd 1 (wall: 0..1; noise: grey levels)."""
-    n = _TABLE_PX
-    white = uniform(words(0, np.arange(n), 0, STREAM["texture"], n)) - 0.5
-    waves = np.fft.rfft2(white)
-    fy, fx = np.fft.fftfreq(n)[:, None] / _TEXEL_UM, np.fft.rfftfreq(n)[None] / _TEXEL_UM
-
-    def filtered(gain: NDArray[np.float64]) -> Array:
-        made = np.fft.irfft2(waves * gain, s=(n, n))
-        made = (made - made.mean()) / made.std()
-        return f32(np.clip(made, -2.5, 2.5))
-
-    radial = np.hypot(fx, fy)
-    grain = filtered(np.exp(-((radial * 1.9) ** 2)) * (1 - np.exp(-((radial * 9.0) ** 2))))
-    streaks = filtered(
-        np.exp(-((fx * 22.0) ** 2) - (fy * 2.2) ** 2) * (1 - np.exp(-((fy * 14.0) ** 2)))
-    )
-    t = np.arange(n) * (2 * np.pi / n)
-    bent = np.rint(22 * np.sin(3 * t) + 9 * np.sin(7 * t + 1)).astype(np.int64)
-    rows = (np.arange(n)[:, None] + bent[None]) % n
-    fibre = np.take_along_axis(streaks, rows, axis=0)
-    return {
-        "grain": grain,
-        "fibre": fibre,
-        "crossing": np.ascontiguousarray(fibre.T[::-1]),
-        "wall": _fat_walls(),
-        "noise": (white * 5.0).astype(np.float32),
-    }
-
-
-def _fat_walls() -> Array:
-    """Walls between fat cells, 1 on a wall and 0 within: a Voronoi diagram on a torus of 512 µm."""
-    n, cells = _TABLE_PX, 9
-    jitter = uniform(words(0, np.arange(cells * cells), 1, STREAM["texture"], 2))
-    jitter = jitter.reshape(cells, cells, 2)
-    at = (np.arange(n) + 0.5) * (cells / n)
-    row = np.floor(at).astype(np.int64)
-    near = np.full((n, n), np.inf, np.float32)
-    second = near.copy()
-    for di in (-1, 0, 1):
-        for dj in (-1, 0, 1):
-            i, j = row + di, row + dj
-            seat = jitter[np.ix_(i % cells, j % cells)]
-            gap = np.hypot(
-                at[:, None] - i[:, None] - 0.15 - 0.7 * seat[..., 0],
-                at[None] - j[None] - 0.15 - 0.7 * seat[..., 1],
-            ).astype(np.float32)
-            second = np.minimum(second, np.maximum(near, gap))
-            near = np.minimum(near, gap)
-    gap_um = (second - near) * np.float32(0.5 * n / cells)
-    return np.asarray(np.exp(-((gap_um / 2.6) ** 2)), np.float32)

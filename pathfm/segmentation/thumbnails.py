@@ -10,60 +10,12 @@ glass. Opaque ink is not tissue, also where it lies on tissue. Folds are tissue.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFilter
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
 
-Array = NDArray[np.float32]
-Mask = NDArray[np.bool_]
-
-
-def _f32(values: ArrayLike) -> Array:
-    return np.asarray(values, np.float32)
-
-
-@dataclass
-class _Canvas:
-    """One thumbnail under work: float32 RGB 0..255, its truth, and its own random stream."""
-
-    rng: np.random.Generator
-    size: int
-    rgb: Array
-    truth: Mask
-
-    def chance(self, p: float) -> bool:
-        return bool(self.rng.random() < p)
-
-    def between(self, low: float, high: float) -> float:
-        return float(self.rng.uniform(low, high))
-
-    def noise(self, scale_px: float, octaves: int = 3, stretch: float = 1.0) -> Array:
-        """(size, size) smooth noise, mean 0, sd 1; `stretch` > 1 draws it out along x."""
-        total = np.zeros((self.size, self.size), np.float32)
-        for octave in range(octaves):
-            step = max(scale_px / 2**octave, 1.0)
-            ny = int(self.size / step) + 5
-            nx = int(self.size / (step * stretch)) + 5
-            drawn = Image.fromarray(self.rng.standard_normal((ny, nx), np.float32))
-            wide = drawn.resize(
-                (int(nx * step * stretch), int(ny * step)), Image.Resampling.BICUBIC
-            )
-            total += np.float32(0.5**octave) * np.asarray(wide)[: self.size, : self.size]
-        return np.asarray((total - total.mean()) / (total.std() + 1e-6), np.float32)
-
-    def plane(self) -> tuple[Array, Array]:
-        """Coordinates -1..1, turned by a random angle."""
-        at = np.linspace(-1, 1, self.size, dtype=np.float32)
-        angle = np.float32(self.between(0, 2 * np.pi))
-        u = at[None] * np.cos(angle) + at[:, None] * np.sin(angle)
-        v = at[:, None] * np.cos(angle) - at[None] * np.sin(angle)
-        return u.astype(np.float32), v.astype(np.float32)
-
-    def blend(self, colour: ArrayLike, alpha: ArrayLike) -> None:
-        a = _f32(alpha)
-        self.rgb += (_f32(colour) - self.rgb) * (a[..., None] if a.ndim else a)
+from pathfm.segmentation.canvas import Array, Canvas, Mask, f32
+from pathfm.segmentation.glass import lay_dirt, lay_frame, lay_glass, lay_ink
 
 
 def draw_thumbnail(seed: int, draw: int, size_px: int = 384) -> tuple[NDArray[np.uint8], Mask]:
@@ -73,66 +25,18 @@ def draw_thumbnail(seed: int, draw: int, size_px: int = 384) -> tuple[NDArray[np
     """
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, draw], np.uint64)))
     shape = (size_px, size_px)
-    canvas = _Canvas(rng, size_px, np.zeros((*shape, 3), np.float32), np.zeros(shape, np.bool_))
-    _glass(canvas)
+    canvas = Canvas(rng, size_px, np.zeros((*shape, 3), np.float32), np.zeros(shape, np.bool_))
+    lay_glass(canvas)
     signed = _outline(canvas)
     if (signed > 0).any():
         _tissue(canvas, signed)
-    _dirt(canvas)
-    _ink(canvas)
-    _frame(canvas)
+    lay_dirt(canvas)
+    lay_ink(canvas)
+    lay_frame(canvas)
     return _camera(canvas), canvas.truth
 
 
-# --- glass ----------------------------------------------------------------------------------------
-
-_GLASS = _f32([(246, 246, 246), (238, 238, 240), (240, 238, 252), (250, 250, 250), (249, 243, 224),
-     (240, 232, 214), (232, 236, 244), (244, 238, 240), (226, 226, 228), (236, 244, 238)])  # fmt: skip
-
-
-def _glass(c: _Canvas) -> None:
-    base = _GLASS[c.rng.integers(len(_GLASS))] + c.rng.normal(0, 3, 3).astype(np.float32)
-    c.rgb[:] = base
-    if c.chance(0.6):  # uneven light
-        c.rgb += (c.noise(c.size / 2, 1) * c.between(0.5, 4))[..., None]
-    if c.chance(0.25):  # grime without colour or with a little
-        speckle = np.maximum(c.noise(c.between(3, 12), 3) - c.between(0.3, 1.6), 0)
-        c.rgb -= speckle[..., None] * c.rng.uniform(2, 14, 3).astype(np.float32)
-    if c.chance(0.25):
-        _smudges(c)
-    if c.chance(0.35):
-        _seams(c)
-
-
-def _smudges(c: _Canvas) -> None:
-    """Pale stains on the glass with soft or sharp edges: mountant, drops of dye, finger marks."""
-    field = c.noise(c.between(8, 45), 3) - c.between(1.0, 2.2)
-    alpha = np.clip(field * c.between(1, 12), 0, 1) * c.between(0.2, 1)
-    tint = np.float32(c.between(2, 9)) * (1 + c.rng.uniform(-0.5, 0.5, 3).astype(np.float32))
-    c.rgb -= alpha[..., None] * tint
-
-
-def _seams(c: _Canvas) -> None:
-    """Stitching: blocks of slightly other brightness, thin lines between some of them."""
-    step = int(c.between(24, 150))
-    x0, y0 = (int(c.between(0, step)) for _ in range(2))
-    n = c.size // step + 2
-    blocks = c.rng.normal(0, c.between(0.5, 3.5), (n, n, 1)).astype(np.float32)
-    grown = blocks.repeat(step, 0).repeat(step, 1)
-    c.rgb += grown[y0 : y0 + c.size, x0 : x0 + c.size]
-    if c.chance(0.5):
-        depth = c.between(1, 9)
-        c.rgb[(np.arange(c.size) + y0) % step == 0] -= depth
-        c.rgb[:, (np.arange(c.size) + x0) % step == 0] -= depth * c.between(0, 1)
-    if c.chance(0.4):  # areas that were not scanned, filled with white
-        blank = (c.rng.random((n, n, 1)) < 0.3).repeat(step, 0).repeat(step, 1)
-        c.rgb[blank[y0 : y0 + c.size, x0 : x0 + c.size, 0]] = c.between(243, 255)
-
-
-# --- where tissue is ------------------------------------------------------------------------------
-
-
-def _outline(c: _Canvas) -> Array:
+def _outline(c: Canvas) -> Array:
     """Signed field, > 0 on tissue, in units of half the picture."""
     kinds = ("blob", "pieces", "band", "ring", "cores", "full", "empty")
     kind = kinds[int(c.rng.choice(7, p=(0.38, 0.13, 0.12, 0.06, 0.06, 0.16, 0.09)))]
@@ -170,15 +74,13 @@ def _outline(c: _Canvas) -> Array:
     return np.asarray(signed, np.float32)
 
 
-# --- what tissue looks like -----------------------------------------------------------------------
-
 # Optical densities of two stains at concentration 1, and how strong each usually is.
 _STAINS: tuple[tuple[float, tuple[float, ...], tuple[float, ...], float, float], ...] = (
-    (0.55, (0.22, 0.80, 0.56), (0.56, 0.72, 0.41), 1.0, 1.0),  # eosin, haematoxylin
+    (0.52, (0.22, 0.80, 0.56), (0.56, 0.72, 0.41), 1.0, 1.0),  # eosin, haematoxylin
     (0.09, (0.27, 0.57, 0.78), (0.65, 0.60, 0.35), 0.6, 0.6),  # DAB brown, haematoxylin
     (0.05, (0.10, 0.15, 0.20), (0.50, 0.40, 0.25), 0.5, 0.35),  # pale IHC: counterstain only
     (0.05, (0.20, 0.75, 0.65), (0.80, 0.50, 0.20), 0.8, 0.9),  # Masson: red, blue
-    (0.04, (0.25, 0.45, 0.80), (0.70, 0.80, 0.90), 1.0, 0.7),  # silver: gold to black
+    (0.08, (0.20, 0.45, 0.95), (0.70, 0.80, 0.90), 1.0, 0.7),  # silver: gold to black
     (0.05, (0.85, 0.65, 0.30), (0.90, 0.75, 0.35), 0.8, 1.0),  # Giemsa: deep blue
     (0.05, (0.30, 0.80, 0.35), (0.60, 0.65, 0.35), 0.9, 0.6),  # PAS: magenta
     (0.04, (0.35, 0.25, 0.12), (0.60, 0.55, 0.20), 0.5, 0.6),  # Luxol, cresyl: pale blue
@@ -187,19 +89,19 @@ _STAINS: tuple[tuple[float, tuple[float, ...], tuple[float, ...], float, float],
 )
 
 
-def _stain(c: _Canvas) -> tuple[Array, Array, float, float]:
+def _stain(c: Canvas) -> tuple[Array, Array, float, float]:
     chances = np.array([row[0] for row in _STAINS])
     number = int(c.rng.choice(len(_STAINS), p=chances / chances.sum()))
     _, first, second, a, b = _STAINS[number]
     spread = 0.6 if number == len(_STAINS) - 1 else 0.13
     one, two = (
-        _f32(od) * (1 + c.rng.uniform(-spread, spread, 3).astype(np.float32))
+        f32(od) * (1 + c.rng.uniform(-spread, spread, 3).astype(np.float32))
         for od in (first, second)
     )
     return one, two, a, b
 
 
-def _tissue(c: _Canvas, signed: Array) -> None:
+def _tissue(c: Canvas, signed: Array) -> None:
     one, two, strong_one, strong_two = _stain(c)
     # Pale, usual, and now and then as dark as ink.
     kind = int(np.searchsorted((0.2, 0.92), c.between(0, 1), side="right"))
@@ -229,7 +131,7 @@ def _tissue(c: _Canvas, signed: Array) -> None:
     c.truth |= truth
 
 
-def _pattern(c: _Canvas) -> Array:
+def _pattern(c: Canvas) -> Array:
     """Texture of cells at thumbnail scale."""
     kind = int(c.rng.integers(5))
     if kind == 0:
@@ -243,7 +145,7 @@ def _pattern(c: _Canvas) -> Array:
     return c.noise(c.between(2, 8), 3)
 
 
-def _openings(c: _Canvas) -> tuple[Array, Array]:
+def _openings(c: Canvas) -> tuple[Array, Array]:
     """What is white within tissue: small openings that stay tissue (0..1), and wide ones (0..1)."""
     holes = np.zeros((c.size, c.size), np.float32)
     if c.chance(0.4):  # sinusoids, small clefts
@@ -263,7 +165,7 @@ def _openings(c: _Canvas) -> tuple[Array, Array]:
     return holes, np.asarray(lumens, np.float32)
 
 
-def _walls(c: _Canvas, cell_px: float) -> Array:
+def _walls(c: Canvas, cell_px: float) -> Array:
     """Distance (px) to the nearest wall of a Voronoi net of cells about `cell_px` wide."""
     n = int(c.size / cell_px) + 3
     seats = c.rng.random((n, n, 2), np.float32) * 0.8 + 0.1
@@ -283,114 +185,14 @@ def _walls(c: _Canvas, cell_px: float) -> Array:
     return np.asarray((second - near) * (cell_px / 2), np.float32)
 
 
-def _fold(c: _Canvas) -> Array:
+def _fold(c: Canvas) -> Array:
     u, v = c.plane()
     across = (u - c.between(-0.6, 0.6)) * c.size / 2 + 8 * c.noise(60, 1)
     band = np.exp(-((across / c.between(1, 4)) ** 2)) * (np.abs(v - c.between(-0.5, 0.5)) < 0.5)
     return np.asarray(1 + c.between(0.4, 1.4) * band, np.float32)
 
 
-# --- what lies on the glass -----------------------------------------------------------------------
-
-
-def _stroke(c: _Canvas, points: NDArray[np.float64], width_px: float) -> Array:
-    """(size, size) 0..1 coverage of a line through points (n, 2)."""
-    picture = Image.new("L", (c.size, c.size))
-    brush = ImageDraw.Draw(picture)
-    brush.line([tuple(p) for p in points.tolist()], fill=255, width=max(1, round(width_px)))
-    if width_px >= 3:
-        for x, y in points.tolist():
-            r = width_px / 2
-            brush.ellipse((x - r, y - r, x + r, y + r), fill=255)
-    blurred = picture.filter(ImageFilter.GaussianBlur(0.6))
-    return _f32(np.asarray(blurred, np.float32) / 255)
-
-
-def _curve(c: _Canvas, reach: float) -> NDArray[np.float64]:
-    """(40, 2) points of a bent line somewhere in the picture."""
-    start = c.rng.uniform(-0.1, 1.1, 2)
-    end, bend = start + c.rng.normal(0, reach, 2), start + c.rng.normal(0, reach, 2)
-    t = np.linspace(0, 1, 40)[:, None]
-    return np.asarray(((1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end) * c.size)
-
-
-def _dirt(c: _Canvas) -> None:
-    """Dust, hairs, bubbles, the edge of a coverslip: none is tissue, little of it hides any."""
-    if c.chance(0.6):
-        picture = Image.new("L", (c.size, c.size))
-        brush = ImageDraw.Draw(picture)
-        for _ in range(int(c.between(1, 1 + 60 ** c.between(0.3, 1)))):
-            x, y = c.rng.uniform(0, c.size, 2)
-            rx, ry = c.rng.uniform(0.3, c.between(0.6, 5.0), 2)
-            brush.ellipse((x - rx, y - ry, x + rx, y + ry), fill=int(c.between(90, 255)))
-        tone = np.float32(c.between(20, 150)) + c.rng.normal(0, 14, 3).astype(np.float32)
-        c.blend(tone, np.asarray(picture.filter(ImageFilter.GaussianBlur(0.5)), np.float32) / 255)
-    for _ in range(int(c.between(1, 4)) if c.chance(0.2) else 0):
-        tone = np.float32(c.between(60, 190)) + c.rng.normal(0, 10, 3).astype(np.float32)
-        c.blend(tone, _stroke(c, _curve(c, 0.25), 1) * c.between(0.3, 0.9))
-    for _ in range(int(c.between(1, 5)) if c.chance(0.15) else 0):
-        u, v = c.plane()
-        r = np.hypot(u - c.between(-1, 1), v - c.between(-1, 1)) - c.between(0.03, 0.4)
-        ring = np.exp(-((r * c.size / 2 / c.between(0.7, 2)) ** 2))
-        c.blend(_f32([120, 120, 125]), ring * c.between(0.2, 0.8))
-        c.rgb += ((r < 0) * c.between(-6, 4))[..., None].astype(np.float32)
-    if c.chance(0.12):
-        u, _ = c.plane()
-        away = (u - c.between(-0.95, 0.95)) * c.size / 2
-        line = np.exp(-((away / c.between(0.7, 2.5)) ** 2)) * c.between(0.2, 0.9)
-        c.blend(np.float32(c.between(40, 170)), line)
-        c.rgb -= (np.float32(c.between(0, 14)) * (away > 0))[..., None]
-
-
-_INKS = _f32([(20, 130, 95), (30, 70, 170), (25, 25, 28), (200, 25, 40), (0, 90, 60), (60, 120, 210),
-     (225, 70, 70), (30, 30, 80), (240, 190, 40), (90, 40, 120)])  # fmt: skip
-
-
-def _ink(c: _Canvas) -> None:
-    """Marker: often along the tissue, sometimes over it, sometimes dry and streaky."""
-    if not c.chance(0.3):
-        return
-    ink = _INKS[c.rng.integers(len(_INKS))] + c.rng.normal(0, 12, 3).astype(np.float32)
-    for _ in range(int(c.between(1, 4))):
-        alpha = _stroke(c, _curve(c, c.between(0.2, 0.7)), c.between(3, 26))
-        opacity = c.between(0.5, 0.97)
-        if c.chance(0.4):  # a dry pen: tissue shows through and stays tissue
-            alpha = alpha * np.clip(0.6 + 0.5 * c.noise(c.between(2, 8), 2), 0, 1)
-        else:
-            c.truth &= ~(alpha * opacity > 0.6)
-        c.blend(ink, alpha * opacity)
-
-
-def _frame(c: _Canvas) -> None:
-    """Letterboxes of pure white, black scanner padding, tilted black corners, scan marks."""
-    if c.chance(0.22):
-        tone = float(c.rng.choice([255, 255, 255, 0, 240]))
-        for side in range(4):
-            if c.chance(0.5):
-                depth = int(c.between(0.02, 0.35) * c.size)
-                if c.chance(0.5):  # a rim where the scanned part ends
-                    rim = _strip(side, depth + int(c.between(1, 14)))
-                    c.rgb[rim] -= c.rng.uniform(-3, 14, 3).astype(np.float32)
-                c.rgb[_strip(side, depth)] = tone
-                c.truth[_strip(side, depth)] = False
-    if c.chance(0.07):
-        u, _ = c.plane()
-        corner = u > c.between(0.75, 1.25)
-        c.rgb[corner] = c.between(0, 12) if c.chance(0.7) else c.between(120, 190)
-        c.truth[corner] = False
-    if c.chance(0.08):
-        x, y = c.rng.integers(0, c.size - 8, 2)
-        c.rgb[y : y + 3, x : x + 7] = 10
-        c.truth[y : y + 3, x : x + 7] = False
-
-
-def _strip(side: int, depth_px: int) -> tuple[slice, slice]:
-    """The first or last rows (side 0, 1) or columns (side 2, 3) of a picture."""
-    part = slice(-depth_px, None) if side % 2 else slice(depth_px)
-    return (part, slice(None)) if side < 2 else (slice(None), part)
-
-
-def _camera(c: _Canvas) -> NDArray[np.uint8]:
+def _camera(c: Canvas) -> NDArray[np.uint8]:
     """Sensor noise, and focus or sharpening."""
     if c.chance(0.5):
         c.rgb += c.rng.normal(0, c.between(0.3, 3), c.rgb.shape).astype(np.float32)
