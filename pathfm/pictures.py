@@ -106,8 +106,9 @@ def jpeg_data_uri(picture: RgbArray | Image.Image, quality: int = 80, max_px: in
 
     Only pixels travel: no EXIF, no comment, no file name.
     """
-    image = picture.copy() if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    image = image.convert("RGB")
+    if isinstance(picture, Image.Image):
+        picture = np.asarray(picture.convert("RGB"))  # leaves comments and EXIF behind
+    image = Image.fromarray(picture)
     if max_px:
         image.thumbnail((max_px, max_px), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -48,7 +48,7 @@ _NAME = re.compile(r"^[\w./ :-]{1,250}$")
 _SECRET_NAME = re.compile(
     r"(^|[._-])(password|passwd|secret|token|api_?key|access_?key)s?$", re.IGNORECASE
 )
-_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/@]*@)?([^\s?#]*)(?:[?#]\S*)?")
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/?#]*@)?([^\s?#]*)(?:[?#]\S*)?")
 _client_lock = threading.Lock()
 
 
@@ -124,7 +124,7 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of the run, `pending-...` while no server has answered: resume with either."""
+        """MLflow's id, or `pending-...` while no server has answered; both resume the run."""
         return self._journal.run_id
 
     def log(self, step: int, **metrics: float) -> None:
