@@ -200,7 +200,9 @@ class _Worker:
         )
         paths = _paths(self.config.corpus, index.slide_id)
         atomic_write_bytes(paths["thumbnail"], _jpeg(Image.fromarray(thumbnail)))
-        atomic_write_bytes(paths["overlay"], _jpeg(outline(thumbnail, tissue)))
+        line_px = max(2, max(thumbnail.shape) // 400)  # seen when the page shrinks the picture
+        overlay = outline(thumbnail, tissue, width_px=line_px)
+        atomic_write_bytes(paths["overlay"], _jpeg(overlay))
         mask.save(paths["mask"])
         atomic_write_text(
             paths["facts"], json.dumps(asdict(row), indent=1) + "\n"

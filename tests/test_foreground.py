@@ -16,8 +16,8 @@ from pathfm.foreground import ForegroundConfig, mask_mpp, run
 from pathfm.runtime import PathfmError
 from pathfm.segmentation.tidy import mask_iou
 
-WIDE = SyntheticSlide(seed=21, width_px0=1501, height_px0=1103, mpp=2.161, pen=False)
-COARSE = SyntheticSlide(seed=22, width_px0=301, height_px0=420, mpp=7.9, pen=False)
+WIDE = SyntheticSlide(seed=21, width_px0=1501, height_px0=1103, mpp=1.161, pen=False)
+COARSE = SyntheticSlide(seed=22, width_px0=181, height_px0=250, mpp=7.9, pen=False)
 
 
 def _add(corpus: Path, slide_file: Path, mpp: float | None = None) -> None:
@@ -92,7 +92,7 @@ def test_a_table_a_page_and_the_packed_corpus_are_written(corpus, capsys):
     assert "left out" in said
     with (corpus / "foreground.csv").open() as handle:
         rows = {row["slide_id"]: row for row in csv.DictReader(handle)}
-    assert float(rows["wide"]["tissue_mm2"]) > 1
+    assert float(rows["wide"]["tissue_mm2"]) > 0.4
     assert 0 < float(rows["wide"]["baseline_iou"]) <= 1
     assert rows["empty"]["reason"].startswith("no tissue")
     page = result.page.read_text()
@@ -115,16 +115,16 @@ def test_a_rerun_skips_what_is_done_and_only_that(corpus, slide_files):
     assert all(s.reused for s in again.slides)
     assert _stamps(corpus) == before
     (corpus / "masks" / "coarse.png").write_bytes(b"damaged")
-    ForegroundMask.from_array(np.ones((5, 7), bool), (1501, 1103), (2.161, 2.161)).save(
+    ForegroundMask.from_array(np.ones((5, 7), bool), (1501, 1103), (1.161, 1.161)).save(
         corpus / "masks" / "wide.png"  # a whole mask, but not the one the facts vouch for
     )
     third = {s.slide_id: s for s in run(config).slides}
     assert {name for name, s in third.items() if s.reused} == {"empty"}
-    _add(corpus, slide_files["wide"], mpp=1.5)  # the override table was mended
+    _add(corpus, slide_files["wide"], mpp=1.0)  # the override table was mended
     fourth = {s.slide_id: s for s in run(config).slides}
     assert {name for name, s in fourth.items() if s.reused} == {"empty", "coarse"}
     ratio = fourth["wide"].tissue_mm2 / third["wide"].tissue_mm2
-    assert ratio == pytest.approx((1.5 / 2.161) ** 2, rel=0.25)
+    assert ratio == pytest.approx((1.0 / 1.161) ** 2, rel=0.25)
     fifth = run(ForegroundConfig(corpus=corpus, threshold=0.6))
     assert not any(s.reused for s in fifth.slides)
 
@@ -132,7 +132,7 @@ def test_a_rerun_skips_what_is_done_and_only_that(corpus, slide_files):
 def test_an_interrupted_slide_leaves_nothing_a_rerun_would_trust(corpus, monkeypatch):
     run(ForegroundConfig(corpus=corpus))
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(foreground, "outline", interrupted)
@@ -152,7 +152,7 @@ def test_a_slide_that_cannot_be_read_is_listed_and_the_rest_goes_on(corpus, slid
     size, stamp = broken.stat().st_size, broken.stat().st_mtime_ns
     with broken.open("r+b") as handle:  # damaged after it was indexed, unnoticed by size and time
         handle.seek(size // 4)
-        handle.write(bytes(size // 2))
+        handle.write(bytes(size - size // 4))
     os.utime(broken, ns=(stamp, stamp))
     rows = {s.slide_id: s for s in run(ForegroundConfig(corpus=corpus)).slides}
     assert rows["broken"].reason
@@ -181,7 +181,7 @@ def test_a_large_slide_gets_a_coarser_mask_and_is_told(corpus, capsys):
     row = {s.slide_id: s for s in result.slides}["wide"]
     mask = ForegroundMask.load(corpus / "masks" / "wide.png")
     assert (mask.width, mask.height) == (100, 73)
-    assert row.mask_mpp == pytest.approx(1501 * 2.161 / 100)
+    assert row.mask_mpp == pytest.approx(1501 * 1.161 / 100)
     assert "coarser than 8 µm/px" in capsys.readouterr().out
 
 
