@@ -46,11 +46,15 @@ def test_level_0_equals_openslide_anywhere_on_every_real_slide(real_slides, name
             assert (ours[inside] == theirs[..., :3][inside]).all(), place
             w, h = index.dimensions
             outside = np.ones((224, 224), bool)
-            outside[max(0, -place[1]) : max(0, h - place[1]), max(0, -place[0]) : max(0, w - place[0])] = False
+            outside[
+                max(0, -place[1]) : max(0, h - place[1]), max(0, -place[0]) : max(0, w - place[0])
+            ] = False
             assert (ours[outside] == 255).all()
 
 
-@pytest.mark.parametrize("name", [n for n in REAL_TIFFS if n not in ("CMU-1-Small-Region", "openslide_small")])
+@pytest.mark.parametrize(
+    "name", [n for n in REAL_TIFFS if n not in ("CMU-1-Small-Region", "openslide_small")]
+)
 def test_other_levels_equal_tifffile_at_the_rounded_offset(real_slides, name):
     index = real_slides[name]
     assert len(index.levels) == 3
@@ -63,26 +67,36 @@ def test_other_levels_equal_tifffile_at_the_rounded_offset(real_slides, name):
             assert (page.imagewidth, page.imagelength) == (level.width_px, level.height_px)
             whole = page.asarray()
             for x0, y0 in places(index, 10, 224):
-                x, y = (int(np.floor(v / d + 0.5)) for v, d in ((x0, level.downsample_x), (y0, level.downsample_y)))
+                x, y = (
+                    int(np.floor(v / d + 0.5))
+                    for v, d in ((x0, level.downsample_x), (y0, level.downsample_y))
+                )
                 ours = slide.read_region((x0, y0), number, (96, 80))
                 cut = whole[max(0, y) : max(0, y + 80), max(0, x) : max(0, x + 96)]
                 seen = ours[max(0, -y) :, max(0, -x) :][: cut.shape[0], : cut.shape[1]]
                 assert (seen == cut).all()
 
 
-def area_average(pixels: np.ndarray, window: tuple[float, float, float, float], size: int) -> np.ndarray:
+def area_average(
+    pixels: np.ndarray, window: tuple[float, float, float, float], size: int
+) -> np.ndarray:
     """The exact mean over each output pixel's footprint, in float64: the textbook definition."""
 
     def weights(low: float, high: float, n: int) -> np.ndarray:
         edges = np.linspace(low, high, size + 1)
         cells = np.arange(n)
-        return np.clip(
-            np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells), 0, None
-        ) / np.diff(edges)[:, None]
+        return (
+            np.clip(
+                np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells),
+                0,
+                None,
+            )
+            / np.diff(edges)[:, None]
+        )
 
     left, top, right, bottom = window
     wy, wx = weights(top, bottom, pixels.shape[0]), weights(left, right, pixels.shape[1])
-    return np.einsum("yr,rcd,xc->yxd", wy, pixels.astype(np.float64), wx)
+    return np.einsum("yr,rcd,xc->yxd", wy, pixels.astype(np.float64), wx, optimize=True)
 
 
 MEAN_BOUND, WORST_BOUND = 4.0, 64.0
@@ -90,7 +104,9 @@ MEAN_BOUND, WORST_BOUND = 4.0, 64.0
 triangle filter is smoother at hard edges. Measured on the real slides: docs/path.md."""
 
 
-@pytest.mark.parametrize("name", ["molluscum_skin_HE", "CMU-1-Small-Region", "hpylori_stomach_HE_half"])
+@pytest.mark.parametrize(
+    "name", ["molluscum_skin_HE", "CMU-1-Small-Region", "hpylori_stomach_HE_half"]
+)
 @pytest.mark.parametrize("times", [1.03, 1.37, 2.0, 3.3])
 def test_exact_mpp_reads_lie_close_to_a_float64_area_average(real_slides, name, times):
     index = real_slides[name]
@@ -99,7 +115,9 @@ def test_exact_mpp_reads_lie_close_to_a_float64_area_average(real_slides, name, 
         for _ in range(4):
             x, y = rng.uniform(200, 900, 2)
             mpp, size = index.mpp * times, 112
-            ours = slide.read_patch(x_um=x * index.mpp_x, y_um=y * index.mpp_y, mpp=mpp, size_px=size)
+            ours = slide.read_patch(
+                x_um=x * index.mpp_x, y_um=y * index.mpp_y, mpp=mpp, size_px=size
+            )
             left, top = int(x), int(y)
             side = int(size * times) + 3
             around = slide.read_box(0, Box(left, top, left + side, top + side))
@@ -116,7 +134,9 @@ def test_a_patch_between_levels_is_where_it_should_be():
     from tests.test_plan import level
 
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (256, 256, 3))
-    plan = plan_window(level(256, 256, (256, 256)), 0, (20.3, 20.3, 20.3 + 90.9, 20.3 + 90.9), (60, 60))
+    plan = plan_window(
+        level(256, 256, (256, 256)), 0, (20.3, 20.3, 20.3 + 90.9, 20.3 + 90.9), (60, 60)
+    )
     canvas = ramp[plan.box.top : plan.box.bottom, plan.box.left : plan.box.right]
     expected = 20.3 + (np.arange(60) + 0.5) * 90.9 / 60 - 0.5
     assert np.abs(resample(plan, np.ascontiguousarray(canvas))[30, :, 0] - expected).max() <= 0.51
@@ -136,7 +156,9 @@ def test_synthetic_slides_with_ragged_edges_and_odd_downsamples_equal_openslide(
         for place in places(index, 15, 200):
             theirs = np.asarray(oracle.read_region(place, 0, (200, 200)))
             inside = theirs[..., 3] == 255
-            assert (slide.read_region(place, 0, (200, 200))[inside] == theirs[..., :3][inside]).all()
+            assert (
+                slide.read_region(place, 0, (200, 200))[inside] == theirs[..., :3][inside]
+            ).all()
 
 
 def test_label_and_macro_are_never_part_of_the_slide(small_indexes):
@@ -155,7 +177,11 @@ def test_ome_zarr_equals_zarr_python(tmp_path, version, compressor, channel_chun
         compressor=compressor, channel_chunk=channel_chunk, downsamples=(4.0,),
     )  # fmt: skip
     index = read_slide_index(str(path))
-    assert (index.dimensions, index.mpp_source, index.container) == ((700, 500), "ome metadata", "ome-zarr")
+    assert (index.dimensions, index.mpp_source, index.container) == (
+        (700, 500),
+        "ome metadata",
+        "ome-zarr",
+    )
     assert index.mpp == pytest.approx(0.351)
     group = zarr.open_group(str(path), mode="r")
     with Slide(index) as slide:
@@ -167,7 +193,11 @@ def test_ome_zarr_equals_zarr_python(tmp_path, version, compressor, channel_chun
 
 def test_a_sharded_zarr_is_refused_with_its_reason(tmp_path):
     path = write_ome_zarr(
-        tmp_path / "s.ome.zarr", SyntheticSlide(4, 700, 500), version="0.5", chunk_px=128, shard_px=256
+        tmp_path / "s.ome.zarr",
+        SyntheticSlide(4, 700, 500),
+        version="0.5",
+        chunk_px=128,
+        shard_px=256,
     )
     with pytest.raises(errors.UnsupportedSlideError, match="shard"):
         read_slide_index(str(path))
@@ -237,7 +267,9 @@ def test_an_svs_without_mpp_takes_the_override(tmp_path):
 
 
 def test_a_generic_tiff_takes_its_mpp_from_the_resolution_tag(tmp_path):
-    path = write_tiff(tmp_path / "g.tif", SyntheticSlide(5, 600, 400, mpp=0.2743), flavour="generic")
+    path = write_tiff(
+        tmp_path / "g.tif", SyntheticSlide(5, 600, 400, mpp=0.2743), flavour="generic"
+    )
     index = read_slide_index(str(path))
     assert index.mpp_source == "resolution tag"
     assert index.mpp == pytest.approx(0.2743, rel=1e-4)
@@ -249,7 +281,9 @@ def test_an_index_survives_the_disk_and_keeps_no_secret(tmp_path, small_indexes)
         again = SlideIndex.load(tmp_path / "i.index")
         assert again.digest == index.digest
         with Slide(again) as a, Slide(index) as b:
-            assert (a.read_region((40, 30), 0, (300, 200)) == b.read_region((40, 30), 0, (300, 200))).all()
+            assert (
+                a.read_region((40, 30), 0, (300, 200)) == b.read_region((40, 30), 0, (300, 200))
+            ).all()
     for keep in (0, 10, 200, -8):
         data = (tmp_path / "i.index").read_bytes()
         (tmp_path / "cut.index").write_bytes(data[:keep])
@@ -270,6 +304,8 @@ def test_the_tile_bytes_read_are_the_bytes_of_the_tiles_touched(small_indexes):
     with Slide(index) as slide:
         slide.read_box(0, Box(200, 200, 700, 500))  # columns 0-2, rows 0-1 of 256 px tiles
         level = index.levels[0]
-        touched = [level.byte_range(row * level.columns + col) for row in (0, 1) for col in (0, 1, 2)]
+        touched = [
+            level.byte_range(row * level.columns + col) for row in (0, 1) for col in (0, 1, 2)
+        ]
         assert slide.stats.bytes_read == slide.stats.bytes_wanted == sum(b - a for a, b in touched)
         assert slide.stats.tiles == 6

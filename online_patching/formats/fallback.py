@@ -6,6 +6,7 @@ so: its container is the reader's name and its levels have no tile rows.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import select
@@ -174,4 +175,5 @@ def worker() -> RegionWorker:
     with _worker_lock:
         if _worker is None or _worker.pid != os.getpid():
             _worker = RegionWorker()
+            atexit.register(_worker.close)
         return _worker

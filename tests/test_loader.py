@@ -1,0 +1,215 @@
+"""The stream is the same however it is made, resumed or split; damage is replaced and counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from multiprocessing import active_children
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from online_patching import ForegroundMask, PatchLoader, PatchSampler, SlideIndex, errors, read_slide_index
+from online_patching.testing import SyntheticSlide, write_tiff
+from online_patching.torch_dataset import PatchDataset
+
+
+@pytest.fixture(scope="module")
+def sampler(small_indexes: list[SlideIndex]) -> PatchSampler:
+    masks = [ForegroundMask.everything(index) for index in small_indexes]
+    return PatchSampler(small_indexes, masks, size_px=80, mpp=[0.3, 0.5, 1.0], seed=3)
+
+
+def take(loader: PatchLoader, n: int) -> list[np.ndarray]:
+    return [loader.next_batch().pixels for _ in range(n)]
+
+
+def assert_same_pixels(a: list[np.ndarray], b: list[np.ndarray]) -> None:
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def reference(sampler: PatchSampler) -> list[np.ndarray]:
+    with PatchLoader(sampler, 6, threads=1, prefetch=1) as loader:
+        return take(loader, 10)
+
+
+@pytest.mark.parametrize("options", [{"threads": 4, "prefetch": 4}, {"workers": 1}, {"workers": 3, "prefetch": 1}])
+def test_threads_and_processes_deliver_the_same_stream(sampler, reference, options):
+    with PatchLoader(sampler, 6, **options) as loader:
+        assert_same_pixels(take(loader, 10), reference)
+        assert loader.stats.patches == 60
+        assert loader.stats.tiles > 60
+    assert not active_children()
+
+
+def test_refs_say_what_the_pixels_are(sampler, small_indexes):
+    from online_patching import open_slide
+
+    with PatchLoader(sampler, 5) as loader:
+        batch = loader.next_batch()
+    assert batch.draws.tolist() == [0, 1, 2, 3, 4]
+    for pixels, ref in zip(batch.pixels, batch.refs, strict=True):
+        assert ref == sampler[ref.draw]
+        with open_slide(small_indexes[ref.slide]) as slide:
+            index = slide.index
+            x_um, y_um = ref.x_px0 * index.mpp_x, ref.y_px0 * index.mpp_y
+            again = slide.read_patch(x_um=x_um, y_um=y_um, mpp=ref.mpp, size_px=80)
+        np.testing.assert_array_equal(again, pixels)
+
+
+@pytest.mark.parametrize("stopped_after", [0, 1, 7])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_loader_continues_the_very_same_batches(sampler, reference, stopped_after, workers):
+    with PatchLoader(sampler, 6, prefetch=3, workers=workers) as first:
+        take(first, stopped_after)  # more are in flight: that is where loaders break
+        saved = json.dumps(first.state_dict())
+    assert len(saved) < 1000
+    with PatchLoader(sampler, 6) as resumed:
+        resumed.load_state_dict(json.loads(saved))
+        assert_same_pixels(take(resumed, 10 - stopped_after), reference[stopped_after:])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_one_stream_and_their_number_may_change(sampler, reference, world_size):
+    size = 6 // world_size
+    ranks = [PatchLoader(sampler, size, rank=r, world_size=world_size) for r in range(world_size)]
+    for k in range(4):
+        np.testing.assert_array_equal(np.concatenate([take(rank, 1)[0] for rank in ranks]), reference[k])
+    states = [rank.state_dict() for rank in ranks]
+    assert all(state == states[0] for state in states)
+    for rank in ranks:
+        rank.close()
+    with PatchLoader(sampler, 6) as one:
+        one.load_state_dict(states[0])
+        assert_same_pixels(take(one, 3), reference[4:7])
+
+
+def test_closing_and_going_on_loses_nothing(sampler, reference):
+    loader = PatchLoader(sampler, 6)
+    got = take(loader, 3)
+    loader.close()
+    got += take(loader, 2)
+    loader.close()
+    assert_same_pixels(got, reference[:5])
+
+
+def test_another_stream_is_refused_with_both_values(sampler, small_indexes):
+    other = PatchSampler(
+        small_indexes, [ForegroundMask.everything(i) for i in small_indexes], size_px=80, mpp=[0.3, 0.5, 1.0], seed=4
+    )
+    state = PatchLoader(sampler, 6).state_dict()
+    with pytest.raises(errors.StateMismatchError, match=r"'seed': 3.*'seed': 4"):
+        PatchLoader(other, 6).load_state_dict(state)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_torch_sees_the_same_stream(sampler, reference, num_workers):
+    data = DataLoader(PatchDataset(sampler, 6), batch_size=None, num_workers=num_workers)
+    batches = iter(data)
+    for k in range(5):
+        pixels, draws = next(batches)
+        assert torch.equal(pixels, torch.from_numpy(reference[k]))
+        assert draws.tolist() == list(range(6 * k, 6 * k + 6))
+    del batches
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, small_indexes: list[SlideIndex]) -> list[SlideIndex]:
+    """A good slide and one with every second tile overwritten, same size and same mtime."""
+    path = write_tiff(tmp_path / "bad.svs", SyntheticSlide(8, 2000, 1200, mpp=0.25))
+    stat = path.stat()
+    index = read_slide_index(str(path))
+    data = bytearray(path.read_bytes())
+    for tile in range(0, index.levels[0].n_tiles, 2):
+        start, stop = index.levels[0].byte_range(tile)
+        data[start:stop] = bytes(stop - start)
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    return [small_indexes[0], index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_tile_is_replaced_by_the_next_attempt_and_counted(damaged, workers):
+    sampler = PatchSampler(damaged, [ForegroundMask.everything(i) for i in damaged], size_px=64, mpp=[0.25])
+    with PatchLoader(sampler, 16, max_failed_fraction=1.0, workers=workers) as loader:
+        batches = [loader.next_batch() for _ in range(4)]
+        failures = [f for b in batches for f in b.failures]
+        assert sum(loader.stats.failures.values()) == len(failures)
+    assert len(failures) > 5
+    assert all("bad: TileDecodeError" in reason for _, _, reason in failures)
+    refs = {ref.draw: ref for b in batches for ref in b.refs}
+    for draw, attempt, _ in failures:
+        last = refs[draw]
+        assert last.attempt > attempt
+        assert last == sampler.refs(sampler.draw_batch([draw], attempt=last.attempt))[0]
+    assert not any((b.pixels == 0).all(axis=(1, 2, 3)).any() for b in batches)  # never a black patch
+
+
+def test_past_the_failure_budget_the_run_stops_with_the_list(damaged):
+    sampler = PatchSampler(damaged, [ForegroundMask.everything(i) for i in damaged], size_px=64, mpp=[0.25])
+    with (
+        PatchLoader(sampler, 16, max_failed_fraction=0.02) as loader,
+        pytest.raises(errors.FailureBudgetError, match=r"of 1\d\d draws failed.*bad: TileDecodeError"),
+    ):
+        take(loader, 20)
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(sampler):
+    with PatchLoader(sampler, 6, workers=2) as loader:
+        take(loader, 1)
+        for child in active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        with pytest.raises(errors.WorkerDiedError, match="exit code -9"):
+            take(loader, 20)
+    assert not active_children()
+
+
+def test_views_of_shared_memory_must_be_released(sampler, reference):
+    with PatchLoader(sampler, 6, workers=1, prefetch=2, copy=False) as loader:
+        for k in range(5):
+            batch = loader.next_batch()
+            np.testing.assert_array_equal(batch.pixels, reference[k])
+            batch.release()
+        held = []
+        with pytest.raises(errors.LoaderError, match="release"):
+            for _ in range(5):
+                held.append(loader.next_batch())
+        held.clear()
+        del batch
+
+
+def test_nothing_is_left_behind(sampler):
+    before = {t.name for t in threading.enumerate()}
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with PatchLoader(sampler, 6) as loader:
+            take(loader, 2)
+    loader = PatchLoader(sampler, 6)
+    take(loader, 1)
+    del loader
+    assert {t.name for t in threading.enumerate()} <= before | {"pymp"}
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 1
+
+
+def test_the_package_needs_neither_torch_nor_mlflow():
+    code = (
+        "import sys, online_patching; "
+        "bad = {'torch', 'mlflow', 'timm', 'zarr', 'matplotlib'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"threads": 0}, {"workers": -1}, {"rank": 2, "world_size": 2}])
+def test_senseless_options_are_refused(sampler, bad):
+    with pytest.raises(errors.LoaderError):
+        PatchLoader(sampler, **{"batch_size": 4, **bad})
