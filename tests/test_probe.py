@@ -1,0 +1,135 @@
+"""The probe against scikit-learn, the table it prints, and what it refuses to compare."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+
+from pathfm.datasets import stratified_split
+from pathfm.embeddings import Embeddings, EmbeddingsInfo
+from pathfm.metrics import Standardiser
+from pathfm.probe import (
+    ProbeConfig,
+    compare_paired,
+    find_embeddings,
+    probe_backbone,
+    run,
+)
+from pathfm.runtime import PathfmError
+from pathfm.tracking import TrackingConfig
+from tests.test_metrics import blobs
+
+QUIET = TrackingConfig(enabled=False)
+
+
+def made_up(name: str = "init", noise: float = 0.0, n: int = 240, **info: object) -> Embeddings:
+    features, labels = blobs(n, 10, 3, seed=5)
+    features = features + noise * np.random.default_rng(1).normal(size=features.shape)
+    about = EmbeddingsInfo(name, "vit", name, "made up", "blobs", "d" * 64, 224)
+    about = replace(about, **info)  # type: ignore[arg-type]
+    paths = tuple(f"{i}.png" for i in range(n))
+    return Embeddings(features.astype(np.float32), labels, ("a", "b", "c"), paths, (), about)
+
+
+def config(*paths: Path, **changes: object) -> ProbeConfig:
+    return ProbeConfig(embeddings=list(paths or (Path("x"),)), tracking=QUIET, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("c", [0.01, 1.0])
+def test_with_one_c_the_scores_are_scikit_learns_on_the_same_splits(c: float) -> None:
+    data = made_up(noise=2.0)
+    options = config(c_values=(c,))
+    splits = [stratified_split(data.labels, 0.3, 0, repeat) for repeat in range(3)]
+    got = probe_backbone(data, splits, options).probes["logistic"]
+    for split, value in zip(splits, got.values, strict=True):
+        scale = Standardiser.of(data.features[split.train])
+        head = LogisticRegression(C=c, tol=1e-8, max_iter=2000)
+        head.fit(scale(data.features[split.train]), data.labels[split.train])
+        predicted = head.predict(scale(data.features[split.test]))
+        # one test picture on the border may fall to either side
+        assert value == pytest.approx(
+            balanced_accuracy_score(data.labels[split.test], predicted), abs=0.015
+        )
+    assert got.c == [c] * 3
+    assert got.mean == pytest.approx(np.mean(got.values))
+    assert got.sd == pytest.approx(np.std(got.values, ddof=1))
+
+
+def test_c_is_chosen_without_the_test_half() -> None:
+    data = made_up(noise=2.0)
+    split = stratified_split(data.labels, 0.3, 0, 0)
+    options = config()
+    before = probe_backbone(data, [split], options).probes["logistic"].c
+    spoiled = data.features.copy()
+    spoiled[split.test] = 1e3
+    after = probe_backbone(replace(data, features=spoiled), [split], options).probes["logistic"].c
+    assert before == after
+
+
+def test_noise_makes_features_worse_and_the_verdict_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up("init").save(tmp_path / "e" / "init.safetensors")
+    made_up("a-noisy", noise=4.0).save(tmp_path / "e" / "a-noisy.safetensors")
+    result = run(config(tmp_path / "e", out=tmp_path / "p"))
+    assert [b.name for b in result.backbones] == ["init", "a-noisy"]  # `init` is the baseline
+    logistic = next(p for p in result.paired if p.probe == "logistic")
+    assert not logistic.no_worse
+    assert logistic.mean < -0.1
+    assert len(logistic.differences) == 5
+    saved = json.loads((tmp_path / "p" / "probe.json").read_text())
+    assert len(saved["backbones"][0]["probes"]["knn"]["values"]) == 5
+    confusion = np.array(saved["backbones"][0]["probes"]["logistic"]["confusion"])
+    assert confusion.sum() == 5 * result.n_test
+    out = capsys.readouterr().out
+    assert "input 224 px" in out
+    assert "minus one sd (logistic): NO" in out
+    assert "optimistic" in out
+
+
+def test_equal_features_are_no_worse_and_differ_by_nothing() -> None:
+    a = probe_backbone(made_up(), [stratified_split(made_up().labels, 0.3, 0, 0)], config())
+    paired = compare_paired(a, replace(a, name="b"), "logistic")
+    assert paired.no_worse
+    assert paired.differences == [0.0]
+
+
+def test_the_result_is_a_function_of_the_seed() -> None:
+    data = made_up(noise=2.0)
+    runs = []
+    for seed in (0, 0, 1):
+        splits = [stratified_split(data.labels, 0.3, seed, repeat) for repeat in range(2)]
+        runs.append(probe_backbone(data, splits, config(seed=seed)))
+    assert runs[0] == runs[1]
+    assert runs[0].probes["knn"].values != runs[2].probes["knn"].values
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"input_px": 112}, "input_px 224 and 112"),
+        ({"data_digest": "e" * 64}, "data_digest"),
+        ({"precision": "bf16"}, "precision"),
+        ({"name": "init"}, "one name"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path, other: dict[str, object], message: str
+) -> None:
+    made_up().save(tmp_path / "a.safetensors")
+    made_up(**{"name": "b", **other}).save(tmp_path / "b.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(PathfmError, match=message):
+        run(config(tmp_path / "a.safetensors", tmp_path / "b.safetensors", out=tmp_path / "p"))
+
+
+def test_missing_embeddings_are_named(tmp_path: Path) -> None:
+    with pytest.raises(PathfmError, match="pathfm embed"):
+        find_embeddings([tmp_path])
+    with pytest.raises(PathfmError, match="no embeddings at"):
+        run(config(tmp_path / "none.safetensors", out=tmp_path / "p"))
