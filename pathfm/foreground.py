@@ -57,6 +57,12 @@ class ForegroundConfig(BaseModel, frozen=True, extra="forbid"):
         le=10.0,
         description="pieces of tissue and holes in it smaller than this (mm²) are dropped",
     )
+    smallest_share: float = Field(
+        0.001,
+        ge=0.0,
+        lt=0.5,
+        description="pieces smaller than this share of the slide's tissue are dropped as dirt",
+    )
     weights: Path | None = Field(
         None, description="U-Net weights (.safetensors); none: the shipped ones"
     )
@@ -173,7 +179,7 @@ class _Worker:
         c = self.config
         parts = (
             index.digest, index.token, c.method, c.mpp, c.max_side_px, c.threshold,
-            c.smallest_mm2, self.weights_digest, _RULES,
+            c.smallest_mm2, c.smallest_share, self.weights_digest, _RULES,
         )  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -218,7 +224,9 @@ class _Worker:
         smallest_px = self.config.smallest_mm2 * 1e6 / mpp**2
         probability = tissue_probability(self._network(), thumbnail, self._device())
         raw = {"unet": probability > self.config.threshold, "otsu": otsu_mask(thumbnail)}
-        return {name: tidy(mask, smallest_px) for name, mask in raw.items()}
+        return {
+            name: tidy(mask, smallest_px, self.config.smallest_share) for name, mask in raw.items()
+        }
 
     def _why_empty(self, masks: dict[str, NDArray[np.bool_]]) -> str:
         other = "otsu" if self.config.method == "unet" else "unet"

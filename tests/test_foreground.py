@@ -57,7 +57,7 @@ def test_masks_lie_where_the_tissue_is_on_slides_that_are_not_square(corpus):
         assert mask.size_px0 == (slide.width_px0, slide.height_px0)
         assert mask_iou(bits, truth) > 0.8
         turned = [bits[::-1], bits[:, ::-1], bits[::-1, ::-1]]
-        assert max(mask_iou(t, truth) for t in turned) < mask_iou(bits, truth) - 0.1
+        assert max(mask_iou(t, truth) for t in turned) < mask_iou(bits, truth) - 0.05
         for kind in ("thumbnails", "overlays"):
             with Image.open(corpus / kind / f"{name}.jpg") as picture:
                 assert picture.size == (mask.width, mask.height)

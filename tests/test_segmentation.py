@@ -173,6 +173,9 @@ def test_tidy_drops_specks_and_fills_pinholes_but_not_bays():
     assert tidied[8:10, 8:10].all()
     assert not tidied[5:11, 20:22].any()
     assert not tidied[0:2, 28:30].any()
+    assert tidy(mask, smallest_px=4)[0:2, 28:30].all()  # 4 of 180 pixels
+    assert tidy(mask, smallest_px=1, smallest_share=0.02)[0:2, 28:30].all()
+    assert not tidy(mask, smallest_px=1, smallest_share=0.03)[0:2, 28:30].any()
     assert not tidy(np.zeros((4, 5), bool), 3).any()
     assert tidy(np.ones((4, 5), bool), 3).all()
 
