@@ -11,6 +11,7 @@ Every backbone sees the same splits, so their difference is taken seed by seed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from online_patching.stores.local import atomic_write_text
 from pathfm.datasets import Split, stratified_split
@@ -48,6 +49,7 @@ from pathfm.tracking import TrackingConfig, open_run
 
 RESULT = "probe.json"
 PROBES = ("logistic", "knn")
+_FORMAT = "pathfm.probe.1"  # raised when the same options give other figures
 _VALIDATION_REPEAT = 1 << 20  # attempts from here on are splits of a training half
 
 
@@ -118,6 +120,7 @@ class Paired:
 class ProbeResult:
     """What `probe.json` holds."""
 
+    key: str  # digest of the features and the options: a rerun with the same key is skipped
     data: str
     data_digest: str
     input_px: int
@@ -147,9 +150,18 @@ class ProbeResult:
 
 
 def run(config: ProbeConfig) -> ProbeResult:
-    """Probes every file, writes `<out>/probe.json`, prints the table and the verdict."""
+    """Probes every file, writes `<out>/probe.json`, prints the table and the verdict.
+
+    A rerun with the same features and options prints what is there.
+    """
     parts = [Embeddings.load(path) for path in find_embeddings(config.embeddings)]
     check_comparable(parts)
+    path, key = config.out / RESULT, result_key(parts, config)
+    earlier = load_result(path)
+    if earlier is not None and earlier.key == key:
+        print(f"probe: {path} is up to date")
+        show(earlier)
+        return earlier
     save_config(config, make_folder(config.out), "probe.yaml")
     tracking = config.tracking.model_copy(
         update={
@@ -164,8 +176,7 @@ def run(config: ProbeConfig) -> ProbeResult:
         splits = [_split(first, config, repeat) for repeat in range(config.n_seeds)]
         with progress(len(parts) * len(splits), "probes", "probe") as bar:
             backbones = [probe_backbone(part, splits, config, bar.advance) for part in parts]
-        result = _result(config, first, splits, backbones)
-        path = config.out / RESULT
+        result = _result(key, config, first, splits, backbones)
         atomic_write_text(path, json.dumps(asdict(result), indent=1) + "\n")
         for backbone in backbones:
             for probe, scores in backbone.probes.items():
@@ -177,6 +188,21 @@ def run(config: ProbeConfig) -> ProbeResult:
         tracked.artifact(path)
     show(result)
     return result
+
+
+def result_key(parts: Sequence[Embeddings], config: ProbeConfig) -> str:
+    """A digest of everything the result depends on."""
+    options = config.model_dump(mode="json", exclude={"embeddings", "out", "tracking"})
+    facts = [_FORMAT, options, [[part.info.name, part.info.key] for part in parts]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def load_result(path: Path) -> ProbeResult | None:
+    """The result in a `probe.json`, or None where there is none that can be read."""
+    try:
+        return TypeAdapter(ProbeResult).validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def find_embeddings(given: Sequence[Path]) -> list[Path]:
@@ -316,6 +342,7 @@ def compare_paired(baseline: BackboneResult, other: BackboneResult, probe: str) 
 
 
 def _result(
+    key: str,
     config: ProbeConfig,
     data: Embeddings,
     splits: Sequence[Split],
@@ -331,6 +358,7 @@ def _result(
         "The sd is over splits of one data set; it does not tell how another data set would differ."
     )
     return ProbeResult(
+        key=key,
         data=data.info.data,
         data_digest=data.info.data_digest,
         input_px=data.info.input_px,

@@ -138,6 +138,8 @@ def test_bf16_that_changes_the_features_is_given_up(
 @pytest.mark.slow
 def test_real_features_are_timms_own(shared_data: Path, tmp_path: Path) -> None:
     import timm
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
 
     weights = shared_data / "weights/vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
     data = shared_data / "patches/colorectal5"
@@ -152,11 +154,12 @@ def test_real_features_are_timms_own(shared_data: Path, tmp_path: Path) -> None:
     got = Embeddings.load(run(config).path)
     overlay = {"file": str(weights)}
     vit = timm.create_model("vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay)
-    transform = timm.data.create_transform(
-        **timm.data.resolve_data_config({"crop_pct": 1.0, "interpolation": "bilinear"}, model=vit)
+    transform = create_transform(
+        **resolve_data_config({"crop_pct": 1.0, "interpolation": "bilinear"}, model=vit)
     )
     images = [Image.open(data / path).convert("RGB") for path in got.paths]
     with torch.inference_mode():
-        tokens = vit.eval().forward_features(torch.stack([transform(i) for i in images]))
+        batch = torch.stack([transform(i) for i in images])
+        tokens = vit.eval().forward_features(batch)  # type: ignore[operator]
     np.testing.assert_allclose(got.features, tokens[:, 0].numpy(), atol=2e-4)
     assert scan_folder(data).subset(2).paths == got.paths

@@ -153,7 +153,9 @@ def test_parent_and_child_arrive_with_everything_they_were_told(tmp_path: Path) 
     assert got.tags["mlflow.source.git.commit"]
     assert [step for step, _ in history(uri, got.run_id, "loss")] == list(range(1500))
     client = make_client(uri)
-    assert client.get_run(got.run_id).inputs.dataset_inputs[0].dataset.digest == "d" * 36
+    inputs = client.get_run(got.run_id).inputs
+    assert inputs is not None
+    assert inputs.dataset_inputs[0].dataset.digest == "d" * 36
     assert [f.path for f in client.list_artifacts(got.run_id, "pictures")] == [
         "pictures/picture.jpg"
     ]
