@@ -99,7 +99,7 @@ def area_average(
     return np.einsum("yr,rcd,xc->yxd", wy, pixels.astype(np.float64), wx, optimize=True)
 
 
-MEAN_BOUND, WORST_BOUND = 4.0, 64.0
+MEAN_BOUND, WORST_BOUND = 6.0, 64.0
 """Grey levels by which a patch at an exact µm/px may differ from an exact area average: the
 triangle filter is smoother at hard edges. Measured on the real slides: docs/path.md."""
 
