@@ -321,9 +321,12 @@ def newest_run(folder: Path) -> Path | None:
 def _run_part(folder: Path) -> RunPart:
     rows = read_metrics(folder)
     names = {name for row in rows for name in row}
+    summary = json.loads(_text(folder / "summary.json") or "{}")
+    log_k = summary.get("log_k")
+    uniform = f" (uniform: log K = {log_k:.2f} nats)" if isinstance(log_k, float) else ""
     wanted = (
         ("Loss", "loss", "loss"),
-        ("Teacher entropy", "nats", "entropy"),
+        (f"Teacher entropy{uniform}", "nats", "entropy"),
         ("Learning rate", "learning rate", "lr"),
         ("Speed", "patches/s", "patches_per_s"),
     )
@@ -340,12 +343,12 @@ def _run_part(folder: Path) -> RunPart:
         with Image.open(path) as image:
             title = titles.get(path.stem, path.stem)
             pictures.append((title, jpeg_data_uri(image.convert("RGB"), 82, _PICTURE_PX)))
-    summary = json.loads(_text(folder / "summary.json") or "{}")
     return RunPart(
         name=folder.name,
         plots=plots,
         pictures=pictures,
-        summary=[(name, _shown(value)) for name, value in summary.items()],
+        # shares by slide and resolution have a table of their own
+        summary=[(k, _shown(v)) for k, v in summary.items() if not isinstance(v, dict)],
         last=rows[-1] if rows else {},
         n_steps=int(rows[-1]["step"]) + 1 if rows else 0,
     )
