@@ -24,6 +24,7 @@ from rich.table import Table
 
 from pathfm.foreground import ForegroundConfig
 from pathfm.pretrain import PretrainConfig
+from pathfm.probe import ProbeResult
 from pathfm.runtime import as_dict, console, make_folder, progress, provenance, save_config, stage
 from pathfm.tracking import Run, TrackingConfig, open_run, ui_command
 from pathfm.tracking.journal import read_state
@@ -124,9 +125,13 @@ class _Demo:
             yield
         print(f"{name}: {self.seconds[name]:.1f} s", flush=True)
 
-    def child(self, name: str, params: dict[str, Any]) -> Run:
-        """The run of a stage that does not track itself."""
-        return _open(self.tracking(name), self.folder("stages", name), params)
+    def open(self, name: str, params: dict[str, Any]) -> Run:
+        """The run of the whole, or of a stage that does not track itself; an old one goes on."""
+        folder = self.folder("stages", name)
+        state = read_state(folder)
+        run_id = (state.run_id or f"pending-{state.key}") if state else None
+        tags = provenance() | {"stage": name}
+        return open_run(self.tracking(name), folder, params, tags, run_id)
 
 
 def run(config: DemoConfig) -> DemoResult:
@@ -135,7 +140,7 @@ def run(config: DemoConfig) -> DemoResult:
     demo = _Demo(config)
     make_folder(config.out)
     save_config(config, config.out, "demo.yaml")
-    with _open(demo.tracking("demo"), demo.folder("stages", "demo"), as_dict(config)) as parent:
+    with demo.open("demo", _own_params(config)) as parent:
         demo.parent_id = parent.run_id
         with demo.stage("slides and labelled patches"):
             slides, patches = _inputs(demo)
@@ -148,21 +153,20 @@ def run(config: DemoConfig) -> DemoResult:
         with demo.stage("embed"):
             _embed(demo, patches, run_folder)
         with demo.stage("probe"):
-            verdict = _probe(demo, parent)
+            probed = _probe(demo, parent)
         with demo.stage("report"):
             report = _report(demo, parent)
         parent.summary(**{f"seconds/{_key(name)}": s for name, s in demo.seconds.items()})
     with demo.stage("compare"):
         _compare(demo)
-    _show(demo, report, verdict, time.monotonic() - began_s)
-    return DemoResult(config.out, report, demo.seconds, verdict)
+    _show(demo, report, probed, time.monotonic() - began_s)
+    return DemoResult(config.out, report, demo.seconds, probed.verdict)
 
 
-def _open(tracking: TrackingConfig, folder: Path, params: dict[str, Any]) -> Run:
-    """A run that goes on with the one the folder already has."""
-    state = read_state(folder)
-    run_id = (state.run_id or f"pending-{state.key}") if state else None
-    return open_run(tracking, folder, params, provenance(), run_id)
+def _own_params(config: DemoConfig) -> dict[str, Any]:
+    """The demo's options, without those of its stages: each stage logs its own."""
+    stages = tuple(f"{name}." for name in _SET_BY_DEMO)
+    return {k: v for k, v in as_dict(config).items() if not k.startswith(stages)}
 
 
 def _inputs(demo: _Demo) -> tuple[tuple[str, ...], Path]:
@@ -170,8 +174,8 @@ def _inputs(demo: _Demo) -> tuple[tuple[str, ...], Path]:
     config = demo.config
     slides = config.slides
     if slides is None:
-        slides = (str(_draw_slides(demo)),)
-        print(f"{config.n_slides} synthetic slides in {slides[0]}")
+        slides = _draw_slides(demo)
+        print(f"{len(slides)} synthetic slides in {demo.folder('slides')}")
     patches = config.patches
     if patches is None:
         patches = _draw_patches(demo)
@@ -182,7 +186,7 @@ def _inputs(demo: _Demo) -> tuple[tuple[str, ...], Path]:
     return slides, patches
 
 
-def _draw_slides(demo: _Demo) -> Path:
+def _draw_slides(demo: _Demo) -> tuple[str, ...]:
     from online_patching.testing import write_demo_slides
 
     config, folder = demo.config, demo.folder("slides")
@@ -191,8 +195,8 @@ def _draw_slides(demo: _Demo) -> Path:
         def tell(number: int, share: float) -> None:
             bar.advance(round(100 * (number + share)) - bar.done)
 
-        write_demo_slides(folder, config.n_slides, config.seed, tell)
-    return folder
+        written = write_demo_slides(folder, config.n_slides, config.seed, tell)
+    return tuple(str(slide.path) for slide in written)
 
 
 def _draw_patches(demo: _Demo) -> Path:
@@ -225,7 +229,7 @@ def _index(demo: _Demo, slides: tuple[str, ...]) -> None:
     config = index.IndexConfig(
         slides=slides, out=demo.folder("corpus"), mpp_overrides=demo.config.mpp_overrides
     )
-    with demo.child("index", as_dict(config)) as tracked:
+    with demo.open("index", as_dict(config)) as tracked:
         result = index.run(config)
         tracked.cohort("slides", result.cohort_digest, "indexing")
         tracked.summary(
@@ -241,7 +245,7 @@ def _foreground(demo: _Demo) -> None:
     from pathfm import foreground
 
     config = demo.config.foreground.model_copy(update={"corpus": demo.folder("corpus")})
-    with demo.child("foreground", as_dict(config)) as tracked:
+    with demo.open("foreground", as_dict(config)) as tracked:
         result = foreground.run(config)
         tracked.summary(
             usable=len(result.usable), tissue_mm2=sum(row.tissue_mm2 for row in result.slides)
@@ -288,7 +292,7 @@ def _embed(demo: _Demo, patches: Path, run_folder: Path) -> None:
         )
 
 
-def _probe(demo: _Demo, parent: Run) -> str:
+def _probe(demo: _Demo, parent: Run) -> ProbeResult:
     from pathfm import probe
 
     files = [demo.folder("embeddings", f"{name}.safetensors") for name in ("init", "pretrained")]
@@ -305,7 +309,7 @@ def _probe(demo: _Demo, parent: Run) -> str:
         for kind, scores in backbone.probes.items():
             at = f"{backbone.name}/{kind}"
             parent.summary(**{f"{at}.mean": scores.mean, f"{at}.sd": scores.sd})
-    return result.verdict
+    return result
 
 
 def _report(demo: _Demo, parent: Run) -> Path:
@@ -326,7 +330,9 @@ def _key(name: str) -> str:
     return name.replace(" ", "_")
 
 
-def _show(demo: _Demo, report: Path, verdict: str, total_s: float) -> None:
+def _show(demo: _Demo, report: Path, probed: ProbeResult, total_s: float) -> None:
+    from pathfm import probe
+
     out, config = console(), demo.config
     table = Table(title=f"stages, {total_s:.0f} s in all", title_justify="left")
     table.add_column("stage")
@@ -334,10 +340,11 @@ def _show(demo: _Demo, report: Path, verdict: str, total_s: float) -> None:
     for name, seconds in demo.seconds.items():
         table.add_row(name, f"{seconds:.1f}")
     out.print(table)
-    start = "random weights" if config.weights.startswith("random") else config.weights
+    out.rule("[bold]what came out", align="left")
+    probe.show(probed)
     run_folder = demo.folder("runs", "pretrain")
     lines = [
-        f"initial weights: {start}. {verdict}",
+        f"(init: {probed.backbones[0].weights_note})",
         "",
         f"the page:     {report.resolve().as_uri()}",
         f"MLflow:       {ui_command(demo.store)}",

@@ -1,0 +1,107 @@
+"""Every shipped config is run, shrunken; the demo twice, because a rerun must skip what is done."""
+
+from pathlib import Path
+
+import pytest
+
+from pathfm.cli import main
+from pathfm.config import load_config
+from pathfm.demo import DemoConfig
+from pathfm.runtime import PathfmError
+from pathfm.tracking import read_runs
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+VIEWS = (
+    "--{0}views.global_1.size_px 32 --{0}views.global_2.size_px 32 --{0}views.local.size_px 16 "
+    "--{0}views.n_local 1 --{0}dino.out_dim 32 --{0}dino.hidden_dim 32 --{0}optim.warmup_steps 1 "
+    "--{0}steps 3 --{0}batch_size 4 --{0}patch_px 64 --{0}monitor_patches 8 --{0}device cpu "
+)
+SHRUNKEN = {
+    "demo.yaml": (
+        "demo",
+        "--n_slides 2 --per_class 8 --n_seeds 2 --input_px 48 --pretrain.mpp 1 2 "
+        + VIEWS.format("pretrain."),
+    ),
+    "dino_vits16.yaml": (
+        "pretrain",
+        "--weights random --mpp 1 2 --backbone vit_tiny_patch16_224 " + VIEWS.format(""),
+    ),
+}
+
+
+def command(name: str, *more: str) -> list[str]:
+    verb, words = SHRUNKEN[name]
+    return [verb, str(CONFIGS / name), *words.split(), *more]
+
+
+@pytest.fixture(scope="module")
+def demo_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a shrunken demo that ran to its end."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    assert main(command("demo.yaml", "--out", str(out))) == 0
+    return out
+
+
+def test_every_shipped_config_is_run_by_a_test() -> None:
+    assert {path.name for path in CONFIGS.glob("*.yaml")} == set(SHRUNKEN)
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_a_page_features_and_a_tree_of_runs(demo_out: Path) -> None:
+    page = (demo_out / "report.html").read_text()
+    assert "synthetic-0000" in page
+    assert "pretrained" in page
+    for name in ("init", "pretrained"):
+        assert (demo_out / "embeddings" / f"{name}.safetensors").exists()
+    runs = read_runs(f"sqlite:///{demo_out / 'mlflow.db'}", "pathfm-demo")
+    (parent,) = [run for run in runs if run.name == "demo"]
+    children = {run.name for run in runs if run.parent_id == parent.run_id}
+    stages = {"index", "foreground", "pretrain", "embed init", "embed pretrained", "probe"}
+    assert children == stages
+    assert {run.status for run in runs} == {"FINISHED"}
+
+
+@pytest.mark.slow
+def test_the_same_command_again_skips_what_is_done(
+    demo_out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = [demo_out / "runs" / "pretrain" / "backbone" / "model.safetensors"]
+    kept += sorted((demo_out / "slides").iterdir()) + sorted((demo_out / "embeddings").glob("*.s*"))
+    before = [path.stat().st_mtime_ns for path in kept]
+    capsys.readouterr()
+    assert main(command("demo.yaml", "--out", str(demo_out))) == 0
+    shown = capsys.readouterr().out
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    assert shown.count("is up to date") == 3  # pretraining and two embeddings
+    runs = read_runs(f"sqlite:///{demo_out / 'mlflow.db'}", "pathfm-demo")
+    assert [run.name for run in runs].count("demo") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(SHRUNKEN) - {"demo.yaml"}))
+def test_a_shipped_config_runs(name: str, demo_out: Path, tmp_path: Path) -> None:
+    corpus = str(demo_out / "corpus")
+    assert main(command(name, "--corpus", corpus, "--out", str(tmp_path / "run"))) == 0
+    assert (tmp_path / "run" / "backbone").is_dir()
+
+
+@pytest.mark.parametrize("name", SHRUNKEN)
+def test_a_shipped_config_is_valid_as_it_stands(name: str) -> None:
+    from pathfm.cli import config_model
+
+    config = load_config(config_model(SHRUNKEN[name][0]), CONFIGS / name)
+    assert config is not None
+
+
+def test_a_path_the_demo_sets_itself_is_refused() -> None:
+    with pytest.raises(PathfmError, match=r"pretrain\.corpus follows from the demo's own options"):
+        load_config(DemoConfig, None, ["--pretrain.corpus", "elsewhere"])
+
+
+def test_the_words_of_the_issue_are_understood() -> None:
+    words = "--slides a/wsi --mpp-overrides a/mpp.csv --weights w.safetensors --patches p".split()
+    config = load_config(DemoConfig, CONFIGS / "demo.yaml", words)
+    assert config.slides == ("a/wsi",)
+    assert (config.mpp_overrides, config.patches) == (Path("a/mpp.csv"), Path("p"))
+    assert config.weights == "w.safetensors"
