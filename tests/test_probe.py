@@ -38,7 +38,7 @@ def made_up(name: str = "init", noise: float = 0.0, n: int = 240, **info: object
 
 
 def config(*paths: Path, **changes: object) -> ProbeConfig:
-    return ProbeConfig(embeddings=list(paths or (Path("x"),)), tracking=QUIET, **changes)  # type: ignore[arg-type]
+    return ProbeConfig(embeddings=list(paths or (Path("x"),)), tracking=QUIET, **changes)
 
 
 @pytest.mark.parametrize("c", [0.01, 1.0])
@@ -91,6 +91,21 @@ def test_noise_makes_features_worse_and_the_verdict_says_so(
     assert "input 224 px" in out
     assert "minus one sd (logistic): NO" in out
     assert "optimistic" in out
+
+
+def test_a_rerun_is_skipped_until_features_or_options_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up().save(tmp_path / "init.safetensors")
+    options = config(tmp_path / "init.safetensors", out=tmp_path / "p", n_seeds=2)
+    first = run(options)
+    assert "up to date" not in capsys.readouterr().out
+    assert run(options) == first
+    assert "up to date" in capsys.readouterr().out
+    assert run(options.model_copy(update={"k": 3})) != first
+    made_up(backbone_digest="other").save(tmp_path / "init.safetensors")
+    run(options)
+    assert "up to date" not in capsys.readouterr().out
 
 
 def test_equal_features_are_no_worse_and_differ_by_nothing() -> None:
