@@ -51,7 +51,7 @@ lint: $(STAMP) ## ruff, mypy and the import contracts
 	lint-imports
 
 bench: $(STAMP) ## patches/s beside OpenSlide and tiffslide, on this machine
-	$(TEST_ENV) python benchmarks/read_patches.py
+	$(TEST_ENV) python benchmarks/patches_per_second.py
 
 clean: ## caches and what the demo wrote; .venv stays
 	rm -rf demo_out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
