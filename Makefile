@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP) ## slides -> a probed model, offline, in minutes; says where the results are
-	pathfm demo configs/demo.yaml
+	pathfm demo
 
 test: $(STAMP) hooks fast slow ## hooks, fast tests, slow tests
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pydantic import BaseModel
 
 EXIT_ERROR = 2
@@ -112,13 +114,20 @@ def _run(name: str, words: list[str]) -> int:
     return int(getattr(result, "exit_code", 0))
 
 
-def verb_help(name: str, model: type[BaseModel], yaml_path: object = None) -> str:
-    """The options of a verb as tyro renders them: types, defaults, units."""
+def verb_help(name: str, model: type[BaseModel], yaml_path: Path | None = None) -> str:
+    """The options of a verb as tyro renders them: types, defaults (a YAML file's), units."""
     import contextlib
     import io
 
     import tyro
 
+    from pathfm.config import load_config
+    from pathfm.runtime import PathfmError
+
+    default: Any = tyro.MISSING_NONPROP
+    if yaml_path is not None:
+        with contextlib.suppress(PathfmError):  # it may leave something to the command line
+            default = load_config(model, yaml_path)
     verb = VERBS[name]
     words = "".join(f" [{word.upper()}]" for word in verb.words)
     text = io.StringIO()
@@ -128,10 +137,11 @@ def verb_help(name: str, model: type[BaseModel], yaml_path: object = None) -> st
             prog=f"pathfm {name} [CONFIG.yaml]{words}",
             description=f"{verb.summary}. A YAML file gives any of these without the dashes.",
             args=["--help"],
+            default=default,
             use_underscores=True,
             config=(tyro.conf.FlagConversionOff,),
         )
-    return text.getvalue().rstrip()
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 
 def _told(error: Exception) -> str:

@@ -47,6 +47,14 @@ def test_the_help_of_a_verb_describes_every_option(verb: str) -> None:
     assert undescribed == []
 
 
+def test_the_help_of_a_verb_with_a_file_shows_the_file_s_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "i.yaml").write_text("slides: here\nthreads: 77\n")
+    assert cli.main(["index", str(tmp_path / "i.yaml"), "--help"]) == 0
+    assert "(default: 77)" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_no_verb_pays_for_torch_or_mlflow_to_show_its_help() -> None:
     done = python(

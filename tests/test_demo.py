@@ -94,6 +94,17 @@ def test_a_shipped_config_is_valid_as_it_stands(name: str) -> None:
     assert config is not None
 
 
+def test_the_shipped_file_says_what_the_demo_does_without_it() -> None:
+    assert load_config(DemoConfig, CONFIGS / "demo.yaml") == DemoConfig()
+
+
+def test_one_option_of_a_stage_leaves_the_demo_s_others() -> None:
+    config = load_config(DemoConfig, None, ["--pretrain.views.n_local", "2"])
+    assert config.pretrain.views.n_local == 2
+    assert config.pretrain.views.local.size_px == 48
+    assert config.pretrain.steps == 128
+
+
 def test_a_path_the_demo_sets_itself_is_refused() -> None:
     with pytest.raises(PathfmError, match=r"pretrain\.corpus follows from the demo's own options"):
         load_config(DemoConfig, None, ["--pretrain.corpus", "elsewhere"])
