@@ -12,8 +12,8 @@ from PIL import Image
 from pydantic import ValidationError
 from torchvision.transforms.v2 import functional as tv
 
-from pathfm.view_params import ViewSpec, ViewTable, draw_views
-from pathfm.views import blur_matrix, make_views, render, resample_matrix
+from pathfm.views.params import ViewSpec, ViewTable, draw_views
+from pathfm.views.render import blur_matrix, make_views, render, resample_matrix
 
 PLAIN = ViewSpec(size_px=48, flip=0, turn=0, jitter=0, gray=0, blur=0)
 EVERYTHING = ViewSpec(size_px=48, scale=(0.2, 0.9), solarize=0.5)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pathfm.runtime import PathfmError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from pathfm.backbone import Backbone
@@ -49,6 +50,9 @@ class Method(Protocol):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor a restart needs, the loss's buffers among them."""
+
+    def to(self, device: torch.device) -> Any:
+        """Move to a device, in place."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Any:
         """Take over what `state_dict` gave."""

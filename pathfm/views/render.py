@@ -3,7 +3,7 @@
 Everything geometric is linear and separable, so a view is two matrix products: one matrix per
 sample and axis holds the crop, the antialiased (triangle) filter, the flip and the Gaussian blur.
 Brightness, contrast, saturation, hue and greyscale are one affine 3 x 4 colour matrix per sample.
-The numbers come from `pathfm.view_params`; nothing here is random.
+The numbers come from `pathfm.views.params`; nothing here is random.
 
 What differs from a chain of torchvision transforms, on purpose:
 - values are clamped to 0..1 once, after colour and blur, not after each step;
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pathfm.view_params import MAX_BLUR_SIGMA_PX, ViewSpec, ViewTable, draw_views
+from pathfm.views.params import MAX_BLUR_SIGMA_PX, ViewSpec, ViewTable, draw_views
 
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R 601 weights, as PIL and torchvision use them for greyscale."""

@@ -1,7 +1,7 @@
 """What happens to each patch in each view: a table of numbers drawn from (seed, draw, view).
 
 Only numpy and our Philox words: the same draw gets the same view whatever the batch, the rank, the
-device or the number of threads. `pathfm.views` turns a table and patches into pixels.
+device or the number of threads. `pathfm.views.render` turns a table and patches into pixels.
 """
 
 from __future__ import annotations

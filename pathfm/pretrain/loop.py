@@ -1,0 +1,180 @@
+"""The training loop: `train` is the story of a run, `train_step` what happens in each step.
+
+Nothing random is drawn here: patches and views are functions of (seed, draw), schedules of the
+step. A checkpoint therefore holds weights, moments, the loss's centre and the next draw, and a
+resumed run repeats the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from online_patching import Corpus, PatchBatch, PatchLoader, PatchSampler
+from online_patching.stores.local import atomic_write_text
+from pathfm.checkpoint import load_newest
+from pathfm.pretrain import PretrainConfig, PretrainResult
+from pathfm.pretrain.bookends import begin, finish, read_monitor
+from pathfm.pretrain.records import SAMPLED, SampledLog
+from pathfm.pretrain.trainer import Trainer, build_trainer, describe, refuse_another_run, save
+from pathfm.runtime import (
+    PathfmError,
+    as_dict,
+    autocast,
+    make_folder,
+    progress,
+    provenance,
+    save_config,
+)
+from pathfm.schedules import cosine, warmup_cosine
+from pathfm.tracking import open_run
+from pathfm.views.render import make_views
+
+N_GLOBAL = 2
+
+
+def train(config: PretrainConfig) -> PretrainResult:
+    """Run `config` from the start, or from the newest valid checkpoint in its folder, to the end."""
+    out = make_folder(config.out)
+    checkpoint = load_newest(out / "checkpoints")
+    refuse_another_run(config, checkpoint)
+    corpus = Corpus.open(config.corpus)
+    sampler = PatchSampler(
+        corpus,
+        size_px=config.patch_px,
+        mpp=config.mpp,
+        min_foreground=config.min_foreground,
+        seed=config.seed,
+    )
+    trainer = build_trainer(config, checkpoint)
+    done = trainer.done
+    if done.step == config.steps and (out / "summary.json").exists():
+        print(f"pretrain: {out} is up to date ({done.step:,} steps)")
+        return PretrainResult(out, done.step, finished=True)
+    print(f"pretrain: {done.init_note}; {describe(trainer)}")
+    save_config(config, out)
+    until = min(config.steps, config.stop_after_steps or config.steps)
+    with (
+        stop_signal() as stopping,
+        open_run(config.tracking, out, as_dict(config), provenance(), done.run_id) as run,
+        PatchLoader(sampler, config.batch_size, **config.loader.model_dump()) as loader,
+        progress(config.steps * config.batch_size, "patches", "pretrain",
+                 done.step * config.batch_size) as bar,
+    ):  # fmt: skip
+        run.cohort(config.corpus.name, corpus.digest)
+        monitor = read_monitor(sampler, config)
+        if checkpoint is None:
+            begin(trainer, run, monitor)
+        else:
+            loader.load_state_dict(checkpoint.state["loader"])
+            print(f"pretrain: goes on after step {done.step:,} of {config.steps:,}")
+        run.truncate(done.step - 1)
+        rows_done = done.step * config.batch_size
+        sampled = SampledLog(out / SAMPLED, rows_done, config.max_sampled_rows)
+        del checkpoint
+        while done.step < until and not stopping.is_set():
+            began_s = time.perf_counter()
+            batch = next(loader)
+            wait_s = time.perf_counter() - began_s
+            metrics = train_step(trainer, batch)
+            step_s = time.perf_counter() - began_s
+            metrics |= {"patches_per_s": config.batch_size / step_s, "wait_share": wait_s / step_s}
+            sampled.append(batch.refs)
+            run.log(done.step, **metrics)
+            done.count(metrics, step_s, wait_s)
+            bar.advance(config.batch_size, step=done.step, loss=metrics["loss"],
+                        wait=f"{100 * done.wait_s / done.train_s:.0f}%")  # fmt: skip
+            last = done.step == until or stopping.is_set()
+            if last or done.step % config.checkpoint_every_steps == 0:
+                sampled.sync()
+                save(trainer, loader, run)
+        sampled.close()
+        if done.step < config.steps:
+            print(f"pretrain: stopped after step {done.step:,}; the same command goes on")
+        else:
+            finish(trainer, run, monitor, sampler)
+    return PretrainResult(out, done.step, finished=done.step == config.steps)
+
+
+def train_step(trainer: Trainer, batch: PatchBatch) -> dict[str, float]:
+    """One optimizer step on one batch; returns what there is to log.
+
+    Raises PathfmError before the optimizer moves when the loss or the gradient is not finite.
+    """
+    config, method, step = trainer.config, trainer.method, trainer.done.step
+    lr, weight_decay = schedule(config, step)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+    pixels = torch.from_numpy(batch.pixels).to(trainer.device, non_blocking=True)
+    backbone = method.exported
+    views = make_views(
+        pixels,
+        batch.draws,
+        config.views.specs,
+        seed=config.seed,
+        mean=backbone.mean,
+        std=backbone.std,
+    )
+    with autocast(trainer.device, config.precision):
+        loss = method.loss(views, N_GLOBAL, step)
+    check_finite("loss", loss, trainer, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    method.before_update(step)
+    norm = nn.utils.clip_grad_norm_(method.trained().parameters(), config.optim.clip_grad_norm)
+    check_finite("gradient norm", norm, trainer, batch)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    method.after_update(step)
+    logged = {"loss": loss.detach(), "grad_norm": norm, **method.diagnostics()}
+    return {name: float(value) for name, value in logged.items()} | {
+        "lr": lr,
+        "weight_decay": weight_decay,
+    }
+
+
+def schedule(config: PretrainConfig, step: int) -> tuple[float, float]:
+    """Learning rate and weight decay of an optimizer step."""
+    optim, steps = config.optim, config.steps
+    lr = warmup_cosine(optim.lr, optim.min_lr, step, steps, optim.warmup_steps)
+    return lr, cosine(*optim.weight_decay, step, steps)
+
+
+def check_finite(name: str, value: Tensor, trainer: Trainer, batch: PatchBatch) -> None:
+    """Raises PathfmError, with the batch's draws kept in a file, unless `value` is finite."""
+    number = float(value.detach())
+    if math.isfinite(number):
+        return
+    step = trainer.done.step
+    path = trainer.config.out / f"nonfinite_step_{step}.json"
+    refs = [{"draw": r.draw, "slide_id": r.slide_id, "mpp": r.mpp} for r in batch.refs]
+    atomic_write_text(path, json.dumps({"step": step, name: str(number), "batch": refs}, indent=1))
+    raise PathfmError(
+        f"the {name} of step {step:,} is {number}; the weights were not touched. Its patches are "
+        f"listed in {path}. Lower optim.lr, lengthen optim.warmup_steps or use precision fp32"
+    )
+
+
+@contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets: the loop ends its step, saves and leaves.
+
+    Only the main thread may catch signals; elsewhere the event is never set.
+    """
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    try:
+        yield stopping
+    finally:
+        signal.signal(signal.SIGTERM, before)

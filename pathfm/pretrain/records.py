@@ -1,0 +1,135 @@
+"""What a run leaves behind besides weights: sampled patches, pictures, a summary."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+
+from online_patching import PatchBatch, PatchRef
+from online_patching.stores.local import atomic_write_bytes
+from pathfm.pictures import mosaic
+from pathfm.runtime import PathfmError, console, make_folder
+from pathfm.views import ViewSpec
+from pathfm.views.render import make_views
+
+SAMPLED = "sampled.jsonl"
+_FIELDS = ("draw", "slide_id", "x_px0", "y_px0", "width_px0", "height_px0", "mpp")
+_MOSAIC_COLUMNS = 12
+
+
+class SampledLog:
+    """sampled.jsonl: one line a sampled patch, in the order of the draws, none of them twice."""
+
+    def __init__(self, path: Path, rows_done: int, max_rows: int) -> None:
+        """Opens the log with its first `rows_done` rows; later ones are drawn again."""
+        self._rows, self._max_rows = min(rows_done, max_rows), max_rows
+        kept = b"".join(_lines(path)[: self._rows])
+        if kept.count(b"\n") < self._rows:
+            raise PathfmError(
+                f"{path} has {kept.count(bytes([10])):,} whole rows, the checkpoint speaks of "
+                f"{self._rows:,}. It was cut or replaced: start a new run in another folder"
+            )
+        atomic_write_bytes(path, kept)
+        self._file = path.open("ab")
+
+    def append(self, refs: Sequence[PatchRef]) -> None:
+        """Add a batch; rows past the maximum are left out."""
+        refs = refs[: max(0, self._max_rows - self._rows)]
+        rows = [{name: getattr(ref, name) for name in _FIELDS} for ref in refs]
+        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        self._rows += len(rows)
+
+    def sync(self) -> None:
+        """Everything appended is on disk when this returns: call it before a checkpoint."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+
+
+def read_sampled(path: Path) -> list[dict[str, Any]]:
+    """The rows of a sampled.jsonl."""
+    return [json.loads(line) for line in _lines(path)]
+
+
+def sampling_facts(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Distinct patches and the realised share of each slide and magnification, largest first."""
+    rows = list(rows)
+    places = {(row["slide_id"], row["x_px0"], row["y_px0"], row["mpp"]) for row in rows}
+    facts: dict[str, Any] = {"distinct_patches": len(places)}
+    for name, field in (("slide_share", "slide_id"), ("mpp_share", "mpp")):
+        counts = Counter(row[field] for row in rows)
+        facts[name] = {str(key): n / len(rows) for key, n in counts.most_common()}
+    return facts
+
+
+def print_shares(facts: dict[str, Any], slides: Sequence[str], mpps: Sequence[float]) -> None:
+    """The realised mix as two tables; a slide or µm/px that never came shows its 0 %."""
+    for title, shares, wanted in (
+        ("share of the sampled patches", facts["slide_share"], list(slides)),
+        ("realised magnifications", facts["mpp_share"], [str(mpp) for mpp in mpps]),
+    ):
+        table = Table(title=title, title_justify="left")
+        table.add_column("slide" if wanted == list(slides) else "µm/px")
+        table.add_column("%", justify="right")
+        every = sorted(wanted, key=lambda key: -shares.get(key, 0.0))
+        for key in every[:100]:
+            table.add_row(key, f"{100 * shares.get(key, 0.0):.2f}")
+        if len(every) > 100:
+            table.add_row(f"... and {len(every) - 100:,} more, in summary.json", "")
+        console().print(table)
+
+
+def save_mosaic(path: Path, batch: PatchBatch, rows_a_mpp: int = 2) -> None:
+    """Sampled patches, finest magnification first, the slides of one magnification in turns."""
+    chosen = choose_for_mosaic(batch.refs, rows_a_mpp * _MOSAIC_COLUMNS)
+    captions = [f"{batch.refs[i].mpp:g} · {batch.refs[i].slide_id}" for i in chosen]
+    make_folder(path.parent)
+    mosaic([batch.pixels[i] for i in chosen], captions, _MOSAIC_COLUMNS).save(path, quality=88)
+
+
+def choose_for_mosaic(refs: Sequence[PatchRef], per_mpp: int) -> list[int]:
+    """Positions in `refs`: up to `per_mpp` of each µm/px, every slide as often as the others."""
+    chosen: list[int] = []
+    for mpp in sorted({ref.mpp for ref in refs}):
+        seen: Counter[str] = Counter()
+        turns = []
+        for i, ref in enumerate(refs):
+            if ref.mpp == mpp:
+                turns.append((seen[ref.slide_id], ref.slide_id, i))
+                seen[ref.slide_id] += 1
+        picked = sorted(turns)[:per_mpp]
+        chosen += [i for _, _, i in sorted(picked, key=lambda turn: (turn[1], turn[0]))]
+    return chosen
+
+
+def save_views(path: Path, batch: PatchBatch, specs: Sequence[ViewSpec], seed: int) -> None:
+    """The batch's first patch and each of its views, as the network gets them at its draw."""
+    pixels = torch.from_numpy(batch.pixels[:1])
+    views = make_views(pixels, batch.draws[:1], specs, seed=seed, mean=(0.0,) * 3, std=(1.0,) * 3)
+    pictures: list[NDArray[np.uint8]] = [batch.pixels[0]]
+    captions = [f"patch, {batch.refs[0].mpp:g} µm/px"]
+    for number, view in enumerate(views):
+        pictures.append((view[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+        captions.append(f"view {number}, {view.shape[-1]} px")
+    make_folder(path.parent)
+    mosaic(pictures, captions, columns=min(6, len(pictures)), tile_px=160).save(path, quality=92)
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Whole lines of a file; a torn last one is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
