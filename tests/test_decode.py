@@ -101,7 +101,9 @@ def test_a_tile_that_is_not_stored_is_the_fill_value():
     assert (decode_tile(Codec("jpeg", fill=255), b"", 8, 4) == np.full((4, 8, 3), 255)).all()
 
 
-@pytest.mark.parametrize("data", [b"\xff\xd8", b"\xff\xd8\xff\xe0\x00\x01", b"GIF89a" * 4, b"\xff\xd8\x00\x00\x00\x00"])
+@pytest.mark.parametrize(
+    "data", [b"\xff\xd8", b"\xff\xd8\xff\xe0\x00\x01", b"GIF89a" * 4, b"\xff\xd8\x00\x00\x00\x00"]
+)
 def test_header_rubbish_is_a_bad_tile(data):
     with pytest.raises(BadTileError):
         rebuild_jpeg(Codec("jpeg", "ycbcr"), data, 128, 96)

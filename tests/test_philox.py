@@ -14,7 +14,11 @@ KNOWN_ANSWERS = [
     ),
 ]
 
-GOLDEN = [[3965934933, 2007025060, 3194019110], [2239443882, 3142514118, 2364456076], [2363895656, 1643492503, 4220089821]]
+GOLDEN = [
+    [3965934933, 2007025060, 3194019110],
+    [2239443882, 3142514118, 2364456076],
+    [2363895656, 1643492503, 4220089821],
+]
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
@@ -25,7 +29,9 @@ def test_the_published_vectors_come_out(counter, key, expected):
 
 def test_our_own_stream_stays_what_it_was():
     """Golden: a change here changes every resumed run."""
-    got = words(seed=0x123456789ABCDEF0, draws=[0, 1, 2**40 + 7], attempt=[0, 0, 3], stream=16, count=3)
+    got = words(
+        seed=0x123456789ABCDEF0, draws=[0, 1, 2**40 + 7], attempt=[0, 0, 3], stream=16, count=3
+    )
     assert got.tolist() == GOLDEN
 
 
@@ -36,7 +42,12 @@ def test_words_do_not_depend_on_the_company_they_are_drawn_in():
 
 def test_every_argument_matters():
     base = words(1, [5], 0, 1, 4).tolist()
-    others = [words(2, [5], 0, 1, 4), words(1, [6], 0, 1, 4), words(1, [5], 1, 1, 4), words(1, [5], 0, 2, 4)]
+    others = [
+        words(2, [5], 0, 1, 4),
+        words(1, [6], 0, 1, 4),
+        words(1, [5], 1, 1, 4),
+        words(1, [5], 0, 2, 4),
+    ]
     assert all(other.tolist() != base for other in others)
     assert words(1, [6], 0, 1, 4).tolist() != words(2, [5], 0, 1, 4).tolist()  # not seed + draw
 
@@ -53,5 +64,3 @@ def test_the_extreme_words_stay_inside():
     extreme = np.asarray([0, 2**32 - 1], np.uint32)
     assert integers(extreme, 1000).tolist() == [0, 999]
     assert uniform(extreme)[1] < 1.0
-
-

@@ -32,11 +32,15 @@ def test_the_coarsest_level_that_is_fine_enough(levels, asked, chosen):
 
 def test_more_than_2x_upscaling_is_refused_with_the_numbers():
     assert not can_serve([0.51, 2.0], 0.25)
-    with pytest.raises(SamplerError, match=r"finest level has 0\.51 µm/px: 0\.25 µm/px would upscale it 2\.0x"):
+    with pytest.raises(
+        SamplerError, match=r"finest level has 0\.51 µm/px: 0\.25 µm/px would upscale it 2\.0x"
+    ):
         choose_level([0.51, 2.0], 0.25)
 
 
-boxes = st.tuples(st.integers(-300, 1200), st.integers(-300, 900), st.integers(1, 600), st.integers(1, 600))
+boxes = st.tuples(
+    st.integers(-300, 1200), st.integers(-300, 900), st.integers(1, 600), st.integers(1, 600)
+)
 
 
 @given(boxes)
@@ -49,7 +53,9 @@ def test_tiles_are_exactly_those_whose_pixels_the_box_holds(box):
     assert all((t.left, t.top) == (t.column * 256, t.row * 240) for t in tiles)
 
 
-ranges = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 400)).map(lambda r: (r[0], r[0] + r[1])))
+ranges = st.lists(
+    st.tuples(st.integers(0, 5000), st.integers(0, 400)).map(lambda r: (r[0], r[0] + r[1]))
+)
 
 
 @given(ranges, st.integers(0, 500), st.integers(100, 3000))
@@ -92,4 +98,6 @@ def test_packed_rows_survive_huge_offsets_and_lengths():
     offsets, lengths = [0, 5, 2**41, 7], [10, 2**24 - 1, 3, 2**25]
     rows, overflow = pack_rows(offsets, lengths)
     lv = Level(**{**level(1024, 240).__dict__, "rows": rows, "overflow": overflow})
-    assert [lv.byte_range(i) for i in range(4)] == [(o, o + n) for o, n in zip(offsets, lengths, strict=True)]
+    assert [lv.byte_range(i) for i in range(4)] == [
+        (o, o + n) for o, n in zip(offsets, lengths, strict=True)
+    ]
