@@ -17,15 +17,26 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from datetime import date
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openslide
 import tiffslide
 from PIL import Image
 
-from online_patching import ForegroundMask, PatchLoader, PatchRef, PatchSampler, Slide, read_slide_index
+from online_patching import (
+    ForegroundMask,
+    PatchLoader,
+    PatchRef,
+    PatchSampler,
+    Slide,
+    SlideIndex,
+    read_slide_index,
+)
 from online_patching.decode import DECODER
 
 SIZE_PX = 224
@@ -43,10 +54,14 @@ def main() -> None:
 
     index = read_slide_index(str(args.slide), mpp=args.mpp)
     lines = [
-        f"{args.slide.name}: {index.dimensions[0]} x {index.dimensions[1]} px, {index.codec}, "
-        f"tiles {index.levels[0].tile_width_px} px; {SIZE_PX} px patches on tissue, one thread each",
-        f"{date.today()}, commit {commit()}, {cpu()}, Python {platform.python_version()}, "
-        f"{DECODER}, OpenSlide {openslide.__library_version__}, tiffslide {tiffslide.__version__}",
+        (
+            f"{args.slide.name}: {index.dimensions[0]} x {index.dimensions[1]} px, {index.codec}, "
+            f"tiles {index.levels[0].tile_width_px} px; {SIZE_PX} px patches on tissue, one thread each"
+        ),
+        (
+            f"{datetime.now(UTC):%Y-%m-%d}, commit {commit()}, {cpu()}, Python {platform.python_version()}, "
+            f"{DECODER}, OpenSlide {openslide.__library_version__}, tiffslide {version('tiffslide')}"
+        ),
         "",
     ]
     with Slide(index) as slide:
@@ -60,7 +75,9 @@ def main() -> None:
         args.out.write_text(text + "\n")
 
 
-def measure(path: str, index, mask: ForegroundMask, mpp: float, times: float, blocks: int) -> list[str]:  # type: ignore[no-untyped-def]
+def measure(
+    path: str, index: SlideIndex, mask: ForegroundMask, mpp: float, times: float, blocks: int
+) -> list[str]:
     """One case: rates, and ratios of the loader to each peer, as medians over paired blocks."""
     sampler = PatchSampler([index], [mask], size_px=SIZE_PX, mpp=mpp, seed=1)
     openers = {"OpenSlide": openslide.OpenSlide(path), "tiffslide": tiffslide.TiffSlide(path)}
@@ -70,7 +87,7 @@ def measure(path: str, index, mask: ForegroundMask, mpp: float, times: float, bl
         refs = sampler.refs(sampler.draw_batch(np.arange(k * BLOCK, (k + 1) * BLOCK)))
         work: dict[str, Callable[[], object]] = {"loader": loader.next_batch}
         for name, reader in openers.items():
-            work[name] = lambda reader=reader: [peer(reader, ref, times) for ref in refs]
+            work[name] = partial(read_all, reader, refs, times)
         order = [*work][k % 3 :] + [*work][: k % 3]  # nobody always goes first
         found = {name: timed(work[name]) for name in order}
         if k:
@@ -87,7 +104,12 @@ def measure(path: str, index, mask: ForegroundMask, mpp: float, times: float, bl
     return [*rows, ""]
 
 
-def peer(reader, ref: PatchRef, times: float) -> np.ndarray:  # type: ignore[no-untyped-def]
+def read_all(reader: Any, refs: list[PatchRef], times: float) -> list[np.ndarray]:
+    """A block of patches, one after another."""
+    return [peer(reader, ref, times) for ref in refs]
+
+
+def peer(reader: Any, ref: PatchRef, times: float) -> np.ndarray:
     """The same patch as a careful user of the other library reads it."""
     side = round(SIZE_PX * times)
     region = reader.read_region((ref.x_px0, ref.y_px0), 0, (side, side)).convert("RGB")
@@ -113,7 +135,9 @@ def tissue(slide: Slide) -> ForegroundMask:
 def commit() -> str:
     """The commit measured, marked when the tree differs from it."""
     run = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(run, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return (
+        subprocess.run(run, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    )
 
 
 def cpu() -> str:

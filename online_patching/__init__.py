@@ -8,15 +8,17 @@ To read the package in the order in which a patch is made:
   plan.py          PatchRef -> level, tiles, byte ranges   stores/    where bytes come from
   fetch.py         runs a plan                             decode.py  tile bytes -> pixels
   resample.py      pixels at the exact µm/px               slide.py   one slide, by hand
-  loader.py        all of it, in order and in parallel     torch_dataset.py  for torch
-  geometry.py, errors.py, stats.py  shared words           testing.py synthetic slides
+  threads.py       batches in one process                  processes.py  in several
+  loader.py        the stream of batches                   torch_dataset.py  for torch
+  batch.py, geometry.py, errors.py, stats.py  shared words testing/  synthetic slides
 """
 
 from online_patching import errors
+from online_patching.batch import PatchBatch
 from online_patching.corpus import Corpus
 from online_patching.formats import find_slides, read_slide_index
 from online_patching.geometry import PatchRef
-from online_patching.loader import PatchBatch, PatchLoader
+from online_patching.loader import PatchLoader
 from online_patching.mask import ForegroundMask
 from online_patching.sampler import PatchSampler
 from online_patching.slide import Slide, open_slide

@@ -197,7 +197,7 @@ def _ycbcr_to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         ],
         axis=2,
     )
-    return np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(rgb), 0, 255), np.uint8)
 
 
 _DECODERS = {

@@ -14,72 +14,22 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from online_patching.batch import Engine, LoaderOptions, PatchBatch
 from online_patching.errors import FailureBudgetError, LoaderError, StateMismatchError
-from online_patching.geometry import PatchRef
+from online_patching.processes import ProcessEngine
 from online_patching.sampler import PatchSampler
 from online_patching.stats import Stats
 from online_patching.stores import RetryPolicy
+from online_patching.threads import ThreadEngine
 
 _PROBATION_DRAWS = 100
 _VERSION = 1
-
-
-@dataclass(frozen=True)
-class LoaderOptions:
-    """How a loader reads; none of it changes what it delivers.
-
-    `bytes_in_flight` bounds what remote reads hold, per process; `gap_bytes` joins remote ranges
-    this close (0: exactly the tiles touched).
-    """
-
-    threads: int = 2
-    prefetch: int = 2
-    bytes_in_flight: int = 64 * 2**20
-    gap_bytes: int = 16 * 2**10
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
-
-
-@dataclass(frozen=True)
-class PatchBatch:
-    """`pixels` uint8 (batch, size, size, 3) RGB; `refs` say what each is; `failures` lists the
-    (draw, attempt, reason) replaced on the way. With `copy=False` the pixels are a view of shared
-    memory: call `release()` when done with them.
-    """
-
-    pixels: NDArray[np.uint8]
-    refs: list[PatchRef]
-    failures: list[tuple[int, int, str]]
-    slot: Any = None
-
-    @property
-    def draws(self) -> NDArray[np.int64]:
-        """Sample numbers, (batch,)."""
-        return np.asarray([ref.draw for ref in self.refs], np.int64)
-
-    def release(self) -> None:
-        """Give the shared memory back to the loader; the pixels must not be used afterwards."""
-        if self.slot is not None:
-            self.slot.release()
-
-
-class Engine(Protocol):
-    """Makes batches: `request` starts one, `take` waits for the oldest requested."""
-
-    def request(self, draws: NDArray[np.int64]) -> None:
-        """Start making a batch of these draws."""
-
-    def take(self) -> PatchBatch:
-        """Wait for the oldest requested batch."""
-
-    def close(self) -> None:
-        """Stop everything."""
 
 
 class PatchLoader:
@@ -206,16 +156,11 @@ class PatchLoader:
             self.close()
 
     def _start(self) -> Engine:
-        # Imported here: each engine brings what only it needs (event loop, shared memory).
         if self.workers:
-            from online_patching.processes import ProcessEngine
-
             self._engine = ProcessEngine(
                 self.sampler, self.batch_size, self.workers, self.options, self.stats, self.copy
             )
         else:
-            from online_patching.threads import ThreadEngine
-
             self._engine = ThreadEngine(self.sampler, self.options, self.stats)
         return self._engine
 

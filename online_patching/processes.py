@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from online_patching.batch import LoaderOptions, PatchBatch
 from online_patching.errors import LoaderError, WorkerDiedError
-from online_patching.loader import LoaderOptions, PatchBatch
 from online_patching.sampler import PatchSampler
 from online_patching.stats import Stats
 from online_patching.threads import ThreadEngine

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from online_patching.batch import LoaderOptions, PatchBatch
 from online_patching.errors import (
     LoaderError,
     ObjectChangedError,
@@ -21,7 +22,6 @@ from online_patching.errors import (
 )
 from online_patching.fetch import ByteBudget, fetch_local, fetch_remote, pieces_of
 from online_patching.geometry import PatchRef
-from online_patching.loader import LoaderOptions, PatchBatch
 from online_patching.plan import plan_patch
 from online_patching.sampler import MAX_ATTEMPTS, PatchSampler
 from online_patching.slide import finish, finish_fallback

@@ -8,7 +8,14 @@ import shutil
 import numpy as np
 import pytest
 
-from online_patching import ForegroundMask, PatchLoader, PatchSampler, errors, open_slide, read_slide_index
+from online_patching import (
+    ForegroundMask,
+    PatchLoader,
+    PatchSampler,
+    errors,
+    open_slide,
+    read_slide_index,
+)
 from online_patching.fetch import ByteBudget
 from online_patching.stores import RetryPolicy, Stores, redact
 from tests.servers import Faults
@@ -27,7 +34,9 @@ def take(loader: PatchLoader, n: int) -> list[np.ndarray]:
     return [loader.next_batch().pixels for _ in range(n)]
 
 
-@pytest.mark.parametrize("name", ["CMU-1-Small-Region", "gallery-01_colon_serrated_adenoma_crop6144"])
+@pytest.mark.parametrize(
+    "name", ["CMU-1-Small-Region", "gallery-01_colon_serrated_adenoma_crop6144"]
+)
 def test_a_real_slide_over_http_has_the_same_pixels(fault_server, real_slides, name):
     local = real_slides[name]
     shutil.copy(local.uri, fault_server.root / "a.svs")
@@ -49,7 +58,10 @@ def test_a_real_slide_over_http_has_the_same_pixels(fault_server, real_slides, n
 
 def test_an_ome_zarr_over_http_has_the_same_pixels(fault_server, small_slides, small_indexes):
     shutil.copytree(small_slides[2], fault_server.root / "z.ome.zarr")
-    with open_slide(f"{fault_server.url}/z.ome.zarr") as remote, open_slide(small_indexes[2]) as local:
+    with (
+        open_slide(f"{fault_server.url}/z.ome.zarr") as remote,
+        open_slide(small_indexes[2]) as local,
+    ):
         assert remote.index.digest == local.index.digest
         place = {"x_um": 50.0, "y_um": 80.0, "mpp": 0.5, "size_px": 200}
         assert (remote.read_patch(**place) == local.read_patch(**place)).all()
@@ -59,7 +71,10 @@ def test_with_merging_the_excess_is_counted(fault_server, small_slides, small_in
     shutil.copy(small_slides[0], fault_server.root / "a.svs")
     remote = read_slide_index(f"{fault_server.url}/a.svs")
     sampler = PatchSampler([remote], [ForegroundMask.everything(remote)], size_px=300, mpp=[0.2531])
-    with PatchLoader(sampler, 4, gap_bytes=0) as exact, PatchLoader(sampler, 4, gap_bytes=10**6) as merged:
+    with (
+        PatchLoader(sampler, 4, gap_bytes=0) as exact,
+        PatchLoader(sampler, 4, gap_bytes=10**6) as merged,
+    ):
         assert (take(exact, 2)[1] == take(merged, 2)[1]).all()
         exact.close(), merged.close()  # also finishes what was read ahead
         assert merged.stats.bytes_wanted < merged.stats.bytes_read
@@ -85,7 +100,9 @@ def test_one_500_is_retried(fault_server, stores, small_slides):
         (Faults("truncate", only_data=True), errors.StoreUnavailableError, "failed 3 times"),
     ],
 )
-def test_each_misbehaviour_is_one_clear_error(fault_server, stores, small_slides, faults, error, words):
+def test_each_misbehaviour_is_one_clear_error(
+    fault_server, stores, small_slides, faults, error, words
+):
     shutil.copy(small_slides[0], fault_server.root / "a.svs")
     fault_server.faults = faults
     with pytest.raises(error, match=words) as caught:
@@ -101,7 +118,9 @@ def test_a_missing_object_and_a_dead_server(fault_server, stores):
         read_slide_index("http://127.0.0.1:9/a.svs", stores=stores)
 
 
-def test_a_slide_replaced_in_mid_run_is_noticed_and_never_mixed(fault_server, small_slides, small_indexes):
+def test_a_slide_replaced_in_mid_run_is_noticed_and_never_mixed(
+    fault_server, small_slides, small_indexes
+):
     shutil.copy(small_slides[0], fault_server.root / "a.svs")
     remote = read_slide_index(f"{fault_server.url}/a.svs")
     local = small_indexes[1]
@@ -144,7 +163,7 @@ def test_remote_reads_overlap_and_stay_within_the_budget(fault_server, small_sli
     with PatchLoader(sampler, 16, bytes_in_flight=200_000) as loader:
         take(loader, 2)
         budget = loader._engine.budget
-    assert 1 < fault_server.most_concurrent
+    assert fault_server.most_concurrent > 1
     assert 0 < budget.peak <= 200_000
 
 
@@ -177,7 +196,10 @@ def test_any_fsspec_filesystem_serves_a_slide(small_slides, small_indexes):
     memory.pipe("/bucket/a.svs", small_slides[0].read_bytes())
     with open_slide("memory://bucket/a.svs") as remote, open_slide(small_indexes[0]) as local:
         assert remote.index.digest == local.index.digest
-        assert (remote.read_region((99, 50), 0, (300, 300)) == local.read_region((99, 50), 0, (300, 300))).all()
+        assert (
+            remote.read_region((99, 50), 0, (300, 300))
+            == local.read_region((99, 50), 0, (300, 300))
+        ).all()
     with pytest.raises(errors.ObjectNotFoundError):
         read_slide_index("memory://bucket/none.svs")
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from online_patching.slide_index import Codec, Level, pack_rows
 
 
 def level(w=1000, h=700, tile=(256, 240), ds=1.0, mpp=0.5) -> Level:
-    return Level(w, h, *tile, ds, ds, mpp * ds, mpp * ds, Codec("jpeg"))
+    return Level(w, h, tile[0], tile[1], ds, ds, mpp * ds, mpp * ds, Codec("jpeg"))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_merged_ranges_cover_what_was_asked_and_no_more_than_gaps(asked, gap, mo
     read = {b for start, stop in merged for b in range(start, stop)}
     assert wanted <= read
     assert merged == sorted(merged)
-    assert all(a[1] < b[0] or a[1] == b[0] for a, b in zip(merged, merged[1:], strict=False))
+    assert all(a[1] < b[0] or a[1] == b[0] for a, b in pairwise(merged))
     for start, stop in asked:
         assert start == stop or any(a <= start and stop <= b for a, b in merged)
     if gap == 0:
