@@ -52,10 +52,20 @@ def small_slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("slides")
     return [
         write_tiff(
-            folder / "ycbcr.svs", SyntheticSlide(1, 2300, 1500, mpp=0.2531), downsamples=(3.9995,), associated=True
+            folder / "ycbcr.svs",
+            SyntheticSlide(1, 2300, 1500, mpp=0.2531),
+            downsamples=(3.9995,),
+            associated=True,
         ),
-        write_tiff(folder / "rgb.svs", SyntheticSlide(2, 1300, 1900, mpp=0.497), tile_px=240, photometric="rgb"),
-        write_ome_zarr(folder / "third.ome.zarr", SyntheticSlide(3, 1700, 1100, mpp=0.351), chunk_px=200),
+        write_tiff(
+            folder / "rgb.svs",
+            SyntheticSlide(2, 1300, 1900, mpp=0.497),
+            tile_px=240,
+            photometric="rgb",
+        ),
+        write_ome_zarr(
+            folder / "third.ome.zarr", SyntheticSlide(3, 1700, 1100, mpp=0.351), chunk_px=200
+        ),
     ]
 
 
@@ -75,5 +85,9 @@ def noise(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     """Smooth random colours: what JPEG was made for, with something to see at every pixel."""
     from PIL import Image
 
-    coarse = np.random.default_rng(seed).integers(0, 256, (-(-shape[0] // 8), -(-shape[1] // 8), 3), np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
+    coarse = np.random.default_rng(seed).integers(
+        0, 256, (-(-shape[0] // 8), -(-shape[1] // 8), 3), np.uint8
+    )
+    return np.asarray(
+        Image.fromarray(coarse).resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
+    )

@@ -51,7 +51,10 @@ class FaultServer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.http.shutdown()
         self.http.server_close()
@@ -116,7 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(206, data[start:stop], head, cut=kind == "truncate")
         return None
 
-    def _send(self, status: int, body: bytes, more: dict[str, str] | None = None, cut: bool = False) -> None:
+    def _send(
+        self, status: int, body: bytes, more: dict[str, str] | None = None, cut: bool = False
+    ) -> None:
         self.send_response(status)
         for name, value in {"ETag": self.server_state.etag, **(more or {})}.items():
             self.send_header(name, value)

@@ -12,9 +12,12 @@ from online_patching.slide_index import Codec, Level
 
 def index(name: str, w: int, h: int, mpp: float) -> SlideIndex:
     levels = tuple(
-        Level(w // d, h // d, 256, 256, float(d), float(d), mpp * d, mpp * d, Codec("raw")) for d in (1, 4)
+        Level(w // d, h // d, 256, 256, float(d), float(d), mpp * d, mpp * d, Codec("raw"))
+        for d in (1, 4)
     )
-    return SlideIndex(name, f"/nowhere/{name}", "openslide", "test", mpp, mpp, "override table", levels)
+    return SlideIndex(
+        name, f"/nowhere/{name}", "openslide", "test", mpp, mpp, "override table", levels
+    )
 
 
 def mask_of(ix: SlideIndex, tissue: np.ndarray) -> ForegroundMask:
@@ -35,7 +38,9 @@ def three() -> tuple[list[SlideIndex], list[ForegroundMask]]:
 
 
 def make(three, **options) -> PatchSampler:
-    return PatchSampler(three[0], three[1], **{"size_px": 128, "mpp": [0.25, 1.0], "seed": 11, **options})
+    return PatchSampler(
+        three[0], three[1], **{"size_px": 128, "mpp": [0.25, 1.0], "seed": 11, **options}
+    )
 
 
 def test_a_draw_is_a_pure_function_of_seed_and_number(three):
@@ -107,7 +112,9 @@ def test_that_test_fails_when_the_last_origin_is_lost(three, monkeypatch):
 
 def test_that_test_fails_when_boxes_are_bounded_by_another_level(three, monkeypatch):
     right = sampler_module.origin_inside
-    monkeypatch.setattr(sampler_module, "origin_inside", lambda c, s, limit: right(c, s, limit // 2))
+    monkeypatch.setattr(
+        sampler_module, "origin_inside", lambda c, s, limit: right(c, s, limit // 2)
+    )
     assert chi_square_of_positions(make(three)) > 3
 
 
@@ -131,7 +138,11 @@ def test_a_needle_biopsy_drops_out_of_coarse_fields_of_view_only(three):
     tissue = np.zeros((100, 100), bool)
     tissue[:, 48:52] = True  # 40 µm wide
     sampler = PatchSampler(
-        [*three[0], needle], [*three[1], mask_of(needle, tissue)], size_px=128, mpp=[0.25, 1.0], min_foreground=0.4
+        [*three[0], needle],
+        [*three[1], mask_of(needle, tissue)],
+        size_px=128,
+        mpp=[0.25, 1.0],
+        min_foreground=0.4,
     )
     assert sampler.servable["needle"] == [0.25]
     draws = sampler.draw_batch(np.arange(400))
@@ -140,7 +151,9 @@ def test_a_needle_biopsy_drops_out_of_coarse_fields_of_view_only(three):
 
 def test_nothing_to_draw_is_said_with_the_numbers(three):
     (a, *_), (m, *_) = three
-    with pytest.raises(errors.SamplerError, match=r"no slide can serve \[0\.05\] µm/px: the finest has 0\.25"):
+    with pytest.raises(
+        errors.SamplerError, match=r"no slide can serve \[0\.05\] µm/px: the finest has 0\.25"
+    ):
         PatchSampler([a], [m], mpp=0.05)
     speck = np.zeros((70, 90), bool)
     speck[3, 4] = True
@@ -150,7 +163,14 @@ def test_nothing_to_draw_is_said_with_the_numbers(three):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"mpp": []}, {"mpp": [0.001]}, {"min_foreground": 1.5}, {"seed": -1}, {"size_px": 0}, {"mpp_weights": [1.0]}],
+    [
+        {"mpp": []},
+        {"mpp": [0.001]},
+        {"min_foreground": 1.5},
+        {"seed": -1},
+        {"size_px": 0},
+        {"mpp_weights": [1.0]},
+    ],
 )
 def test_senseless_settings_are_refused(three, bad):
     with pytest.raises(errors.SamplerError):
