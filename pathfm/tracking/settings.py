@@ -1,0 +1,74 @@
+"""What a run's record is configured with, and how a store's URI is read and shown."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, Field, field_validator
+
+PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
+_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+_SECRET_NAME = re.compile(
+    r"(^|[._-])(password|passwd|secret|token|api_?key|access_?key)s?$", re.IGNORECASE
+)
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/?#]*@)?([^\s?#]*)(?:[?#]\S*)?")
+
+
+class TrackingConfig(BaseModel, frozen=True, extra="forbid"):
+    """Where a run is recorded."""
+
+    enabled: bool = Field(True, description="ship to MLflow; metrics.jsonl is written regardless")
+    uri: str | None = Field(
+        None,
+        description="MLflow store: sqlite:///FILE or http(s)://...; unset: $MLFLOW_TRACKING_URI, "
+        "else mlflow.db in the run's folder",
+    )
+    experiment: str = Field("pathfm", min_length=1, description="name of the MLflow experiment")
+    run_name: str | None = Field(None, description="name of the run; unset: its folder's name")
+    parent_run_id: str | None = Field(None, description="id of the run this one is a child of")
+
+    @field_validator("uri")
+    @classmethod
+    def _known_scheme(cls, uri: str | None) -> str | None:
+        if uri and uri.split(":")[0].split("+")[0] not in _SCHEMES:
+            raise ValueError(
+                f"{without_secrets(uri)!r} is no store MLflow 3 can write to: "
+                f"use sqlite:///FILE.db or http(s)://HOST:PORT"
+            )
+        return uri
+
+    def store(self, folder: Path) -> str:
+        """The store's URI for a run in `folder`."""
+        default = f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+        return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def ui_command(uri: str) -> str:
+    """What to type to look at a store in a browser."""
+    if uri.startswith(("http://", "https://")):
+        return f"open {without_secrets(uri)}"
+    return f"mlflow ui --backend-store-uri {without_secrets(uri)}"
+
+
+def without_secrets(text: str) -> str:
+    """The text with user:password and query strings cut out of every URI in it."""
+    return _URI.sub(r"\1\2", text)
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file behind a sqlite URI, else None."""
+    return Path(urlsplit(uri).path[1:]) if uri.startswith("sqlite:///") else None
+
+
+def scrubbed(value: Any, name: str = "") -> Any:
+    """The same structure, with secrets cut out of every string."""
+    if isinstance(value, Mapping):
+        return {str(key): scrubbed(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, str):
+        return "***" if _SECRET_NAME.search(name) and value else without_secrets(value)
+    return value

@@ -1,0 +1,136 @@
+"""The thread that brings a journal's rows to the store, however long the store is away.
+
+A store that cannot be reached costs a run nothing: the thread tries again, ever more slowly, and
+what is left at the end stays in the folder for `replay`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pathfm.runtime import PathfmError
+from pathfm.tracking.journal import METRICS, TASKS, Journal, read_state
+from pathfm.tracking.settings import TrackingConfig, without_secrets
+
+if TYPE_CHECKING:
+    from pathfm.tracking import MlflowStore
+
+_log = logging.getLogger(__name__)
+_ROWS = 1000  # of the journal, read at a time
+
+
+class Shipper:
+    """The guarded thread between a journal and MLflow."""
+
+    interval_s = 1.0
+    longest_wait_s = 15.0
+
+    def __init__(self, config: TrackingConfig, journal: Journal) -> None:
+        self._config, self._journal = config, journal
+        self._uri = config.store(journal.folder)
+        self._store: MlflowStore | None = None
+        self._wake, self._known = threading.Event(), threading.Event()
+        self._stop_by_s: float | None = None
+        self._complained = False
+        self._thread = threading.Thread(target=self._loop, name="pathfm-tracking", daemon=True)
+
+    def start(self, connect_s: float) -> None:
+        """Start shipping; returns once the run has an id, or after `connect_s`."""
+        self._thread.start()
+        self._known.wait(connect_s)
+
+    def stop(self, flush_s: float) -> None:
+        """Ship what is left for at most `flush_s`, then give up and say how to ship it later."""
+        self._stop_by_s = time.monotonic() + flush_s
+        self._wake.set()
+        self._thread.join(flush_s)
+        left = self._journal.pending_rows
+        if left:
+            _log.warning(
+                "%d rows did not reach %s; they are kept in %s: pathfm compare --replay %s",
+                left,
+                without_secrets(self._uri),
+                self._journal.folder,
+                self._journal.folder,
+            )
+
+    def _loop(self) -> None:
+        wait_s = self.interval_s
+        while True:
+            stop_by_s = self._stop_by_s  # read before shipping: what came earlier is on disk
+            try:
+                self.ship()
+                wait_s, self._complained = self.interval_s, False
+                if stop_by_s is not None:
+                    return
+            except Exception as error:
+                # any kind: whatever a store, a proxy or a driver raises must not end training
+                self._complain(error)
+                wait_s = min(2 * wait_s, self.longest_wait_s)
+            if stop_by_s is not None:
+                wait_s = self.interval_s
+                if time.monotonic() > stop_by_s:
+                    return
+            self._wake.wait(wait_s)
+            self._wake.clear()
+
+    def _complain(self, error: Exception) -> None:
+        if not self._complained:
+            reason = without_secrets(" ".join(str(error).split()))[:300]
+            _log.warning(
+                "MLflow store %s does not answer (%s). The run goes on; rows wait in %s",
+                without_secrets(self._uri),
+                reason or type(error).__name__,
+                self._journal.folder,
+            )
+        self._complained = True
+
+    def ship(self) -> None:
+        """Send everything that waits; raises whatever the store raises."""
+        store, journal = self._connect(), self._journal
+        while (piece := journal.unshipped(METRICS, _ROWS)).rows:
+            journal.advance(piece, store.send_metrics(journal.state.run_id, piece.rows))
+        while (piece := journal.unshipped(TASKS, _ROWS)).rows:
+            for i, task in enumerate(piece.rows):
+                store.send_task(journal.state.run_id, task)
+                journal.advance(piece, i + 1)
+
+    def _connect(self) -> MlflowStore:
+        from pathfm.tracking import MlflowStore  # late: the package itself imports this file
+
+        if self._store is None:
+            self._store = MlflowStore(self._uri)
+        if not self._journal.state.run_id:
+            name = self._config.run_name or self._journal.folder.resolve().name
+            experiment, parent = self._config.experiment, self._config.parent_run_id
+            run_id = self._store.find_or_create(experiment, self._journal.state.key, name, parent)
+            self._journal.update(run_id, experiment, without_secrets(self._uri))
+        if not self._known.is_set():
+            self._store.client.update_run(self._journal.state.run_id, status="RUNNING")
+            self._known.set()
+        return self._store
+
+
+def replay(folder: Path, config: TrackingConfig | None = None) -> int:
+    """Ship what a run's folder still holds back; returns how many rows that were.
+
+    Raises `PathfmError` if the folder has no journal, or the store does not answer.
+    """
+    state = read_state(folder)
+    if state is None:
+        raise PathfmError(f"{folder} holds no tracking.json: it is not the folder of a run")
+    base = config or TrackingConfig(uri=state.uri or None)
+    if state.experiment:
+        base = base.model_copy(update={"experiment": state.experiment})
+    journal = Journal(folder, state.run_id or f"pending-{state.key}")
+    waiting = journal.pending_rows
+    try:
+        Shipper(base, journal).ship()
+    except Exception as error:
+        where = without_secrets(base.store(folder))
+        raise PathfmError(f"MLflow store {where} does not answer: {str(error)[:200]}") from error
+    return waiting
