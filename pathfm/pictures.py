@@ -1,6 +1,6 @@
-"""Pictures a person looks at: mosaics, mask outlines, boxes on thumbnails, line plots as SVG.
+"""Pictures a person looks at: mosaics, mask outlines on thumbnails, line plots as SVG.
 
-Arrays are uint8 (h, w, 3); boxes are (x, y, width, height) in pixels of the picture drawn on.
+Arrays are uint8 (h, w, 3).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 RgbArray = NDArray[np.uint8]
-Box = tuple[float, float, float, float]
 
 # Okabe and Ito's colours: told apart by people with any of the common colour blindnesses.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8a8a")
@@ -82,23 +81,6 @@ def outline(
     out = np.array(thumbnail)
     out[scaled & ~inner] = _rgb(colour)
     return Image.fromarray(out)
-
-
-def draw_boxes(
-    picture: RgbArray | Image.Image,
-    boxes: Sequence[Box],
-    colours: Sequence[str],
-    width_px: int = 1,
-) -> Image.Image:
-    """The picture with one rectangle a box, in the order given. Boxes may reach over the edge."""
-    image = picture.copy() if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    image = image.convert("RGB")
-    draw = ImageDraw.Draw(image)
-    for (x, y, width, height), colour in zip(boxes, colours, strict=True):
-        # a box below one pixel would be drawn inside out
-        right, lower = x + max(width, 1.0) - 1, y + max(height, 1.0) - 1
-        draw.rectangle((round(x), round(y), round(right), round(lower)), None, colour, width_px)
-    return image
 
 
 def jpeg_data_uri(picture: RgbArray | Image.Image, quality: int = 80, max_px: int = 0) -> str:

@@ -15,7 +15,6 @@ from PIL import Image
 from pathfm.pictures import (
     COLOURS,
     Series,
-    draw_boxes,
     jpeg_data_uri,
     line_plot_svg,
     mosaic,
@@ -35,16 +34,6 @@ def test_the_outline_is_the_border_of_the_mask_on_a_picture_that_is_not_square()
     expected[10:30, 20:50] = True
     expected[11:29, 21:49] = False
     np.testing.assert_array_equal(red, expected)
-
-
-def test_boxes_are_drawn_in_order_and_tiny_ones_still_show() -> None:
-    page = np.zeros((30, 50, 3), np.uint8)
-    boxes = [(5.0, 5.0, 20.0, 10.0), (40.0, 20.0, 0.2, 0.2)]
-    drawn = np.asarray(draw_boxes(page, boxes, ["#0000ff", "#00ff00"]))
-    assert drawn[5, 5].tolist() == drawn[14, 24].tolist() == [0, 0, 255]
-    assert drawn[10, 15].tolist() == [0, 0, 0]
-    assert drawn[20, 40].tolist() == [0, 255, 0]
-    assert page.max() == 0  # the caller's picture is left alone
 
 
 def test_a_mosaic_has_room_for_every_picture() -> None:
