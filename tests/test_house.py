@@ -33,16 +33,6 @@ def tool(*words: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProce
     )
 
 
-def test_importing_the_patches_pulls_in_neither_torch_nor_mlflow() -> None:
-    done = tool(
-        sys.executable,
-        "-c",
-        "import sys, online_patching, online_patching.testing; "
-        "print(sorted({'torch', 'mlflow', 'timm', 'lightly', 'sklearn'} & set(sys.modules)))",
-    )
-    assert done.stdout.strip() == "[]", done.stderr
-
-
 def modules() -> list[str]:
     names = []
     for package in ("online_patching", "pathfm"):
@@ -102,9 +92,9 @@ def test_the_constraints_are_versions_of_everything_we_ask_for() -> None:
             assert requirement.specifier.contains(pinned[name]), text
 
 
-def test_no_file_holds_an_address_of_this_machine() -> None:
-    done = tool("git", "grep", "-nIE", r"(/home/|/Users/|/root/|file://localhost)", "--", ".")
-    assert done.stdout.replace("tests/test_house.py", "").count("\n") <= 1, done.stdout
+def test_no_file_names_a_place_on_somebody_s_machine() -> None:
+    done = tool("git", "grep", "-nIE", r"(/home/|/Users/|/root/)", "--", ".", ":!tests")
+    assert done.stdout == ""
 
 
 def test_the_dockerfiles_are_clean() -> None:
