@@ -9,6 +9,7 @@ summary.json. The same command goes on where a run was stopped or killed; bit fo
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,10 @@ from pathfm.methods.settings import DinoSettings
 from pathfm.runtime import Precision
 from pathfm.tracking import TrackingConfig
 from pathfm.views import ViewSpec
+
+# Before torch is loaded: OpenMP threads that wait should sleep. By default they spin, and as soon as
+# decoding (or a neighbour) wants one of the cores, a DINO step on two of them took 8.4 s, not 1.5.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class FirstGlobalView(ViewSpec, frozen=True, extra="forbid"):
@@ -112,7 +117,7 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     loader: ReadingConfig = Field(ReadingConfig(), description="reading")
     device: str = Field("auto", description="auto, cpu or cuda:N")
     precision: Precision = Field(
-        "auto", description="of forward passes: bf16, fp32, or auto: bf16 on a GPU that has it"
+        "auto", description="of forward passes: bf16, fp32, or auto: bf16 where the hardware has it"
     )
     checkpoint_every_steps: int = Field(
         500, ge=1, description="optimizer steps between checkpoints"

@@ -23,7 +23,7 @@ from pathfm.pretrain.records import (
     save_views,
 )
 from pathfm.pretrain.trainer import Trainer
-from pathfm.runtime import autocast, pick_dtype
+from pathfm.runtime import autocast
 from pathfm.tracking import Run
 from pathfm.views import ViewSpec
 from pathfm.views.render import make_views
@@ -78,7 +78,7 @@ def finish(trainer: Trainer, run: Run, monitor: PatchBatch, sampler: PatchSample
     words = {
         "init": done.init_note,
         "device": str(trainer.device),
-        "precision": str(pick_dtype(trainer.device, config.precision)).removeprefix("torch."),
+        "precision": trainer.precision,
         "backbone_digest": trainer.method.exported.digest,
         "corpus_digest": sampler.corpus.digest,
     }
@@ -122,6 +122,6 @@ def embed_patches(trainer: Trainer, batch: PatchBatch) -> NDArray[np.float32]:
         (view,) = make_views(
             pixels, batch.draws[rows], [whole], seed=0, mean=backbone.mean, std=backbone.std
         )
-        with autocast(trainer.device, config.precision):
+        with autocast(trainer.device, trainer.precision):
             features.append(backbone.embed(view).float().cpu().numpy())
     return np.concatenate(features)

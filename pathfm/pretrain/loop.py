@@ -124,7 +124,7 @@ def train_step(trainer: Trainer, batch: PatchBatch) -> dict[str, float]:
         mean=backbone.mean,
         std=backbone.std,
     )
-    with autocast(trainer.device, config.precision):
+    with autocast(trainer.device, trainer.precision):
         loss = method.loss(views, N_GLOBAL, step)
     check_finite("loss", loss, trainer, batch)
     loss.backward()  # type: ignore[no-untyped-call]

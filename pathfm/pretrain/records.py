@@ -23,7 +23,6 @@ from pathfm.views.render import make_views
 
 SAMPLED = "sampled.jsonl"
 _FIELDS = ("draw", "slide_id", "x_px0", "y_px0", "width_px0", "height_px0", "mpp")
-_MOSAIC_COLUMNS = 12
 
 
 class SampledLog:
@@ -91,27 +90,32 @@ def print_shares(facts: dict[str, Any], slides: Sequence[str], mpps: Sequence[fl
         console().print(table)
 
 
-def save_mosaic(path: Path, batch: PatchBatch, rows_a_mpp: int = 2) -> None:
-    """Sampled patches, finest magnification first, the slides of one magnification in turns."""
-    chosen = choose_for_mosaic(batch.refs, rows_a_mpp * _MOSAIC_COLUMNS)
-    captions = [f"{batch.refs[i].mpp:g} · {batch.refs[i].slide_id}" for i in chosen]
+def save_mosaic(path: Path, batch: PatchBatch) -> None:
+    """Sampled patches: a column a slide, two rows a magnification, finest first; white: none."""
+    chosen, columns = choose_for_mosaic(batch.refs)
+    blank = np.full_like(batch.pixels[0], 255)
+    captions = [
+        "" if i is None else f"{batch.refs[i].mpp:g} · {batch.refs[i].slide_id}" for i in chosen
+    ]
+    pictures = [blank if i is None else batch.pixels[i] for i in chosen]
     make_folder(path.parent)
-    mosaic([batch.pixels[i] for i in chosen], captions, _MOSAIC_COLUMNS).save(path, quality=88)
+    mosaic(pictures, captions, columns).save(path, quality=88)
 
 
-def choose_for_mosaic(refs: Sequence[PatchRef], per_mpp: int) -> list[int]:
-    """Positions in `refs`: up to `per_mpp` of each µm/px, every slide as often as the others."""
-    chosen: list[int] = []
+def choose_for_mosaic(
+    refs: Sequence[PatchRef], rows_a_mpp: int = 2, max_slides: int = 12
+) -> tuple[list[int | None], int]:
+    """Positions in `refs` row by row, None where a slide has no such patch; and the columns."""
+    slides = sorted({ref.slide_id for ref in refs})[:max_slides]
+    rows: list[list[int | None]] = []
     for mpp in sorted({ref.mpp for ref in refs}):
-        seen: Counter[str] = Counter()
-        turns = []
-        for i, ref in enumerate(refs):
-            if ref.mpp == mpp:
-                turns.append((seen[ref.slide_id], ref.slide_id, i))
-                seen[ref.slide_id] += 1
-        picked = sorted(turns)[:per_mpp]
-        chosen += [i for _, _, i in sorted(picked, key=lambda turn: (turn[1], turn[0]))]
-    return chosen
+        cells = [
+            [i for i, ref in enumerate(refs) if (ref.slide_id, ref.mpp) == (slide, mpp)]
+            for slide in slides
+        ]
+        deep = min(rows_a_mpp, max(map(len, cells)))
+        rows += [[cell[row] if row < len(cell) else None for cell in cells] for row in range(deep)]
+    return [i for row in rows for i in row], len(slides)
 
 
 def save_views(path: Path, batch: PatchBatch, specs: Sequence[ViewSpec], seed: int) -> None:

@@ -21,7 +21,7 @@ from pathfm.checkpoint import (
 )
 from pathfm.methods import Method, build_method
 from pathfm.pretrain import PretrainConfig
-from pathfm.runtime import PathfmError, as_dict, pick_device, pick_dtype
+from pathfm.runtime import PathfmError, Precision, as_dict, pick_device, pick_dtype
 from pathfm.tracking import Run
 
 FREE_TO_CHANGE = (
@@ -69,6 +69,7 @@ class Trainer:
 
     config: PretrainConfig
     device: torch.device
+    precision: Precision
     method: Method
     optimizer: torch.optim.Optimizer
     done: Progressed
@@ -79,6 +80,8 @@ def build_trainer(config: PretrainConfig, checkpoint: Checkpoint | None) -> Trai
     device = pick_device(config.device)
     backbone = _backbone(config, checkpoint)
     _check_views_fit(config, backbone)
+    if device.type == "cpu":
+        backbone.plain_attention()
     method = build_method(config.method, backbone, config.dino, config.steps, config.seed)
     if checkpoint is not None:
         state = {
@@ -89,12 +92,29 @@ def build_trainer(config: PretrainConfig, checkpoint: Checkpoint | None) -> Trai
         method.load_state_dict(state)
     method.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(method.trained()), fused=True)
-    if checkpoint is None:
-        return Trainer(
-            config, device, method, optimizer, Progressed(init_note=backbone.weights_note)
-        )
-    unpack_optimizer(optimizer, checkpoint.tensors, checkpoint.state["optimizer"])
-    return Trainer(config, device, method, optimizer, Progressed(**checkpoint.state["done"]))
+    done = Progressed(init_note=backbone.weights_note)
+    if checkpoint is not None:
+        unpack_optimizer(optimizer, checkpoint.tensors, checkpoint.state["optimizer"])
+        done = Progressed(**checkpoint.state["done"])
+    precision = plan_precision(config.precision, device)
+    return Trainer(config, device, precision, method, optimizer, done)
+
+
+def plan_precision(asked: Precision, device: torch.device) -> Precision:
+    """What "auto" means here: bf16 wherever the GPU or the processor computes in it.
+
+    On a core with avx512_bf16 a DINO step of ViT-Ti is 3 times as fast in bf16 as in fp32; on a
+    processor without, bf16 is emulated and slower.
+    """
+    if asked != "auto":
+        return asked
+    if device.type != "cpu":
+        return "bf16" if pick_dtype(device) == torch.bfloat16 else "fp32"
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "fp32"
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -146,11 +166,10 @@ def save(trainer: Trainer, loader: PatchLoader, run: Run) -> Path:
 def describe(trainer: Trainer) -> str:
     """Method, sizes, device and precision in half a line."""
     trained = sum(p.numel() for p in trainer.method.trained().parameters() if p.requires_grad)
-    dtype = str(pick_dtype(trainer.device, trainer.config.precision)).removeprefix("torch.")
     backbone = trainer.method.exported
     return (
         f"{trainer.config.method} on {backbone.name}, {trained / 1e6:.1f} M parameters trained, "
-        f"{trainer.device}, {dtype}"
+        f"{trainer.device}, {trainer.precision}"
     )
 
 
