@@ -1,5 +1,4 @@
 import csv
-import os
 from pathlib import Path
 
 import pytest
@@ -139,11 +138,9 @@ def test_two_slides_of_one_name_are_refused(folder: Path, tmp_path: Path) -> Non
         run(IndexConfig(slides=(str(folder),), out=tmp_path / "c"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_an_unwritable_output_is_told(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "c").mkdir(mode=0o500)
-    with pytest.raises(PathfmError, match="cannot"):
-        run(IndexConfig(slides=(str(folder),), out=tmp_path / "c"))
+def test_an_unwritable_output_is_told(folder: Path) -> None:
+    with pytest.raises(PathfmError, match="cannot make the folder"):  # not even for root
+        run(IndexConfig(slides=(str(folder),), out=Path("/proc/corpus")))
 
 
 def test_an_output_that_is_a_file_is_told(folder: Path, tmp_path: Path) -> None:
