@@ -62,45 +62,46 @@ def train(config: PretrainConfig) -> PretrainResult:
     print(f"pretrain: {done.init_note}; {describe(trainer)}")
     save_config(config, out)
     until = min(config.steps, config.stop_after_steps or config.steps)
+    seen = done.step * config.batch_size
+    total = config.steps * config.batch_size
     with (
         stop_signal() as stopping,
         open_run(config.tracking, out, as_dict(config), provenance(), done.run_id) as run,
+        SampledLog(out / SAMPLED, seen, config.max_sampled_rows) as sampled,
         PatchLoader(sampler, config.batch_size, **config.loader.model_dump()) as loader,
-        progress(config.steps * config.batch_size, "patches", "pretrain",
-                 done.step * config.batch_size) as bar,
-    ):  # fmt: skip
+        progress(total, "patches", "pretrain", seen) as bar,
+    ):
         run.cohort(config.corpus.name, corpus.digest)
+        run.truncate(done.step - 1)
         monitor = read_monitor(sampler, config)
         if checkpoint is None:
             begin(trainer, run, monitor)
         else:
             loader.load_state_dict(checkpoint.state["loader"])
             print(f"pretrain: goes on after step {done.step:,} of {config.steps:,}")
-        run.truncate(done.step - 1)
-        rows_done = done.step * config.batch_size
-        sampled = SampledLog(out / SAMPLED, rows_done, config.max_sampled_rows)
-        del checkpoint
-        while done.step < until and not stopping.is_set():
+        while done.step < until:
             began_s = time.perf_counter()
             batch = next(loader)
             wait_s = time.perf_counter() - began_s
             metrics = train_step(trainer, batch)
             step_s = time.perf_counter() - began_s
-            metrics |= {"patches_per_s": config.batch_size / step_s, "wait_share": wait_s / step_s}
+            speed = {"patches_per_s": len(batch.refs) / step_s, "wait_share": wait_s / step_s}
             sampled.append(batch.refs)
-            run.log(done.step, **metrics)
+            run.log(done.step, **metrics, **speed)
             done.count(metrics, step_s, wait_s)
-            bar.advance(config.batch_size, step=done.step, loss=metrics["loss"],
-                        wait=f"{100 * done.wait_s / done.train_s:.0f}%")  # fmt: skip
-            last = done.step == until or stopping.is_set()
-            if last or done.step % config.checkpoint_every_steps == 0:
+            waited = f"{100 * done.wait_s / done.train_s:.0f}%"
+            bar.advance(len(batch.refs), step=str(done.step), loss=metrics["loss"], wait=waited)
+            stop = stopping.is_set()  # asked once: what stops the loop has been saved
+            if stop or done.step == until or done.step % config.checkpoint_every_steps == 0:
                 sampled.sync()
                 save(trainer, loader, run)
-        sampled.close()
-        if done.step < config.steps:
-            print(f"pretrain: stopped after step {done.step:,}; the same command goes on")
-        else:
+            if stop:
+                break
+        loader.close()  # it reads ahead, and what follows wants the cores
+        if done.step == config.steps:
             finish(trainer, run, monitor, sampler)
+        else:
+            print(f"pretrain: stopped after step {done.step:,}; the same command goes on")
     return PretrainResult(out, done.step, finished=done.step == config.steps)
 
 

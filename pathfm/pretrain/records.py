@@ -52,8 +52,10 @@ class SampledLog:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        """Flush and close."""
+    def __enter__(self) -> SampledLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 

@@ -1,0 +1,335 @@
+"""Pretraining: a run that is stopped, killed or damaged ends where the undisturbed one does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from online_patching import Corpus, ForegroundMask, PatchLoader, SlideIndex
+from online_patching.errors import CorpusError
+from pathfm.backbone import load_backbone
+from pathfm.checkpoint import load_newest
+from pathfm.methods.dino import Dino
+from pathfm.pretrain import PretrainConfig, ViewsConfig, run
+from pathfm.pretrain.loop import schedule
+from pathfm.pretrain.records import choose_for_mosaic, read_sampled, sampling_facts
+from pathfm.pretrain.trainer import build_trainer, parameter_groups, plan_precision
+from pathfm.runtime import PathfmError, save_config
+
+TINY: dict[str, Any] = {
+    "backbone": "test_vit",  # timm's own toy: 0.4 M parameters, patches of 16 px
+    "weights": "random:3",
+    "patch_px": 64,
+    "mpp": [0.5, 1.0],
+    "min_foreground": 0.0,
+    "batch_size": 4,
+    "steps": 6,
+    "checkpoint_every_steps": 2,
+    "monitor_patches": 8,
+    "precision": "fp32",
+    "optim": {"warmup_steps": 2, "lr": 1e-3},
+    "dino": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
+    "views": {
+        "global_1": {"size_px": 32},
+        "global_2": {"size_px": 32},
+        "local": {"size_px": 16},
+        "n_local": 2,
+    },
+    "tracking": {"enabled": False},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(small_indexes: list[SlideIndex], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three unequal synthetic slides, all of them tissue, as a corpus folder."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for index in small_indexes:
+        index.save(folder / "slides" / f"{index.slide_id}.index")
+        ForegroundMask.everything(index).save(folder / "masks" / f"{index.slide_id}.png")
+    Corpus.build(folder)
+    return folder
+
+
+def config(corpus: Path, out: Path, **changes: Any) -> PretrainConfig:
+    return PretrainConfig(**(TINY | {"corpus": corpus, "out": out} | changes))
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert run(config(corpus, out)).finished
+    return out
+
+
+def assert_same_run(out: Path, undisturbed: Path) -> None:
+    """Losses, sampled patches and exported weights are equal to the last bit."""
+    assert losses(out) == losses(undisturbed)
+    assert (out / "sampled.jsonl").read_bytes() == (undisturbed / "sampled.jsonl").read_bytes()
+    ours, theirs = (load_backbone("", str(folder)).digest for folder in (out, undisturbed))
+    assert ours == theirs
+
+
+def test_a_run_leaves_everything_it_promises(undisturbed):
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert [step for step, _ in losses(undisturbed)] == list(range(6))
+    assert summary["steps"] == 6
+    assert summary["patches_seen"] == 24
+    assert summary["distinct_patches"] == 24
+    assert summary["loss_first"] == losses(undisturbed)[0][1]
+    assert summary["rankme_start"] > 1
+    assert summary["rankme_end"] > 1
+    assert summary["init"] == "random weights (seed 3)"
+    assert sum(summary["slide_share"].values()) == pytest.approx(1)
+    assert [row["draw"] for row in read_sampled(undisturbed / "sampled.jsonl")] == list(range(24))
+    for name in ("config.yaml", "pictures/mosaic.jpg", "pictures/views.jpg", "checkpoints/last"):
+        assert (undisturbed / name).stat().st_size > 0
+    saved = PretrainConfig(**yaml.safe_load((undisturbed / "config.yaml").read_text()))
+    assert saved.optim.lr == 1e-3
+
+
+def test_the_exported_backbone_is_the_teachers(undisturbed):
+    checkpoint = load_newest(undisturbed / "checkpoints")
+    assert checkpoint is not None
+    exported = load_backbone("test_vit", str(undisturbed))
+    prefix = "method.teacher.backbone.vit."
+    for name, tensor in exported.vit.state_dict().items():
+        assert torch.equal(tensor, checkpoint.tensors[prefix + name])
+        student = checkpoint.tensors[prefix.replace("teacher", "student") + name]
+        if name == "blocks.0.attn.qkv.weight":
+            assert not torch.equal(tensor, student)
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert exported.digest == summary["backbone_digest"]
+
+
+@pytest.mark.parametrize("stopped_after", [1, 3])
+def test_a_stopped_run_goes_on_bit_for_bit(corpus, tmp_path, undisturbed, stopped_after):
+    out = tmp_path / "run"
+    first = run(config(corpus, out, stop_after_steps=stopped_after))
+    assert (first.finished, first.steps) == (False, stopped_after)
+    assert not (out / "summary.json").exists()
+    # reading with more threads changes no patch
+    assert run(config(corpus, out, loader={"threads": 3, "prefetch": 4})).finished
+    assert_same_run(out, undisturbed)
+
+
+def test_rows_after_the_checkpoint_are_made_again(corpus, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    run(config(corpus, out, stop_after_steps=4))
+    for damaged in ("tensors.safetensors", "state.json"):
+        path = out / "checkpoints" / "step_00000004" / damaged
+        path.write_bytes(path.read_bytes()[:-9])
+    assert run(config(corpus, out)).finished  # from step 2
+    assert_same_run(out, undisturbed)
+
+
+def test_a_finished_run_is_left_alone(corpus, undisturbed, capsys):
+    before = (undisturbed / "summary.json").stat().st_mtime_ns
+    assert run(config(corpus, undisturbed)).finished
+    assert "up to date" in capsys.readouterr().out
+    assert (undisturbed / "summary.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": 7}, ["steps = 6", "7"]),
+        ({"seed": 1}, ["seed = 0", "1"]),
+        ({"optim": TINY["optim"] | {"lr": 2e-3}}, ["optim.lr = 0.001", "0.002"]),
+    ],
+)
+def test_another_recipe_in_the_same_folder_is_refused(corpus, undisturbed, change, words):
+    with pytest.raises(PathfmError) as caught:
+        run(config(corpus, undisturbed, **change))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    true_loss = Dino.loss
+
+    def poisoned(self, views, n_global, step):
+        loss = true_loss(self, views, n_global, step)
+        return loss * float("nan") if step == 3 else loss
+
+    monkeypatch.setattr(Dino, "loss", poisoned)
+    with pytest.raises(PathfmError, match=r"loss of step 3 is nan.*not touched"):
+        run(config(corpus, out))
+    kept = json.loads((out / "nonfinite_step_3.json").read_text())
+    assert [row["draw"] for row in kept["batch"]] == [12, 13, 14, 15]
+    assert [step for step, _ in losses(out)] == [0, 1, 2]
+    checkpoint = load_newest(out / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.step == 2
+    monkeypatch.undo()
+    assert run(config(corpus, out)).finished
+
+
+def test_a_missing_corpus_and_a_wrong_view_size_are_clear(corpus, tmp_path):
+    with pytest.raises(CorpusError, match="no packed corpus"):
+        run(config(tmp_path / "nowhere", tmp_path / "a"))
+    with pytest.raises(PathfmError, match=r"local.size_px = 20 is no multiple of the 16 px"):
+        run(config(corpus, tmp_path / "b", views=TINY["views"] | {"local": {"size_px": 20}}))
+
+
+def _start(config: PretrainConfig, folder: Path) -> subprocess.Popen[bytes]:
+    """`pathfm pretrain` in a process of its own."""
+    path = save_config(config, folder, "given.yaml")
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pathfm", "pretrain", str(path)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def _wait_for_rows(process: subprocess.Popen[bytes], out: Path, rows: int) -> None:
+    deadline_s = time.monotonic() + 120
+    while time.monotonic() < deadline_s and process.poll() is None:
+        if (out / "metrics.jsonl").exists() and len(losses(out)) >= rows:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no {rows} rows; {process.communicate()[1].decode()}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_restarts_and_ends_with_the_same_losses(corpus, tmp_path, how):
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    changes: dict[str, Any] = {"steps": 60, "checkpoint_every_steps": 7}
+    run(config(corpus, whole, **changes))
+    process = _start(config(corpus, out, **changes), tmp_path)
+    _wait_for_rows(process, out, 12)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    if how == signal.SIGTERM:
+        assert process.returncode == 0, said
+        saved = load_newest(out / "checkpoints")
+        assert saved is not None
+        assert saved.step == len(losses(out))  # it saved the step it was in
+    else:
+        assert process.returncode == -signal.SIGKILL
+    assert not (out / "summary.json").exists()
+    assert run(config(corpus, out, **changes)).finished
+    assert_same_run(out, whole)
+
+
+@pytest.mark.slow
+def test_the_shipped_gpu_recipe_runs_shrunken(corpus, tmp_path):
+    path = Path(__file__).parents[1] / "configs" / "dino_vits16.yaml"
+    recipe = PretrainConfig(**yaml.safe_load(path.read_text()))
+    assert recipe.views.n_local == 8
+    assert recipe.batch_size == 256
+    small = recipe.model_copy(
+        update={
+            "corpus": corpus,
+            "out": tmp_path / "run",
+            "weights": "random",
+            "steps": 2,
+            "batch_size": 2,
+            "monitor_patches": 8,
+            "optim": recipe.optim.model_copy(update={"warmup_steps": 1}),
+            "dino": recipe.dino.model_copy(update={"out_dim": 64}),
+            "loader": recipe.loader.model_copy(update={"workers": 0}),
+            "tracking": recipe.tracking.model_copy(update={"enabled": False}),
+        }
+    )
+    assert run(small).finished
+
+
+def test_the_loader_is_asked_for_the_stream_the_sampler_names(corpus, tmp_path, undisturbed):
+    """The draws of a run are those of the sampler alone: no step, rank or worker in them."""
+    from online_patching import PatchSampler
+
+    sampler = PatchSampler(
+        Corpus.open(corpus), size_px=64, mpp=[0.5, 1.0], min_foreground=0.0, seed=0
+    )
+    with PatchLoader(sampler, 24) as loader:
+        refs = next(loader).refs
+    rows = read_sampled(undisturbed / "sampled.jsonl")
+    assert [(r["slide_id"], r["x_px0"], r["mpp"]) for r in rows] == [
+        (ref.slide_id, ref.x_px0, ref.mpp) for ref in refs
+    ]
+
+
+def test_schedules_start_peak_and_end_where_the_config_says():
+    it = PretrainConfig(**(TINY | {"steps": 11, "optim": {"warmup_steps": 2, "lr": 1e-3}}))
+    assert [schedule(it, step)[0] for step in (0, 1, 2)] == [0, 5e-4, 1e-3]
+    assert list(schedule(it, 10)) == pytest.approx([1e-6, 0.4])
+    assert schedule(it, 0)[1] == pytest.approx(0.04)
+
+
+def test_biases_norms_and_frozen_parameters_do_not_decay(corpus, tmp_path):
+    trainer = build_trainer(config(corpus, tmp_path), None)
+    decaying, free = trainer.optimizer.param_groups
+    assert (decaying["decays"], free["decays"]) == (True, False)
+    assert min(p.ndim for p in decaying["params"]) == 2
+    assert max(p.ndim for p in free["params"]) == 1
+    student = trainer.method.trained()
+    frozen = [name for name, p in student.named_parameters() if not p.requires_grad]
+    assert any("patch_embed" in name for name in frozen)
+    held = sum(p.numel() for group in (decaying, free) for p in group["params"])
+    assert held == sum(p.numel() for p in student.parameters() if p.requires_grad)
+    module = torch.nn.Linear(2, 3)
+    assert [len(group["params"]) for group in parameter_groups(module)] == [1, 1]
+
+
+def test_a_size_in_the_yaml_keeps_the_rest_of_a_global_view():
+    views = ViewsConfig.model_validate({"global_1": {"size_px": 112}, "global_2": {"size_px": 112}})
+    assert (views.global_1.scale, views.global_1.blur) == ((0.4, 1.0), 1.0)
+    assert (views.global_2.blur, views.global_2.solarize) == (0.1, 0.2)
+    assert [spec.size_px for spec in views.specs] == [112, 112] + [96] * 8
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"mpp": [0.001]},
+        {"steps": 1, "optim": {"warmup_steps": 2}},
+        {"views": {"global_1": {"size_px": 96}}},
+        {"batch_size": 0},
+        {"nonsense": 1},
+    ],
+)
+def test_a_config_that_makes_no_sense_cannot_be_built(bad):
+    with pytest.raises(ValueError, match=r"0\.05 to 8|exceeds|equal|greater|not permitted"):
+        PretrainConfig(**(TINY | bad))
+
+
+def test_asked_precision_is_kept_and_auto_is_one_of_two():
+    cpu = torch.device("cpu")
+    assert plan_precision("fp32", cpu) == "fp32"
+    assert plan_precision("bf16", cpu) == "bf16"
+    assert plan_precision("auto", cpu) in ("fp32", "bf16")
+
+
+def test_shares_count_repeated_places_once():
+    row = {"slide_id": "a", "x_px0": 1, "y_px0": 2, "mpp": 0.5}
+    facts = sampling_facts([row, row, row | {"mpp": 1.0}, row | {"slide_id": "b"}])
+    assert facts["distinct_patches"] == 3
+    assert facts["slide_share"] == {"a": 0.75, "b": 0.25}
+    assert facts["mpp_share"] == {"0.5": 0.75, "1.0": 0.25}
+
+
+def test_the_mosaic_has_a_column_a_slide_and_rows_by_magnification():
+    class Ref:
+        def __init__(self, slide_id: str, mpp: float) -> None:
+            self.slide_id, self.mpp = slide_id, mpp
+
+    refs: Any = [Ref("b", 1.0), Ref("a", 0.5), Ref("a", 1.0), Ref("a", 1.0), Ref("a", 1.0)]
+    assert choose_for_mosaic(refs) == ([1, None, 2, 0, 3, None], 2)
