@@ -30,6 +30,7 @@ from pathfm.runtime import (
     autocast,
     make_folder,
     pick_device,
+    plan_precision,
     progress,
     provenance,
     save_config,
@@ -115,21 +116,6 @@ def run(config: EmbedConfig) -> EmbedResult:
             print(f"embed {config.name}: {path} is up to date ({len(found.features):,} pictures)")
             return EmbedResult(path, True, 0.0, rankme(found.features))
     return _embed(config, folder, backbone, device, info, plan, path)
-
-
-def plan_precision(asked: Precision, device: torch.device) -> Precision:
-    """bf16 or fp32: what "auto" means on this machine, by what its processor has."""
-    if asked != "auto":
-        return asked
-    if device.type == "cuda":
-        import torch
-
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "fp32"
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
 def _fallback(config: EmbedConfig) -> set[Precision]:

@@ -21,7 +21,7 @@ from pathfm.methods.dino import Dino
 from pathfm.pretrain import PretrainConfig, ViewsConfig, run
 from pathfm.pretrain.loop import schedule
 from pathfm.pretrain.records import choose_for_mosaic, read_sampled, sampling_facts
-from pathfm.pretrain.trainer import build_trainer, parameter_groups, plan_precision
+from pathfm.pretrain.trainer import build_trainer, parameter_groups
 from pathfm.runtime import PathfmError, save_config
 
 TINY: dict[str, Any] = {
@@ -309,13 +309,6 @@ def test_a_size_in_the_yaml_keeps_the_rest_of_a_global_view():
 def test_a_config_that_makes_no_sense_cannot_be_built(bad):
     with pytest.raises(ValueError, match=r"0\.05 to 8|exceeds|equal|greater|not permitted"):
         PretrainConfig(**(TINY | bad))
-
-
-def test_asked_precision_is_kept_and_auto_is_one_of_two():
-    cpu = torch.device("cpu")
-    assert plan_precision("fp32", cpu) == "fp32"
-    assert plan_precision("bf16", cpu) == "bf16"
-    assert plan_precision("auto", cpu) in ("fp32", "bf16")
 
 
 def test_shares_count_repeated_places_once():

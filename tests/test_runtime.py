@@ -67,7 +67,9 @@ def test_devices_and_dtypes() -> None:
         with pytest.raises(PathfmError, match=name):
             runtime.pick_device(name)
     cpu = torch.device("cpu")
-    assert runtime.pick_dtype(cpu) == torch.float32
+    assert runtime.plan_precision("fp32", cpu) == "fp32"
+    assert runtime.plan_precision("bf16", cpu) == "bf16"
+    assert runtime.plan_precision("auto", cpu) in ("fp32", "bf16")
     with runtime.autocast(cpu, "bf16"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 

@@ -9,7 +9,6 @@ summary.json. The same command goes on where a run was stopped or killed; bit fo
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,10 +19,6 @@ from pathfm.methods.settings import DinoSettings
 from pathfm.runtime import Precision
 from pathfm.tracking import TrackingConfig
 from pathfm.views import ViewSpec
-
-# Before torch is loaded: OpenMP threads that wait should sleep. By default they spin, and as soon as
-# decoding (or a neighbour) wants one of the cores, a DINO step on two of them took 8.4 s, not 1.5.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class FirstGlobalView(ViewSpec, frozen=True, extra="forbid"):
