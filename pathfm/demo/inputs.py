@@ -1,0 +1,64 @@
+"""The demo's inputs: what the user gives, or synthetic slides and patches of known class."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from online_patching.testing import demo_slides, write_demo_slides, write_labelled_patches
+from pathfm.cohort import write_csv
+from pathfm.demo import DemoConfig
+from pathfm.runtime import progress
+
+_HELD_OUT_SEEDS = 500  # the probe's slides are drawn from seeds so far from pretraining's
+_HELD_OUT_SLIDES = 10
+
+
+def find_inputs(config: DemoConfig) -> tuple[tuple[str, ...], Path]:
+    """The slides to index and the labelled folder to probe, drawn where none are given."""
+    slides = config.slides
+    if slides is None:
+        slides = _draw_slides(config)
+        print(f"{len(slides)} synthetic slides in {config.out / 'slides'}")
+    patches = config.patches
+    if patches is None:
+        patches = _draw_patches(config)
+        print(
+            f"labelled patches in {patches}: {config.per_class} of each class, cut from "
+            f"{_HELD_OUT_SLIDES} synthetic slides that pretraining does not see"
+        )
+    return slides, patches
+
+
+def _draw_slides(config: DemoConfig) -> tuple[str, ...]:
+    folder = config.out / "slides"
+    with progress(100 * config.n_slides, "%", "drawing slides") as bar:
+
+        def tell(number: int, share: float) -> None:
+            bar.advance(round(100 * (number + share)) - bar.done)
+
+        written = write_demo_slides(folder, config.n_slides, config.seed, tell)
+    return tuple(str(slide.path) for slide in written)
+
+
+def _draw_patches(config: DemoConfig) -> Path:
+    """The labelled folder, made aside and renamed when it is whole; kept while the recipe is."""
+    folder = config.out / "patches"
+    recipe = json.dumps({"seed": config.seed, "per_class": config.per_class, "rules": 1})
+    done = folder / "recipe.json"
+    if done.exists() and done.read_text() == recipe:
+        return folder
+    draft = config.out / ".patches.draft"
+    for old in (draft, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    slides = demo_slides(_HELD_OUT_SLIDES, config.seed + _HELD_OUT_SEEDS)
+    write_labelled_patches(draft, slides, per_class=config.per_class, seed=config.seed)
+    pictures = sorted(path.relative_to(draft) for path in draft.glob("*/*.png"))
+    # the slide a patch comes from: no slide is on both sides of a split
+    groups = [(path.as_posix(), path.name.partition("_")[0]) for path in pictures]
+    write_csv(draft / "groups.csv", ("path", "group"), groups)
+    (draft / "recipe.json").write_text(recipe)
+    os.replace(draft, folder)
+    return folder

@@ -1,0 +1,208 @@
+"""The demo's stages: what each verb is called with, and the runs of those that do not track."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pathfm import compare, embed, foreground, index, pretrain, probe, report
+from pathfm.demo import SET_BY_DEMO, DemoConfig, DemoResult
+from pathfm.demo.inputs import find_inputs
+from pathfm.runtime import as_dict, console, make_folder, provenance, save_config, stage
+from pathfm.tracking import Run, TrackingConfig, open_run, ui_command
+from pathfm.tracking.journal import read_state
+
+
+def run_stages(config: DemoConfig) -> DemoResult:
+    """The story of a demo, from slides to the page about it."""
+    began_s = time.monotonic()
+    demo = Demo(config)
+    make_folder(config.out)
+    save_config(config, config.out, "demo.yaml")
+    with demo.open("demo", _own_params(config)) as parent:
+        demo.parent_id = parent.run_id
+        with demo.stage("slides and labelled patches"):
+            slides, patches = find_inputs(config)
+        with demo.stage("index"):
+            _index(demo, slides)
+        with demo.stage("foreground"):
+            _foreground(demo)
+        with demo.stage("pretrain"):
+            run_folder = _pretrain(demo)
+        with demo.stage("embed"):
+            _embed(demo, patches, run_folder)
+        with demo.stage("probe"):
+            probed = _probe(demo, parent)
+        with demo.stage("report"):
+            page = _report(demo, parent)
+    with demo.stage("compare"):
+        _compare(demo)
+    _show(demo, page, probed, time.monotonic() - began_s)
+    return DemoResult(config.out, page, demo.seconds, probed.verdict)
+
+
+@dataclass
+class Demo:
+    """The paths and the tracking of one demo, shared by its stages."""
+
+    config: DemoConfig
+    parent_id: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def store(self) -> str:
+        """URI of the MLflow store of all its runs."""
+        return TrackingConfig(uri=self.config.tracking_uri).store(self.config.out)
+
+    def folder(self, *names: str) -> Path:
+        """A path below the demo's folder."""
+        return self.config.out.joinpath(*names)
+
+    def tracking(self, name: str) -> TrackingConfig:
+        """The tracking of a child run."""
+        return TrackingConfig(
+            uri=self.store,
+            experiment=self.config.experiment,
+            run_name=name,
+            parent_run_id=self.parent_id or None,
+        )
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A headline before, the time after."""
+        console().rule(f"[bold]{name}", align="left")
+        with stage(name, self.seconds):
+            yield
+        print(f"{name}: {self.seconds[name]:.1f} s", flush=True)
+
+    def open(self, name: str, params: dict[str, Any]) -> Run:
+        """The run of the whole, or of a stage that does not track itself; an old one goes on."""
+        folder = self.folder("stages", name)
+        state = read_state(folder)
+        run_id = (state.run_id or f"pending-{state.key}") if state else None
+        tags = provenance() | {"stage": name}
+        return open_run(self.tracking(name), folder, params, tags, run_id)
+
+
+def _own_params(config: DemoConfig) -> dict[str, Any]:
+    """The demo's options, without those of its stages: each stage logs its own."""
+    stages = tuple(f"{name}." for name in SET_BY_DEMO)
+    return {k: v for k, v in as_dict(config).items() if not k.startswith(stages)}
+
+
+def _index(demo: Demo, slides: tuple[str, ...]) -> None:
+    config = index.IndexConfig(
+        slides=slides, out=demo.folder("corpus"), mpp_overrides=demo.config.mpp_overrides
+    )
+    with demo.open("index", as_dict(config)) as tracked:
+        result = index.run(config)
+        tracked.cohort("slides", result.cohort_digest, "indexing")
+        tracked.summary(
+            slides=len(result.slides),
+            skipped=len(result.skipped),
+            tiles=sum(slide.n_tiles for slide in result.slides),
+        )
+        for name in ("slides.csv", "skipped.csv"):
+            tracked.artifact(config.out / name)
+
+
+def _foreground(demo: Demo) -> None:
+    config = demo.config.foreground.model_copy(update={"corpus": demo.folder("corpus")})
+    with demo.open("foreground", as_dict(config)) as tracked:
+        result = foreground.run(config)
+        tracked.summary(
+            usable=len(result.usable), tissue_mm2=sum(row.tissue_mm2 for row in result.slides)
+        )
+        tracked.artifact(config.corpus / "foreground.csv")
+        for row in result.usable:
+            tracked.picture(config.corpus / "overlays" / f"{row.slide_id}.jpg")
+
+
+def _pretrain(demo: Demo) -> Path:
+    out = demo.folder("runs", "pretrain")
+    pretrain.run(
+        demo.config.pretrain.model_copy(
+            update={
+                "corpus": demo.folder("corpus"),
+                "out": out,
+                "backbone": demo.config.backbone,
+                "weights": demo.config.weights,
+                "tracking": demo.tracking("pretrain"),
+            }
+        )
+    )
+    return out
+
+
+def _embed(demo: Demo, patches: Path, run_folder: Path) -> None:
+    """Features before and after, of the same pictures at the same input size."""
+    for name, weights in (("init", demo.config.weights), ("pretrained", str(run_folder))):
+        embed.run(
+            embed.EmbedConfig(
+                data=patches,
+                weights=weights,
+                backbone=demo.config.backbone,
+                name=name,
+                out=demo.folder("embeddings"),
+                input_px=demo.config.input_px,
+                device=demo.config.device,
+                tracking=demo.tracking(f"embed {name}"),
+            )
+        )
+
+
+def _probe(demo: Demo, parent: Run) -> probe.ProbeResult:
+    files = [demo.folder("embeddings", f"{name}.safetensors") for name in ("init", "pretrained")]
+    result = probe.run(
+        probe.ProbeConfig(
+            embeddings=files,
+            out=demo.folder("probe"),
+            n_seeds=demo.config.n_seeds,
+            seed=demo.config.seed,
+            tracking=demo.tracking("probe"),
+        )
+    )
+    for backbone in result.backbones:
+        for kind, scores in backbone.probes.items():
+            at = f"{backbone.name}/{kind}"
+            parent.summary(**{f"{at}.mean": scores.mean, f"{at}.sd": scores.sd})
+    return result
+
+
+def _report(demo: Demo, parent: Run) -> Path:
+    path = report.run(report.ReportConfig(folder=demo.config.out)).path
+    parent.artifact(path)
+    return path
+
+
+def _compare(demo: Demo) -> None:
+    compare.run(compare.CompareConfig(uri=demo.store, experiment=demo.config.experiment))
+
+
+def _show(demo: Demo, page: Path, probed: probe.ProbeResult, total_s: float) -> None:
+    out, config = console(), demo.config
+    table = Table(title=f"stages, {total_s:.0f} s in all", title_justify="left")
+    table.add_column("stage")
+    table.add_column("s", justify="right")
+    for name, seconds in demo.seconds.items():
+        table.add_row(name, f"{seconds:.1f}")
+    out.print(table)
+    out.rule("[bold]what came out", align="left")
+    probe.show(probed)
+    run_folder = demo.folder("runs", "pretrain")
+    lines = [
+        f"(init: {probed.backbones[0].weights_note})",
+        "",
+        f"the page:     {page.resolve().as_uri()}",
+        f"MLflow:       {ui_command(demo.store)}",
+        f"go on with:   pathfm pretrain {run_folder}/config.yaml --help",
+        f"              pathfm compare --uri {demo.store} --experiment {config.experiment}",
+        f"              pathfm embed --data YOUR_PATCHES --weights {run_folder} --name mine",
+    ]
+    out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
