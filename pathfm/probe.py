@@ -83,6 +83,10 @@ class ProbeConfig(BaseModel, frozen=True, extra="forbid"):
     tracking: TrackingConfig = Field(TrackingConfig(), description="where the run is recorded")
 
 
+COLLAPSE_BELOW = 0.7
+"""Share of the baseline's RankMe below which the features are said to collapse."""
+
+
 @dataclass(frozen=True)
 class ProbeResult:
     """What `probe.json` holds."""
@@ -218,7 +222,12 @@ def _result(
     splits: Sequence[Split],
     backbones: list[BackboneResult],
 ) -> ProbeResult:
-    caveats = []
+    caveats = [
+        f"RankMe of {other.name} is {other.rankme / backbones[0].rankme:.2f} of {backbones[0].name}'s: below "
+        f"{COLLAPSE_BELOW} its features have begun to collapse, whatever the probe says."
+        for other in backbones[1:]
+        if other.rankme < COLLAPSE_BELOW * backbones[0].rankme
+    ]
     if not data.groups:
         caveats.append(
             "No slide or patient ids (no groups.csv): neighbouring patches can fall on both sides "

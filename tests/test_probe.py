@@ -93,6 +93,15 @@ def test_noise_makes_features_worse_and_the_verdict_says_so(
     assert "optimistic" in out
 
 
+def test_features_that_narrow_are_called_what_they_are(tmp_path: Path) -> None:
+    made_up("init").save(tmp_path / "e" / "init.safetensors")
+    wide = made_up("narrow")
+    narrow = replace(wide, features=np.repeat(wide.features[:, :2], 5, axis=1))
+    narrow.save(tmp_path / "e" / "narrow.safetensors")
+    result = run(config(tmp_path / "e", out=tmp_path / "p", n_seeds=2))
+    assert any("RankMe of narrow" in caveat and "collapse" in caveat for caveat in result.caveats)
+
+
 def test_a_rerun_is_skipped_until_features_or_options_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

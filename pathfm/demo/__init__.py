@@ -48,9 +48,9 @@ _PRETRAIN: dict[str, Any] = {
 }
 
 
-# From random weights there is nothing to keep: the patch projection has to learn too, and at a higher
-# rate the features collapse (docs/log.md tells what was tried, from ImageNet's weights too).
-_FROM_RANDOM: dict[str, Any] = {"optim": {"lr": 1e-4}, "dino": {"freeze_patch_embed": False}}
+# From random weights a higher rate collapses the features (docs/log.md tells what was tried, from
+# ImageNet's weights too).
+_FROM_RANDOM: dict[str, Any] = {"optim": {"lr": 1e-4}}
 
 
 def pretrain_settings(weights: str, given: Mapping[str, Any]) -> dict[str, Any]:
