@@ -20,7 +20,7 @@ VIEWS = (
 SHRUNKEN = {
     "demo.yaml": (
         "demo",
-        "--n_slides 2 --per_class 8 --n_seeds 2 --input_px 48 --pretrain.mpp 1 2 "
+        "--n_slides 2 --per_class 24 --n_seeds 2 --input_px 48 --pretrain.mpp 1 2 "
         + VIEWS.format("pretrain."),
     ),
     "dino_vits16.yaml": (
@@ -73,7 +73,7 @@ def test_the_same_command_again_skips_what_is_done(
     assert main(command("demo.yaml", "--out", str(demo_out))) == 0
     shown = capsys.readouterr().out
     assert [path.stat().st_mtime_ns for path in kept] == before
-    assert shown.count("is up to date") == 3  # pretraining and two embeddings
+    assert shown.count("is up to date") == 4  # pretraining, two embeddings, probe
     runs = read_runs(f"sqlite:///{demo_out / 'mlflow.db'}", "pathfm-demo")
     assert [run.name for run in runs].count("demo") == 1
 
