@@ -1,6 +1,8 @@
 """Patches per second of the whole loader against OpenSlide and tiffslide, on one slide, in one run.
 
-    python benchmarks/patches_per_second.py SLIDE [--mpp MPP] [--out benchmarks/results/FILE.txt]
+    python benchmarks/patches_per_second.py [SLIDE] [--mpp MPP] [--out benchmarks/results/FILE.txt]
+
+Without a slide it draws a synthetic one.
 
 Everyone reads the same 224 px patches, at tissue positions drawn by the sampler. Two cases: at
 level 0's own µm/px (no resampling), and at 1.6 x that (the others read level 0 and resize with
@@ -15,6 +17,7 @@ import argparse
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -38,6 +41,7 @@ from online_patching import (
     read_slide_index,
 )
 from online_patching.decode import DECODER
+from online_patching.testing import SyntheticSlide, write_tiff
 
 SIZE_PX = 224
 BLOCK = 48
@@ -46,12 +50,24 @@ BLOCK = 48
 def main() -> None:
     """Measure, print, and write the table where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("slide", type=Path, help="a slide that OpenSlide and tiffslide open too")
+    parser.add_argument(
+        "slide",
+        type=Path,
+        nargs="?",
+        help="a slide that OpenSlide and tiffslide open too; unset: a synthetic one",
+    )
     parser.add_argument("--mpp", type=float, help="µm/px of level 0, where the file carries none")
     parser.add_argument("--blocks", type=int, default=9, help=f"blocks of {BLOCK} patches a reader")
     parser.add_argument("--out", type=Path, help="also write the table here")
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.slide is None:
+            args.slide = write_tiff(Path(scratch) / "synthetic.svs", SyntheticSlide(1, 9000, 7000))
+        compare(args)
 
+
+def compare(args: argparse.Namespace) -> None:
+    """Both cases on one slide."""
     index = read_slide_index(str(args.slide), mpp=args.mpp)
     lines = [
         (
