@@ -6,7 +6,7 @@ memory-mapped files and a patch reads two short rows of them. A corpus folder ho
     slides/<slide_id>.index    one SlideIndex each (written by indexing)
     masks/<slide_id>.png       one ForegroundMask each (written by the foreground stage)
     corpus.json                which packed generation is current, and its digest
-    packed/<digest>/           slides.bin, headers.bin, tiles.bin, masks.bin: what is mapped
+    packed/<generation>/       slides.bin, headers.bin, tiles.bin, masks.bin: what is mapped
 
 `Corpus.build` packs the first two into the last two; corpus.json is replaced last, atomically, so
 that a reader sees the old generation or the new one.
@@ -78,7 +78,7 @@ class Corpus:
                     f"{index.slide_id}: its mask is for a slide of {mask.size_px0} px, "
                     f"the slide has {index.dimensions}. Make the masks again."
                 )
-            header, rows = index.to_bytes()
+            header, rows = index.to_bytes(keep_secrets=True)  # saved indexes hold none to keep
             _fill_record(record, index, mask)
             record["header_offset"], record["header_bytes"] = len(headers), len(header)
             record["first_tile"], record["n_tiles"] = n_tiles, len(rows)
@@ -134,7 +134,7 @@ class Corpus:
         root = Path(folder)
         try:
             about = json.loads((root / "corpus.json").read_text())
-            packed = root / "packed" / about["digest"]
+            packed = root / "packed" / about["generation"]
             if about["version"] != _VERSION:
                 raise ValueError(f"its version is {about['version']}, this code reads {_VERSION}")
             for name in _FILES:
@@ -187,7 +187,11 @@ class Corpus:
 
     def _write(self, root: Path, left_out: list[tuple[str, str]]) -> None:
         arrays: tuple[NDArray[Any], ...] = (self.records, self._headers, self._tiles, self._masks)
-        folder = root / "packed" / self.digest
+        # Not the digest: a copy of the slides elsewhere has the same one, and other URIs.
+        names = self.digest.encode() + self.records.tobytes() + self._headers.tobytes()
+        generation = hashlib.sha256(names).hexdigest()[:32]
+        folder = root / "packed" / generation
+        keep = {generation, _current_generation(root)}  # somebody may be opening the current one
         sizes = {}
         for name, array in zip(_FILES, arrays, strict=True):
             atomic_write_bytes(folder / name, array.tobytes())
@@ -195,13 +199,14 @@ class Corpus:
         about = {
             "version": _VERSION,
             "digest": self.digest,
+            "generation": generation,
             "slides": len(self),
             "bytes": sizes,
             "left_out": left_out,
         }
         atomic_write_text(root / "corpus.json", json.dumps(about, indent=1))
         for old in (root / "packed").iterdir():
-            if old.name != self.digest:
+            if old.name not in keep:
                 shutil.rmtree(old, ignore_errors=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -217,6 +222,13 @@ class Corpus:
             self.left_out,
         )
         return (Corpus, fields)
+
+
+def _current_generation(root: Path) -> str:
+    try:
+        return str(json.loads((root / "corpus.json").read_text())["generation"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _reopen(folder: Path, digest: str) -> Corpus:

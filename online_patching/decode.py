@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from functools import lru_cache
 from typing import Any
 
 import imagecodecs
@@ -24,6 +25,7 @@ DECODER = (
 
 _APP0, _APP14, _SOS = 0xE0, 0xEE, 0xDA
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})
+_OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG and DAC are no frames
 _ADOBE_TRANSFORM = {"rgb": 0, "ycbcr": 1}
 
 
@@ -31,14 +33,18 @@ class BadTileError(Exception):
     """Why a tile does not decode; the caller adds which slide, level and tile."""
 
 
-def decode_tile(codec: Codec, data: bytes, width_px: int, height_px: int) -> NDArray[np.uint8]:
+def decode_tile(
+    codec: Codec, data: bytes | None, width_px: int, height_px: int
+) -> NDArray[np.uint8]:
     """Pixels of one stored tile, always (height_px, width_px, channels).
 
-    Empty `data` is a tile that was never stored: it comes out as the codec's fill value.
-    Channels are 3, or what a chunk of a channel-separated Zarr array holds.
+    `data` of None is a tile that was never stored: it comes out as the codec's fill value.
+    Channels are 3, or the 1 that a chunk of a channel-separated Zarr array holds.
     """
+    if data is None:
+        return np.full((height_px, width_px, min(codec.samples, 3)), codec.fill, np.uint8)
     if not data:
-        return np.full((height_px, width_px, codec.samples), codec.fill, np.uint8)
+        raise BadTileError("it is empty")
     try:
         pixels = _DECODERS[codec.kind](codec, data, width_px, height_px)
     except BadTileError:
@@ -69,7 +75,7 @@ def rebuild_jpeg(codec: Codec, data: bytes, width: int, height: int) -> bytes:
         raise BadTileError("it is not a JPEG stream")
     pieces = [b"\xff\xd8"]
     if codec.tables:
-        pieces.append(codec.tables[2:-2])
+        pieces.append(_only_tables(codec.tables))
     if codec.colour in _ADOBE_TRANSFORM:
         pieces.append(
             b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
@@ -78,6 +84,10 @@ def rebuild_jpeg(codec: Codec, data: bytes, width: int, height: int) -> bytes:
     position = 2
     while True:
         marker, length = _segment(data, position)
+        if marker in _OTHER_FRAMES:
+            raise BadTileError(
+                f"its frame is of a kind (SOF{marker - 0xC0}) that slides do not use"
+            )
         if marker in _FRAMES:
             found = struct.unpack(">HH", data[position + 5 : position + 9])
             if found != (height, width):
@@ -92,6 +102,18 @@ def rebuild_jpeg(codec: Codec, data: bytes, width: int, height: int) -> bytes:
         position += 2 + length
 
 
+@lru_cache(maxsize=64)
+def _only_tables(tables: bytes) -> bytes:
+    """The segments of an abbreviated stream, without SOI and EOI; a frame among them is refused."""
+    position = 2
+    while position + 4 <= len(tables) - 2:
+        marker, length = _segment(tables, position)
+        if marker in _FRAMES | _OTHER_FRAMES or marker == _SOS:
+            raise BadTileError("its JPEG tables hold a picture")
+        position += 2 + length
+    return tables[2:-2]
+
+
 def _segment(data: bytes, position: int) -> tuple[int, int]:
     if position + 4 > len(data) or data[position] != 0xFF:
         raise BadTileError("its JPEG header is damaged")
@@ -102,11 +124,12 @@ def _segment(data: bytes, position: int) -> tuple[int, int]:
 
 
 def _jpeg2000(codec: Codec, data: bytes, width: int, height: int) -> NDArray[np.uint8]:
-    # SIZ is the first segment of a codestream (ISO 15444-1 A.5.1); a JP2 file boxes it.
-    at = data.find(b"\xff\x4f\xff\x51", 0, 4096)
-    if at < 0:
+    # SIZ is the first segment of a codestream (ISO 15444-1 A.5.1). Exactly these bytes are decoded, so
+    # that the size checked is the size allocated.
+    data = _codestream(data)
+    if data[:4] != b"\xff\x4f\xff\x51" or len(data) < 24:
         raise BadTileError("it is not a JPEG 2000 codestream")
-    right, bottom, left, top = struct.unpack(">IIII", data[at + 8 : at + 24])
+    right, bottom, left, top = struct.unpack(">IIII", data[8:24])
     if (right - left, bottom - top) != (width, height):
         raise BadTileError(
             f"its frame says {right - left} x {bottom - top} px, not {width} x {height}"
@@ -115,6 +138,24 @@ def _jpeg2000(codec: Codec, data: bytes, width: int, height: int) -> NDArray[np.
     if codec.colour == "ycbcr":
         return _ycbcr_to_rgb(pixels)
     return _three_channels(pixels)
+
+
+def _codestream(data: bytes) -> bytes:
+    """The codestream of a JP2 file (its jp2c box, ISO 15444-1 I.4), or the data when it is one."""
+    if data[4:8] != b"jP  ":
+        return data
+    position = 0
+    while position + 16 <= len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        head = 16 if length == 1 else 8
+        if kind == b"jp2c":
+            return data[position + head :]
+        if length == 1:
+            (length,) = struct.unpack(">Q", data[position + 8 : position + 16])
+        if length < head:
+            break
+        position += length
+    raise BadTileError("it is a JP2 file without a codestream")
 
 
 def _raw(codec: Codec, data: bytes, width: int, height: int) -> NDArray[np.uint8]:
@@ -149,8 +190,10 @@ def _chunk(codec: Codec, data: bytes, width: int, height: int) -> NDArray[np.uin
         raise BadTileError(f"its chunk holds {len(data):,} bytes, not {wanted:,}")
     flat = np.frombuffer(data, np.uint8)
     if codec.planar:  # stored as (channel, y, x)
-        return np.reshape(flat, (codec.samples, height, width)).transpose(1, 2, 0)
-    return np.reshape(flat, (height, width, codec.samples))
+        pixels = np.reshape(flat, (codec.samples, height, width)).transpose(1, 2, 0)
+    else:
+        pixels = np.reshape(flat, (height, width, codec.samples))
+    return pixels[:, :, :3]
 
 
 def _undo(config: dict[str, Any], data: bytes, wanted: int) -> bytes:

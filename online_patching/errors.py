@@ -26,6 +26,26 @@ Messages say what, where, the numbers and the remedy, in one line; the facts are
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit, urlunsplit
+
+
+def redact(uri: str) -> str:
+    """A URI without user and password and, for http(s), without query and fragment.
+
+    What is left may be logged and stored. In object stores `?` and `#` are part of a name. Chained
+    fsspec URIs (`simplecache::https://...`) are redacted link by link.
+    """
+    if "::" in uri:
+        return "::".join(redact(link) for link in uri.split("::"))
+    if "://" not in uri:
+        return uri
+    scheme, _, rest = uri.partition("://")
+    if scheme in ("http", "https"):
+        parts = urlsplit(uri)
+        return urlunsplit((scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
 
 class PatchingError(Exception):
     """Root of every error this package raises on purpose."""
@@ -35,6 +55,7 @@ class SlideError(PatchingError):
     """One slide cannot be used; `uri` names it and `reason` says why, without the URI."""
 
     def __init__(self, uri: str, reason: str) -> None:
+        uri = redact(uri)
         super().__init__(f"{uri}: {reason}")
         self.uri, self.reason = uri, reason
 
@@ -82,6 +103,7 @@ class StoreError(PatchingError):
     """Bytes could not be read; `key` names the object without credentials or query."""
 
     def __init__(self, key: str, reason: str) -> None:
+        key = redact(key)
         super().__init__(f"{key}: {reason}")
         self.key, self.reason = key, reason
 

@@ -1,8 +1,8 @@
 """Runs plans against stores: the stored pieces of a patch's tiles, as bytes.
 
-Local pieces are read at once by the calling (decode) thread. Remote ones are awaited, with a
-bound on the bytes in flight that is reserved in the order of asking, so that a late patch never
-starves an early one.
+Local pieces are read at once by the calling (decode) thread. Remote ones are awaited; whoever asks
+reserves their bytes in a ByteBudget first and holds them until they are decoded. The budget is granted
+in the order of asking, so that a late patch never starves an early one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from online_patching.stores import Stores
 
 DEFAULT_GAP_BYTES = 16 * 2**10
 """Remote tiles this close together are fetched in one request: less than what a request costs."""
-
-_CHUNK_BYTES_GUESS = 256 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,70 +47,83 @@ def pieces_of(index: SlideIndex, plan: ReadPlan) -> list[Piece]:
     return out
 
 
-def fetch_local(
-    index: SlideIndex, pieces: list[Piece], stores: Stores, stats: Stats
-) -> list[bytes]:
-    """The bytes of each piece of a local slide; b'' for what is not stored."""
-    out, read_bytes = [], 0
+Body = bytes | None
+"""A piece's bytes; None where the container says that nothing is stored (it is all fill value)."""
+
+
+def fetch_local(index: SlideIndex, pieces: list[Piece], stores: Stores, stats: Stats) -> list[Body]:
+    """The bytes of each piece of a local slide."""
+    out: list[Body] = []
     for piece in pieces:
         if piece.stop == piece.start:
-            out.append(b"")
+            out.append(None)
             continue
         try:
             out.append(stores.local.read(piece.key, piece.start, piece.stop))
         except ObjectNotFoundError:
             if piece.stop is not None:
                 raise
-            out.append(b"")  # an absent Zarr chunk holds the fill value
-        read_bytes += len(out[-1])
-    stored = sum(1 for data in out if data)
-    stats.add(tiles=len(pieces), requests=stored, bytes_wanted=read_bytes, bytes_read=read_bytes)
+            out.append(None)  # an absent Zarr chunk holds the fill value
+    stored = [len(body) for body in out if body is not None]
+    size = sum(stored)
+    stats.add(tiles=len(pieces), requests=len(stored), bytes_wanted=size, bytes_read=size)
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to ask a remote store for one patch: merged ranges, and the bytes to reserve for them."""
+
+    ranges: list[tuple[int, int]]
+    size_bytes: int
+
+
+def plan_request(
+    index: SlideIndex, plan: ReadPlan, pieces: list[Piece], gap_bytes: int = DEFAULT_GAP_BYTES
+) -> Request:
+    """Ranges for a slide in one object; for chunks, whose sizes are not known, what they decode to."""
+    level = index.levels[plan.level]
+    if level.keys is not None:
+        decoded = level.tile_width_px * level.tile_height_px * level.codec.samples
+        return Request([], decoded * len(pieces))
+    ranges = merge_ranges([(p.start, p.stop or 0) for p in pieces], gap_bytes)
+    return Request(ranges, sum(stop - start for start, stop in ranges))
 
 
 async def fetch_remote(
-    index: SlideIndex,
-    pieces: list[Piece],
-    stores: Stores,
-    stats: Stats,
-    budget: ByteBudget,
-    gap_bytes: int = DEFAULT_GAP_BYTES,
-) -> list[bytes]:
-    """The bytes of each piece of a remote slide, neighbours merged into one request."""
+    index: SlideIndex, pieces: list[Piece], request: Request, stores: Stores, stats: Stats
+) -> list[Body]:
+    """The bytes of each piece of a remote slide. Reserve `request.size_bytes` around this and decoding."""
     store = stores.remote(index.uri)
     if index.levels[0].keys is not None:
-        return await _fetch_chunks(pieces, stores, stats, budget)
+        return await _fetch_chunks(pieces, stores, stats)
     ranges = [(p.start, p.stop or 0) for p in pieces]
-    requests = merge_ranges(ranges, gap_bytes)
-    size = sum(stop - start for start, stop in requests)
     wanted = sum(stop - start for start, stop in merge_ranges(ranges, 0))
-    async with budget.reserve(size):
-        bodies = await asyncio.gather(
-            *(store.read(index.uri, start, stop, index.token) for start, stop in requests)
-        )
-    stats.add(tiles=len(pieces), requests=len(requests), bytes_wanted=wanted, bytes_read=size)
-    out = []
+    bodies = await asyncio.gather(
+        *(store.read(index.uri, start, stop, index.token) for start, stop in request.ranges)
+    )
+    stats.add(
+        tiles=len(pieces), requests=len(bodies), bytes_wanted=wanted, bytes_read=request.size_bytes
+    )
+    out: list[Body] = []
     for start, stop in ranges:
         if start == stop:
-            out.append(b"")
+            out.append(None)
             continue
-        k = next(i for i, (a, b) in enumerate(requests) if a <= start and stop <= b)
-        out.append(bodies[k][start - requests[k][0] : stop - requests[k][0]])
+        k = next(i for i, (a, b) in enumerate(request.ranges) if a <= start and stop <= b)
+        out.append(bodies[k][start - request.ranges[k][0] : stop - request.ranges[k][0]])
     return out
 
 
-async def _fetch_chunks(
-    pieces: list[Piece], stores: Stores, stats: Stats, budget: ByteBudget
-) -> list[bytes]:
-    async def one(piece: Piece) -> bytes:
+async def _fetch_chunks(pieces: list[Piece], stores: Stores, stats: Stats) -> list[Body]:
+    async def one(piece: Piece) -> Body:
         try:
             return await stores.remote(piece.key).read(piece.key, 0, None)
         except ObjectNotFoundError:
-            return b""  # an absent Zarr chunk holds the fill value
+            return None  # an absent Zarr chunk holds the fill value
 
-    async with budget.reserve(_CHUNK_BYTES_GUESS * len(pieces)):
-        out = await asyncio.gather(*(one(piece) for piece in pieces))
-    size = sum(map(len, out))
+    out = await asyncio.gather(*(one(piece) for piece in pieces))
+    size = sum(len(body) for body in out if body is not None)
     stats.add(tiles=len(pieces), requests=len(pieces), bytes_wanted=size, bytes_read=size)
     return list(out)
 

@@ -89,16 +89,18 @@ class PatchLoader:
 
     def next_batch(self) -> PatchBatch:
         """The next batch of this rank, waiting for it if need be."""
-        engine = self._engine or self._start()
-        ahead = self.options.prefetch * max(1, self.workers)
-        while self._requested < self._delivered + ahead:
-            engine.request(self._draws(self._requested))
-            self._requested += 1
-        began = time.perf_counter()
-        batch = engine.take()
-        self.stats.add(wait_s=time.perf_counter() - began, patches=len(batch.refs))
+        try:
+            batch = self._take()
+            failed = self._failed + Counter(_kind(reason) for _, _, reason in batch.failures)
+            self._check_budget(failed)
+        except BaseException:
+            self.close()  # what was in flight is lost; the stream goes on at the undelivered batch
+            raise
+        self._failed = failed
         self._delivered += 1
-        self._count(batch)
+        self.stats.add(patches=len(batch.refs))
+        for _, _, reason in batch.failures:
+            self.stats.fail(_kind(reason))
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,15 +174,27 @@ class PatchLoader:
         first = self._draw_at(batch) + self.rank * self.batch_size
         return np.arange(first, first + self.batch_size)
 
-    def _count(self, batch: PatchBatch) -> None:
-        for _, _, reason in batch.failures:
-            self._failed[reason] += 1
-            self.stats.fail(reason)
-        seen = max(self._draw_at(self._delivered) // self.world_size, _PROBATION_DRAWS)
-        failed = self._failed.total()
-        if failed > self.max_failed_fraction * seen:
-            listed = "; ".join(f"{n} x {reason}" for reason, n in self._failed.most_common(5))
+    def _take(self) -> PatchBatch:
+        engine = self._engine or self._start()
+        ahead = self.options.prefetch * max(1, self.workers)
+        while self._requested < self._delivered + ahead:
+            engine.request(self._draws(self._requested))
+            self._requested += 1
+        began = time.perf_counter()
+        batch = engine.take()
+        self.stats.add(wait_s=time.perf_counter() - began)
+        return batch
+
+    def _check_budget(self, failed: Counter[str]) -> None:
+        seen = max(self._draw_at(self._delivered + 1) // self.world_size, _PROBATION_DRAWS)
+        if failed.total() > self.max_failed_fraction * seen:
+            listed = "; ".join(f"{n} x {kind}" for kind, n in failed.most_common(5))
             raise FailureBudgetError(
-                f"{failed} of {seen} draws failed, more than {self.max_failed_fraction:.1%}: {listed}. "
+                f"{failed.total()} of {seen} draws failed, more than {self.max_failed_fraction:.1%}: {listed}. "
                 "Leave these slides out, or raise max_failed_fraction."
             )
+
+
+def _kind(reason: str) -> str:
+    """Slide and error type: what failures are counted by, so that a state stays small."""
+    return ": ".join(reason.split(": ")[:2])

@@ -17,8 +17,8 @@ from online_patching.slide_index import SlideIndex
 from online_patching.stores import atomic_write_bytes
 
 _MAX_CELLS = 64 * 2**20
-QUANTILE_SIDES_UM = tuple(16.0 * 2 ** (k / 2) for k in range(16))
-"""Box sides for which a mask knows how tissue-rich its best boxes are: 16 to 2,896 µm."""
+QUANTILE_SIDES_UM = tuple(16.0 * 2 ** (k / 2) for k in range(22))
+"""Box sides for which a mask knows how tissue-rich its best boxes are: 16 to 23,170 µm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ class ForegroundMask:
                 w, h = (int(v) for v in picture.info["size_px0"].split())
                 mx, my = (float(v) for v in picture.info["mpp_px0"].split())
                 tissue = np.asarray(picture.convert("1"))
-        except (OSError, ValueError, KeyError, SyntaxError) as error:
+        except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError) as error:
             raise MaskError(
                 f"{path}: not a readable mask ({error}). Make the masks again."
             ) from None

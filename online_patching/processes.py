@@ -154,7 +154,7 @@ def _work(
         while True:
             # Take in every request that waits, so that reading runs ahead of the parent.
             while asked == 0 or pipe.poll():
-                request = pipe.recv()
+                request = _receive(pipe)
                 if request is None:
                     return
                 slot, draws = request
@@ -165,15 +165,26 @@ def _work(
             now = stats.as_dict()
             delta = {k: now[k] - reported[k] for k in now if k != "failures"}
             reported = now
-            pipe.send((batch.refs, batch.failures, delta))
-    except (EOFError, OSError):
-        return  # the parent is gone
+            _send(pipe, (batch.refs, batch.failures, delta))
     except Exception as error:
-        with contextlib.suppress(OSError):
-            pipe.send(error)
+        _send(pipe, error)
     finally:
         engine.close()
         del buffers
         for memory in memories:
             with contextlib.suppress(BufferError):
                 memory.close()
+
+
+def _receive(pipe: Connection) -> Any:
+    """The parent's next request; None when it is gone."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        return None
+
+
+def _send(pipe: Connection, answer: object) -> None:
+    """Answer the parent, if it is still there."""
+    with contextlib.suppress(OSError):
+        pipe.send(answer)

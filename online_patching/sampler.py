@@ -93,7 +93,10 @@ class PatchSampler:
             if slide_weights is None
             else np.asarray(slide_weights, np.float64)
         )
-        if weights.shape != (len(self.corpus),) or (weights < 0).any():
+        if (
+            weights.shape != (len(self.corpus),)
+            or not (np.isfinite(weights) & (weights >= 0)).all()
+        ):
             raise SamplerError(
                 f"{len(self.corpus)} slides need as many weights >= 0, not {weights.shape}."
             )

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from online_patching.decode import BadTileError, decode_tile
-from online_patching.errors import TileDecodeError
-from online_patching.fetch import ByteBudget, Piece, fetch_local, fetch_remote, pieces_of
-from online_patching.formats import read_slide_index
+from online_patching.errors import ObjectChangedError, TileDecodeError
+from online_patching.fetch import Body, Piece, fetch_local, fetch_remote, pieces_of, plan_request
+from online_patching.formats import read_slide_index, zarr
 from online_patching.formats.fallback import worker
 from online_patching.geometry import Box
 from online_patching.plan import ReadPlan, choose_level, plan_window, round_half_up, tiles_of
@@ -20,15 +20,18 @@ from online_patching.slide_index import Level, SlideIndex
 from online_patching.stats import Stats
 from online_patching.stores import Stores, is_remote
 
-_SYNC_BUDGET_BYTES = 64 * 2**20
 _STRIP_PX = 2**24
 
 
 def open_slide(slide: str | SlideIndex, *, mpp: float | tuple[float, float] | None = None) -> Slide:
     """A Slide from a path, URL or SlideIndex. `mpp` overrides the µm/px the file carries."""
     stores = Stores()
-    index = read_slide_index(slide, mpp=mpp, stores=stores) if isinstance(slide, str) else slide
-    return Slide(index, stores)
+    try:
+        index = read_slide_index(slide, mpp=mpp, stores=stores) if isinstance(slide, str) else slide
+        return Slide(index, stores)
+    except BaseException:
+        stores.close()
+        raise
 
 
 class Slide:
@@ -42,8 +45,7 @@ class Slide:
         self.index = index
         self.stats = Stats()
         self._stores = stores or Stores()
-        if not is_remote(index.uri) and not index.fallback and index.token:
-            self._stores.local.check_version(index.uri, index.token)
+        check_unchanged(index, self._stores)
 
     @property
     def dimensions(self) -> tuple[int, int]:
@@ -134,9 +136,10 @@ class Slide:
         if self.index.fallback:
             return finish_fallback(self.index, plan)
         pieces = pieces_of(self.index, plan)
+        data: list[Body]
         if is_remote(self.index.uri):
-            budget = ByteBudget(_SYNC_BUDGET_BYTES)
-            work = fetch_remote(self.index, pieces, self._stores, self.stats, budget)
+            request = plan_request(self.index, plan, pieces)
+            work = fetch_remote(self.index, pieces, request, self._stores, self.stats)
             data = self._stores.loop.run(work)
         else:
             data = fetch_local(self.index, pieces, self._stores, self.stats)
@@ -145,6 +148,9 @@ class Slide:
     def close(self) -> None:
         """Close files and connections."""
         self._stores.close()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Slide, (self.index,))
 
     def __enter__(self) -> Slide:
         return self
@@ -158,8 +164,25 @@ class Slide:
         self.close()
 
 
+def check_unchanged(index: SlideIndex, stores: Stores) -> None:
+    """Raise ObjectChangedError, or ObjectNotFoundError, unless the slide is the one that was indexed.
+
+    By size and mtime (local), ETag or the like (remote), or the Zarr group's metadata. Meant for the
+    first touch of a slide; over HTTP every request is checked by its ETag besides.
+    """
+    if not index.token:
+        return
+    is_zarr = index.container == "ome-zarr"
+    now = zarr.fingerprint(index.uri, stores) if is_zarr else stores.version(index.uri)[1]
+    if now != index.token:
+        raise ObjectChangedError(
+            index.uri,
+            f"changed since it was indexed ({index.token[:40]}, now {now[:40]}). Index it again.",
+        )
+
+
 def finish(
-    index: SlideIndex, plan: ReadPlan, pieces: list[Piece], data: list[bytes]
+    index: SlideIndex, plan: ReadPlan, pieces: list[Piece], data: list[Body]
 ) -> NDArray[np.uint8]:
     """Decode, paste and resample fetched pieces: the compute half of a read, for a thread."""
     level = index.levels[plan.level]

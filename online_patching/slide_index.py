@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from online_patching.errors import CorpusError, MppError
-from online_patching.stores import atomic_write_bytes, redact
+from online_patching.errors import CorpusError, MppError, redact
+from online_patching.stores import atomic_write_bytes
 
 MPP_SANE_RANGE = (0.05, 8.0)
 """µm/px that a slide scanner can make; anything else is a wrong tag."""
@@ -157,7 +157,7 @@ class SlideIndex:
     """
 
     slide_id: str
-    uri: str
+    uri: str = field(repr=False)  # may carry a signature
     container: str
     vendor: str
     mpp_x: float
@@ -222,17 +222,20 @@ class SlideIndex:
         )
         return replace(self, mpp_x=mpp_x, mpp_y=mpp_y, mpp_source=source, levels=levels)
 
-    def _header(self) -> dict[str, Any]:
+    def _header(self, keep_secrets: bool = False) -> dict[str, Any]:
         fields = {k: v for k, v in self.__dict__.items() if k not in ("levels", "digest")}
-        fields["uri"] = redact(self.uri)
+        fields["uri"] = self.uri if keep_secrets else redact(self.uri)
         fields["levels"] = [_level_to_json(level) for level in self.levels]
         return fields
 
-    def to_bytes(self) -> tuple[bytes, NDArray[np.uint64]]:
-        """The JSON header, and the tile rows of all levels one after another."""
+    def to_bytes(self, keep_secrets: bool = False) -> tuple[bytes, NDArray[np.uint64]]:
+        """The JSON header, and the tile rows of all levels one after another.
+
+        Credentials and http(s) queries in the URI are left out unless the bytes stay in memory.
+        """
         rows = [level.rows for level in self.levels if level.rows is not None]
         packed = np.concatenate(rows) if rows else np.empty(0, np.uint64)
-        return json.dumps(self._header()).encode(), packed.astype("<u8")
+        return json.dumps(self._header(keep_secrets)).encode(), packed.astype("<u8")
 
     @classmethod
     def from_bytes(cls, header: bytes, rows: NDArray[np.uint64]) -> SlideIndex:

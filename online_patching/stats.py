@@ -52,6 +52,3 @@ class Stats:
         """A plain dictionary, for JSON, a log line or another process."""
         with self.lock:
             return {**asdict(self), "failures": dict(self.failures)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.as_dict()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +19,11 @@ from online_patching.errors import (
     SlideError,
     StoreError,
 )
-from online_patching.fetch import ByteBudget, fetch_local, fetch_remote, pieces_of
+from online_patching.fetch import ByteBudget, fetch_local, fetch_remote, pieces_of, plan_request
 from online_patching.geometry import PatchRef
 from online_patching.plan import plan_patch
 from online_patching.sampler import MAX_ATTEMPTS, PatchSampler
-from online_patching.slide import finish, finish_fallback
+from online_patching.slide import check_unchanged, finish, finish_fallback
 from online_patching.slide_index import SlideIndex
 from online_patching.stats import Stats
 from online_patching.stores import Stores, is_remote
@@ -35,10 +34,20 @@ _REPLACED = (SlideError, ObjectNotFoundError, ObjectChangedError)
 Failure = tuple[int, int, str]
 
 
+@dataclass(eq=False)
+class _Job:
+    """One patch on its way: what to read now, where to, what failed before, and whether it is there."""
+
+    ref: PatchRef
+    out: NDArray[np.uint8]
+    failed: list[Failure] = field(default_factory=list)
+    done: Future[None] = field(default_factory=Future)
+
+
 @dataclass
 class _Batch:
     pixels: NDArray[np.uint8]
-    patches: list[Future[tuple[PatchRef, list[Failure]]]]
+    jobs: list[_Job]
 
 
 class ThreadEngine:
@@ -58,90 +67,108 @@ class ThreadEngine:
         size = self.sampler.size_px
         pixels = np.empty((len(draws), size, size, 3), np.uint8) if into is None else into
         refs = self.sampler.refs(self.sampler.draw_batch(draws))
-        self._pending.append(
-            _Batch(pixels, [self._start(r, pixels[i]) for i, r in enumerate(refs)])
-        )
+        jobs = [_Job(ref, pixels[i]) for i, ref in enumerate(refs)]
+        self._pending.append(_Batch(pixels, jobs))
+        for job in jobs:
+            self._go(job)
 
     def take(self) -> PatchBatch:
         """The oldest requested batch; the first error of any of its patches is raised."""
         batch = self._pending.popleft()
-        done = [future.result() for future in batch.patches]
-        failures = [failure for _, failed in done for failure in failed]
+        for job in batch.jobs:
+            job.done.result()
+        failures = [failure for job in batch.jobs for failure in job.failed]
         self.stats.add(retries=self.stores.retries - self._retries_seen)
         self._retries_seen = self.stores.retries
-        return PatchBatch(batch.pixels, [ref for ref, _ in done], failures)
+        return PatchBatch(batch.pixels, [job.ref for job in batch.jobs], failures)
 
     def close(self) -> None:
         """Cancel what has not started, wait for what has, close clients."""
-        for batch in self._pending:
-            for future in batch.patches:
-                future.cancel()
-        for batch in self._pending:
-            for future in batch.patches:
-                with contextlib.suppress(BaseException):  # their errors belong to nobody now
-                    future.result(timeout=30)
-        self._pending.clear()
+        self.stores.cancel_all()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.stores.close()
+        self._pending.clear()
 
-    def _start(
-        self, ref: PatchRef, out: NDArray[np.uint8]
-    ) -> Future[tuple[PatchRef, list[Failure]]]:
-        if is_remote(self.sampler.corpus.index(ref.slide).uri):
-            return self.stores.loop.submit(self._remote(ref, out))
-        return self._pool.submit(self._local, ref, out)
+    def _go(self, job: _Job) -> None:
+        """Read a job's patch where its slide is, without ever blocking the caller.
 
-    def _local(self, ref: PatchRef, out: NDArray[np.uint8]) -> tuple[PatchRef, list[Failure]]:
-        failed: list[Failure] = []
-        while True:
-            index = self.sampler.corpus.index(ref.slide)
-            if is_remote(index.uri):  # a replacement may lie on another store
-                return self.stores.loop.run(self._remote(ref, out, failed))  # type: ignore[no-any-return]
+        A replacement may lie on another kind of store, so a round ends with "done" or "go again": a
+        decode thread that waited for the loop, which waits for decode threads, would hang both.
+        """
+        if is_remote(self.sampler.corpus.index(job.ref.slide).uri):
+            round_ = self.stores.loop.submit(self._remote(job))
+        else:
+            round_ = self._pool.submit(self._local, job)
+        round_.add_done_callback(lambda ended: self._ended(job, ended))
+
+    def _ended(self, job: _Job, ended: Future[bool]) -> None:
+        if ended.cancelled():
+            job.done.cancel()
+        elif (error := ended.exception()) is not None:
+            job.done.set_exception(error)
+        elif ended.result():
+            job.done.set_result(None)
+        else:
             try:
-                out[:] = self._read_local(index, ref)
-                return ref, failed
-            except _REPLACED as error:
-                ref = self._replacement(ref, error, failed)
+                self._go(job)
+            except RuntimeError as closing:  # the pool takes nothing any more
+                job.done.set_exception(closing)
 
-    def _read_local(self, index: SlideIndex, ref: PatchRef) -> NDArray[np.uint8]:
-        plan = plan_patch(index, ref)
-        if index.fallback:
-            return finish_fallback(index, plan)
-        if index.uri not in self._checked and index.token:
-            self.stores.local.check_version(index.uri, index.token)
+    def _local(self, job: _Job) -> bool:
+        """One attempt at a local patch; False when it was replaced."""
+        index = self.sampler.corpus.index(job.ref.slide)
+        try:
+            self._check(index)
+            plan = plan_patch(index, job.ref)
+            if index.fallback:
+                job.out[:] = finish_fallback(index, plan)
+            else:
+                pieces = pieces_of(index, plan)
+                data = fetch_local(index, pieces, self.stores, self.stats)
+                job.out[:] = finish(index, plan, pieces, data)
+        except _REPLACED as error:
+            self._replace(job, error)
+            return False
+        return True
+
+    async def _remote(self, job: _Job) -> bool:
+        """One attempt at a remote patch; False when it was replaced."""
+        loop = asyncio.get_running_loop()
+        index = self.sampler.corpus.index(job.ref.slide)
+        try:
+            if index.uri not in self._checked and not index.uri.startswith("http"):
+                await self._check_remote(index)
+            plan = plan_patch(index, job.ref)
+            pieces = pieces_of(index, plan)
+            request = plan_request(index, plan, pieces, self.options.gap_bytes)
+            async with self.budget.reserve(request.size_bytes):
+                data = await fetch_remote(index, pieces, request, self.stores, self.stats)
+                job.out[:] = await loop.run_in_executor(
+                    self._pool, finish, index, plan, pieces, data
+                )
+        except _REPLACED as error:
+            await loop.run_in_executor(self._pool, self._replace, job, error)
+            return False
+        return True
+
+    def _check(self, index: SlideIndex) -> None:
+        """At the first touch of a slide: is it the one that was indexed?"""
+        if index.uri not in self._checked:
+            check_unchanged(index, self.stores)
             self._checked.add(index.uri)
-        pieces = pieces_of(index, plan)
-        return finish(index, plan, pieces, fetch_local(index, pieces, self.stores, self.stats))
 
-    async def _remote(
-        self, ref: PatchRef, out: NDArray[np.uint8], failed: list[Failure] | None = None
-    ) -> tuple[PatchRef, list[Failure]]:
-        failed = [] if failed is None else failed
-        loop = asyncio.get_running_loop()
-        while True:
-            index = self.sampler.corpus.index(ref.slide)
-            try:
-                if is_remote(index.uri):
-                    await self._read_remote(index, ref, out)
-                else:
-                    out[:] = await loop.run_in_executor(self._pool, self._read_local, index, ref)
-                return ref, failed
-            except _REPLACED as error:
-                ref = await loop.run_in_executor(self._pool, self._replacement, ref, error, failed)
+    async def _check_remote(self, index: SlideIndex) -> None:
+        """The same off the loop: stores other than HTTP do not check at each request."""
+        # Not in the decode pool: this thread waits for the loop.
+        await asyncio.to_thread(self._check, index)
 
-    async def _read_remote(self, index: SlideIndex, ref: PatchRef, out: NDArray[np.uint8]) -> None:
-        plan = plan_patch(index, ref)
-        pieces = pieces_of(index, plan)
-        data = await fetch_remote(
-            index, pieces, self.stores, self.stats, self.budget, self.options.gap_bytes
-        )
-        loop = asyncio.get_running_loop()
-        out[:] = await loop.run_in_executor(self._pool, finish, index, plan, pieces, data)
-
-    def _replacement(self, ref: PatchRef, error: Exception, failed: list[Failure]) -> PatchRef:
-        """The next attempt of a failed draw; f(seed, draw, attempt) alone."""
+    def _replace(self, job: _Job, error: Exception) -> None:
+        """Give a job the next attempt of its draw; f(seed, draw, attempt) alone."""
+        ref = job.ref
         reason = error.reason if isinstance(error, SlideError | StoreError) else str(error)
-        failed.append((ref.draw, ref.attempt, f"{ref.slide_id}: {type(error).__name__}: {reason}"))
+        job.failed.append(
+            (ref.draw, ref.attempt, f"{ref.slide_id}: {type(error).__name__}: {reason}")
+        )
         if ref.attempt + 1 >= MAX_ATTEMPTS:
             raise LoaderError(f"draw {ref.draw} failed {MAX_ATTEMPTS} times, last with {error}")
         try:
@@ -150,4 +177,4 @@ class ThreadEngine:
             raise LoaderError(
                 f"draw {ref.draw} cannot be replaced after {error}: {cause}"
             ) from None
-        return self.sampler.refs(again)[0]
+        job.ref = self.sampler.refs(again)[0]

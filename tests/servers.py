@@ -16,7 +16,7 @@ from types import TracebackType
 class Faults:
     """What goes wrong, until `count` is used up (-1: for ever). Counted in `FaultServer.seen`."""
 
-    kind: str = ""  # "500", "ignore-range", "truncate", "hang", "wrong-range", "403"
+    kind: str = ""  # "500", "ignore-range", "truncate", "hang", "wrong-range", "flood", "403"
     count: int = -1
     only_data: bool = False  # leave the one-byte version probe alone
 
@@ -116,7 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(3)
         shift = 1 if kind == "wrong-range" else 0
         head = {"Content-Range": f"bytes {start + shift}-{stop - 1 + shift}/{len(data)}"}
-        self._send(206, data[start:stop], head, cut=kind == "truncate")
+        body = data[start:stop] + (bytes(2**21) if kind == "flood" else b"")
+        self._send(206, body, head, cut=kind == "truncate")
         return None
 
     def _send(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_a_damaged_corpus_is_refused(folder, damage):
     elif damage == "version":
         about.write_text(json.dumps({**fields, "version": 99}))
     else:
-        tiles = folder / "packed" / fields["digest"] / "tiles.bin"
+        tiles = folder / "packed" / fields["generation"] / "tiles.bin"
         tiles.write_bytes(tiles.read_bytes()[:-8])
     with pytest.raises(errors.CorpusError):
         Corpus.open(folder)
@@ -101,6 +102,13 @@ def test_a_rebuild_that_dies_half_way_leaves_the_old_corpus(folder, small_indexe
     with pytest.raises(KeyboardInterrupt):
         Corpus.build(folder)
     assert Corpus.open(folder).digest == before
+    # Slides that only moved have the same digest; the generation that is being read stays whole too.
+    for path in (folder / "slides").glob("*.index"):
+        index = SlideIndex.load(path)
+        replace(index, uri="/elsewhere/" + "x" * 50, token="t").save(path)
+    with pytest.raises(KeyboardInterrupt):
+        Corpus.build(folder)
+    assert Corpus.open(folder).index(0).uri != "/elsewhere/" + "x" * 50
 
 
 def test_the_digest_depends_on_slides_masks_and_nothing_else(folder, small_indexes, tmp_path):

@@ -56,7 +56,7 @@ def test_a_frame_that_claims_another_size_is_refused_before_it_is_allocated():
 
 
 def test_a_jpeg2000_frame_of_another_size_is_refused():
-    data = imagecodecs.jpeg2k_encode(TILE, level=0)
+    data = imagecodecs.jpeg2k_encode(TILE, level=0, codecformat="j2k")
     with pytest.raises(BadTileError, match=r"frame says 128 x 96 px, not 256 x 256"):
         decode_tile(Codec("jpeg2000", "rgb"), bytes(data), 256, 256)
     assert (decode_tile(Codec("jpeg2000", "rgb"), bytes(data), 128, 96) == TILE).all()
@@ -64,7 +64,7 @@ def test_a_jpeg2000_frame_of_another_size_is_refused():
 
 def test_jpeg2000_ycbcr_is_converted():
     ycbcr = np.asarray(Image.fromarray(TILE).convert("YCbCr"))
-    data = imagecodecs.jpeg2k_encode(ycbcr, level=0, mct=False)
+    data = imagecodecs.jpeg2k_encode(ycbcr, level=0, mct=False, codecformat="j2k")
     got = decode_tile(Codec("jpeg2000", "ycbcr"), bytes(data), 128, 96)
     expected = np.asarray(Image.fromarray(ycbcr, "YCbCr").convert("RGB")).astype(int)
     assert np.abs(got - expected).max() <= 1  # Pillow converts in fixed point
@@ -98,7 +98,34 @@ def test_a_tile_that_inflates_past_its_size_is_refused(kind):
 
 
 def test_a_tile_that_is_not_stored_is_the_fill_value():
-    assert (decode_tile(Codec("jpeg", fill=255), b"", 8, 4) == np.full((4, 8, 3), 255)).all()
+    assert (decode_tile(Codec("jpeg", fill=255), None, 8, 4) == np.full((4, 8, 3), 255)).all()
+
+
+def test_a_stored_but_empty_tile_is_damage():
+    with pytest.raises(BadTileError, match="empty"):
+        decode_tile(Codec("jpeg"), b"", 8, 4)
+
+
+def test_an_unstored_tile_of_four_samples_has_three_channels():
+    assert decode_tile(Codec("raw", samples=4), None, 8, 4).shape == (4, 8, 3)
+
+
+def test_frames_that_hide_are_refused():
+    """A second frame kind, or a frame among the tables, would be decoded at a size nobody checked."""
+    arithmetic = bytearray(jpeg())
+    arithmetic[arithmetic.index(b"\xff\xc0") + 1] = 0xC9
+    with pytest.raises(BadTileError, match="SOF9"):
+        decode_tile(Codec("jpeg", "ycbcr"), bytes(arithmetic), 128, 96)
+    frame = b"\xff\xc0\x00\x11\x08\xff\xdc\xff\xdc\x03" + bytes(9)
+    with pytest.raises(BadTileError, match="tables hold a picture"):
+        decode_tile(Codec("jpeg", "ycbcr", b"\xff\xd8" + frame + b"\xff\xd9"), jpeg(), 128, 96)
+    boxed = bytes(imagecodecs.jpeg2k_encode(TILE, level=0, codecformat="jp2"))
+    assert (decode_tile(Codec("jpeg2000"), boxed, 128, 96) == TILE).all()
+    at = boxed.index(b"jp2c") - 4
+    small = bytes(imagecodecs.jpeg2k_encode(TILE[:8, :8], level=0, codecformat="j2k"))
+    decoy = boxed[:at] + (len(small) + 8).to_bytes(4, "big") + b"free" + small + boxed[at:]
+    with pytest.raises(BadTileError, match="frame says 128 x 96 px, not 8 x 8"):
+        decode_tile(Codec("jpeg2000"), decoy, 8, 8)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Every shipped config is run, shrunken; the demo twice, because a rerun must skip what is done."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,21 @@ def test_the_same_command_again_skips_what_is_done(
     assert shown.count("is up to date") == 4  # pretraining, two embeddings, probe
     runs = read_runs(f"sqlite:///{demo_out / 'mlflow.db'}", "pathfm-demo")
     assert [run.name for run in runs].count("demo") == 1
+
+
+@pytest.mark.slow
+def test_a_demo_stopped_in_pretraining_says_so_and_goes_on(
+    demo_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(demo_out, out, ignore=shutil.ignore_patterns("runs", "mlflow.db*", "stages"))
+    stopped = command("demo.yaml", "--out", str(out), "--pretrain.stop_after_steps", "2")
+    assert main(stopped) == 2
+    assert "stopped after 2 of 3 steps" in capsys.readouterr().err
+    assert main(command("demo.yaml", "--out", str(out))) == 0
+    assert "goes on after step 2 of 3" in capsys.readouterr().out
+    (parent,) = read_runs(f"sqlite:///{out / 'mlflow.db'}", "pathfm-demo")[:1]
+    assert (parent.name, parent.status) == ("demo", "FINISHED")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from online_patching import (
     errors,
     open_slide,
     read_slide_index,
+    threads,
 )
-from online_patching.fetch import ByteBudget
+from online_patching.fetch import ByteBudget, fetch_remote
 from online_patching.stores import RetryPolicy, Stores, redact
+from online_patching.testing import SyntheticSlide, write_tiff
 from tests.servers import Faults
 
 QUICK = RetryPolicy(attempts=3, first_delay_s=0.01, timeout_s=0.5, connect_timeout_s=0.5)
@@ -185,8 +188,80 @@ def test_the_budget_is_granted_in_order_and_never_exceeded():
     assert asyncio.run(scenario()) == [0, 1, 2, 3, 4]
 
 
+def test_local_damage_replaced_by_a_remote_slide_does_not_hang(
+    fault_server, tmp_path, small_slides
+):
+    """A decode thread that waited for the loop would wait for ever: the loop waits for that thread."""
+    shutil.copy(small_slides[0], fault_server.root / "a.svs")
+    bad = write_tiff(tmp_path / "bad.svs", SyntheticSlide(8, 900, 700, mpp=0.25))
+    indexes = [read_slide_index(str(bad)), read_slide_index(f"{fault_server.url}/a.svs")]
+    bad.unlink()
+    masks = [ForegroundMask.everything(index) for index in indexes]
+    sampler = PatchSampler(indexes, masks, size_px=64, mpp=[0.25])
+    with PatchLoader(sampler, 16, threads=1, max_failed_fraction=1.0) as loader:
+        batch = loader.next_batch()
+    assert {ref.slide for ref in batch.refs} == {1}
+    assert batch.failures
+
+
+def test_what_is_held_stays_within_the_budget_until_it_is_decoded(
+    fault_server, small_slides, monkeypatch
+):
+    shutil.copy(small_slides[0], fault_server.root / "a.svs")
+    remote = read_slide_index(f"{fault_server.url}/a.svs")
+    held, most = [0], [0]
+    right = threads.finish
+
+    async def counted(*args):
+        data = await fetch_remote(*args)
+        held[0] += sum(len(body) for body in data if body)
+        most[0] = max(most[0], held[0])
+        return data
+
+    def slow(index, plan, pieces, data):
+        time.sleep(0.01)
+        out = right(index, plan, pieces, data)
+        held[0] -= sum(len(body) for body in data if body)
+        return out
+
+    monkeypatch.setattr(threads, "fetch_remote", counted)
+    monkeypatch.setattr(threads, "finish", slow)
+    sampler = PatchSampler([remote], [ForegroundMask.everything(remote)], size_px=64, mpp=[0.5])
+    with PatchLoader(sampler, 32, bytes_in_flight=100_000) as loader:
+        take(loader, 1)
+    assert 0 < most[0] <= 100_000
+
+
+def test_a_signed_url_reads_and_is_never_shown_or_stored(fault_server, small_slides, tmp_path):
+    shutil.copy(small_slides[0], fault_server.root / "a.svs")
+    signed = f"{fault_server.url}/a.svs?sig=SECRET"
+    index = read_slide_index(signed)
+    index.save(tmp_path / "i.index")
+    assert b"SECRET" not in (tmp_path / "i.index").read_bytes()
+    assert "SECRET" not in repr(index)
+    assert "SECRET" not in str(errors.TileDecodeError(signed, 0, 1, "x"))
+    sampler = PatchSampler([index], [ForegroundMask.everything(index)], size_px=64, mpp=[0.5])
+    fault_server.ranges.clear()
+    with PatchLoader(sampler, 4) as loader:
+        take(loader, 1)
+    assert all(
+        "sig=SECRET" in path for path, _, _ in fault_server.ranges
+    )  # it still signs its reads
+
+
+def test_a_server_that_sends_more_than_asked_is_cut_off(fault_server, stores, small_slides):
+    shutil.copy(small_slides[0], fault_server.root / "a.svs")
+    fault_server.faults = Faults("flood")
+    with pytest.raises(errors.RangeIgnoredError, match="more than the 16 bytes"):
+        stores.read(f"{fault_server.url}/a.svs", 0, 16)
+
+
 def test_secrets_do_not_survive_redaction():
     assert redact("https://user:pw@host/a.svs?X-Amz-Signature=abc#f") == "https://host/a.svs"
+    assert (
+        redact("simplecache::https://user:pw@host/a.svs?s=1") == "simplecache::https://host/a.svs"
+    )
+    assert redact("s3://bucket/a#1.svs?x") == "s3://bucket/a#1.svs?x"  # a name, in an object store
 
 
 def test_any_fsspec_filesystem_serves_a_slide(small_slides, small_indexes):

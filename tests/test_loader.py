@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from online_patching import (
     PatchSampler,
     SlideIndex,
     errors,
+    open_slide,
     read_slide_index,
 )
-from online_patching.testing import SyntheticSlide, write_tiff
+from online_patching.testing import SyntheticSlide, write_ome_zarr, write_tiff
 from online_patching.torch_dataset import PatchDataset
 
 
@@ -62,8 +64,6 @@ def test_threads_and_processes_deliver_the_same_stream(sampler, reference, optio
 
 
 def test_refs_say_what_the_pixels_are(sampler, small_indexes):
-    from online_patching import open_slide
-
     with PatchLoader(sampler, 5) as loader:
         batch = loader.next_batch()
     assert batch.draws.tolist() == [0, 1, 2, 3, 4]
@@ -187,6 +187,66 @@ def test_past_the_failure_budget_the_run_stops_with_the_list(damaged):
         ),
     ):
         take(loader, 20)
+
+
+def sampled_failures(sampler: PatchSampler, loader: PatchLoader) -> list[str]:
+    """What fails in the next batch of a loader, found out by another one."""
+    with PatchLoader(sampler, loader.batch_size, max_failed_fraction=1.0) as scout:
+        scout.load_state_dict(loader.state_dict())
+        return [reason for _, _, reason in scout.next_batch().failures]
+
+
+def test_a_batch_is_not_lost_when_the_budget_stops_it(damaged):
+    sampler = PatchSampler(
+        damaged, [ForegroundMask.everything(i) for i in damaged], size_px=64, mpp=[0.25]
+    )
+    with PatchLoader(sampler, 16, max_failed_fraction=0.0) as loader:
+        while not any("bad" in str(reason) for reason in sampled_failures(sampler, loader)):
+            loader.next_batch()
+        before = loader.state_dict()
+        with pytest.raises(errors.FailureBudgetError):
+            loader.next_batch()
+        state = loader.state_dict()
+        assert state == before
+        loader.max_failed_fraction = 1.0
+        assert loader.next_batch().draws[0] == state["next_draw"]
+        assert set(loader.state_dict()["failed"]) == {"bad: TileDecodeError"}
+
+
+def test_a_zarr_slide_that_is_gone_or_another_is_never_black(tmp_path):
+    made = [
+        write_ome_zarr(
+            tmp_path / f"{k}.ome.zarr", SyntheticSlide(k, 500, 400, mpp=0.5), chunk_px=128
+        )
+        for k in (1, 2)
+    ]
+    indexes = [read_slide_index(str(path)) for path in made]
+    assert indexes[0].digest != indexes[1].digest
+    shutil.rmtree(made[0])
+    sampler = PatchSampler(
+        indexes, [ForegroundMask.everything(i) for i in indexes], size_px=64, mpp=[0.5]
+    )
+    with PatchLoader(sampler, 16, max_failed_fraction=1.0) as loader:
+        batch = loader.next_batch()
+    assert {ref.slide for ref in batch.refs} == {1}
+    assert any("metadata is gone" in reason for _, _, reason in batch.failures)
+
+
+def test_rgba_is_read_as_rgb(tmp_path):
+    import zarr
+
+    path = write_ome_zarr(
+        tmp_path / "a.ome.zarr", SyntheticSlide(1, 300, 200, mpp=0.5), chunk_px=128
+    )
+    rgb = zarr.open_group(str(path), mode="r")["0"][:]
+    group = zarr.open_group(str(path), mode="r+")
+    del group["0"]
+    rgba = np.concatenate([rgb, np.full_like(rgb[:1], 255)])
+    group.create_array(
+        "0", data=rgba, chunks=(4, 128, 128), chunk_key_encoding={"name": "v2", "separator": "/"}
+    )
+    with open_slide(str(path)) as slide:
+        assert (slide.read_region((0, 0), 0, (300, 200)) == np.moveaxis(rgb, 0, 2)).all()
 
 
 def test_a_killed_worker_is_an_error_not_a_hang(sampler):

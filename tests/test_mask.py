@@ -50,7 +50,7 @@ def test_a_damaged_mask_is_one_clear_error(tmp_path, damage):
     elif damage == "missing":
         path.unlink()
     else:
-        Image.new("1", (9000, 9000)).save(path)
+        Image.new("1", (20000, 20000)).save(path)
     with pytest.raises(MaskError, match=r"not a readable mask"):
         ForegroundMask.load(path)
 

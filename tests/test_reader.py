@@ -12,6 +12,7 @@ from online_patching import Slide, SlideIndex, errors, open_slide, read_slide_in
 from online_patching.geometry import Box
 from online_patching.testing import SyntheticSlide, write_ome_zarr, write_tiff
 
+BROKEN = {"openslide_unreadable"}
 REAL_TIFFS = [
     "CMU-1-Small-Region",
     "gallery-01_colon_serrated_adenoma_crop6144",
@@ -24,6 +25,19 @@ REAL_TIFFS = [
     "molluscum_skin_HE",
     "openslide_small",
 ]
+
+
+def test_the_list_of_real_slides_is_all_there_are(real_slides):
+    """So that "every real SVS/TIFF that OpenSlide opens" stays true when slides are added."""
+    opened = {name for name, index in real_slides.items() if not index.fallback}
+    assert opened - BROKEN == set(REAL_TIFFS)
+
+
+def test_a_slide_whose_resolution_tag_is_absurd_reads_right_with_an_override(shared_data):
+    index = read_slide_index(str(shared_data / "wsi/vendor/openslide_boxes.tiff"), mpp=0.5)
+    with Slide(index) as slide, openslide.OpenSlide(index.uri) as oracle:
+        theirs = np.asarray(oracle.read_region((0, 0), 0, index.dimensions))[..., :3]
+        assert (slide.read_region((0, 0), 0, index.dimensions) == theirs).all()
 
 
 def places(index: SlideIndex, n: int, side: int) -> list[tuple[int, int]]:
@@ -75,6 +89,14 @@ def test_other_levels_equal_tifffile_at_the_rounded_offset(real_slides, name):
                 cut = whole[max(0, y) : max(0, y + 80), max(0, x) : max(0, x + 96)]
                 seen = ours[max(0, -y) :, max(0, -x) :][: cut.shape[0], : cut.shape[1]]
                 assert (seen == cut).all()
+
+
+def test_a_boxed_jpeg2000_tiff_equals_tifffile(shared_data):
+    path = str(shared_data / "wsi/vendor/wsic_CMU-1-Small-Region.jp2.tiff")
+    index = read_slide_index(path, mpp=0.499)
+    with Slide(index) as slide:
+        ours = slide.read_box(0, Box(0, 0, 900, 700))
+    assert (ours == tifffile.imread(path)[:700, :900]).all()
 
 
 def area_average(

@@ -113,7 +113,10 @@ def find_slides(root: str) -> list[str]:
     return found
 
 
-def _walk(folder: Path, found: list[str]) -> None:
+def _walk(folder: Path, found: list[str], above: frozenset[Path] = frozenset()) -> None:
+    here = folder.resolve()
+    if here in above:
+        return  # a symbolic link to a folder above
     entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     files = [p for p in entries if p.is_file()]
     instances = [p for p in files if p.suffix.lower() in _DICOM]
@@ -124,7 +127,7 @@ def _walk(folder: Path, found: list[str]) -> None:
         if is_zarr(str(path)):
             found.append(str(path))
         elif path.is_dir():
-            _walk(path, found)
+            _walk(path, found, above | {here})
         elif path.is_file() and path.suffix.lower() not in _NOT_SLIDES:
             found.append(str(path))
 

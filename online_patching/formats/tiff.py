@@ -28,6 +28,7 @@ from online_patching.stores import Stores, redact
 
 _MAX_PAGES = 4096
 _MAX_TILES = 50_000_000
+_MAX_TILE_PX = 2**24
 _BLOCK_BYTES = 64 * 2**10
 _COMPRESSIONS = {
     1: "raw", 5: "lzw", 7: "jpeg", 8: "deflate", 32946: "deflate", 50000: "zstd",
@@ -183,6 +184,11 @@ def _level(
         mpp.y * dy,
         codec,
     )
+    if level.tile_width_px * level.tile_height_px > _MAX_TILE_PX:
+        raise UnsupportedSlideError(
+            name,
+            f"tiles of {level.tile_width_px} x {level.tile_height_px} px are too large to read at random.",
+        )
     if level.n_tiles > _MAX_TILES:
         raise DamagedSlideError(name, f"claims {level.n_tiles:,} tiles in one level.")
     offsets = np.asarray(page.dataoffsets, np.uint64)
@@ -192,9 +198,13 @@ def _level(
             name,
             f"a level of {level.n_tiles} tiles lists {len(offsets)} offsets and {len(lengths)} lengths.",
         )
-    end = int((offsets + lengths)[lengths > 0].max(initial=0))
-    if end > size:
-        raise ShortReadError(name, int(offsets.max()), end, size)
+    limit = np.uint64(size)
+    past = np.flatnonzero(
+        (lengths > limit) | ((lengths > 0) & (offsets > limit - np.minimum(lengths, limit)))
+    )
+    if len(past):
+        start, length = int(offsets[past[0]]), int(lengths[past[0]])
+        raise ShortReadError(name, start, start + length, size)
     rows, overflow = pack_rows(np.where(lengths > 0, offsets, 0), lengths)
     return Level(**{**level.__dict__, "rows": rows, "overflow": overflow})
 

@@ -6,6 +6,7 @@ knows both versions; chunks are planned, fetched and decoded by us.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any, cast
 
@@ -31,6 +32,39 @@ _COMPRESSORS = frozenset({"blosc", "zstd", "gzip", "zlib"})
 
 def read_index(uri: str, slide_id: str, override: Mpp | None, stores: Stores) -> SlideIndex:
     """The index of an OME-Zarr image: its first multiscale, 8-bit RGB, t = z = 0."""
+    try:
+        return _read_index(uri, slide_id, override, stores)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DamagedSlideError(
+            uri, f"its Zarr metadata cannot be read ({type(error).__name__}: {str(error)[:80]})."
+        ) from None
+
+
+def fingerprint(uri: str, stores: Stores) -> str:
+    """SHA-256 of the group's metadata documents: the token of a Zarr slide.
+
+    ObjectNotFoundError when there are none: the store is gone.
+    """
+    documents = _fetch(uri, "", _GROUP_DOCUMENTS, stores)
+    if not documents:
+        raise ObjectNotFoundError(uri, "its Zarr metadata is gone. Index the slide again.")
+    return hashlib.sha256(repr(sorted(documents.items())).encode()).hexdigest()
+
+
+def _content_hash(uri: str, levels: tuple[Level, ...], stores: Stores) -> str:
+    """SHA-256 of the middle chunk of the coarsest level: metadata alone cannot tell images apart."""
+    level = levels[-1]
+    assert level.keys is not None
+    rows = level.n_tiles // level.columns
+    key = level.keys.key(rows // 2, level.columns // 2, 0)
+    try:
+        body = stores.read(f"{uri.rstrip('/')}/{key}", 0, None)
+    except ObjectNotFoundError:
+        body = b""
+    return hashlib.sha256(body).hexdigest()
+
+
+def _read_index(uri: str, slide_id: str, override: Mpp | None, stores: Stores) -> SlideIndex:
     name = redact(uri)
     documents = _fetch(uri, "", _GROUP_DOCUMENTS, stores)
     if not documents:
@@ -49,7 +83,10 @@ def read_index(uri: str, slide_id: str, override: Mpp | None, stores: Stores) ->
         }
     found = require_mpp(name, override, _mpp(multiscale, datasets[0], axes))
     levels = _levels(name, documents, [_safe_path(name, d) for d in datasets], axes, found)
-    return SlideIndex(slide_id, uri, "ome-zarr", "ome", found.x, found.y, found.source, levels)
+    return SlideIndex(
+        slide_id, uri, "ome-zarr", "ome", found.x, found.y, found.source, levels,
+        token=fingerprint(uri, stores), content_hash=_content_hash(uri, levels, stores),
+    )  # fmt: skip
 
 
 def _fetch(uri: str, path: str, names: tuple[str, ...], stores: Stores) -> dict[str, bytes]:
@@ -87,7 +124,7 @@ def _axes(name: str, multiscale: dict[str, Any]) -> str:
 
 def _safe_path(name: str, dataset: Any) -> str:
     path = str(dataset.get("path", "")) if isinstance(dataset, dict) else ""
-    if not path or path.startswith("/") or ".." in path.split("/") or "://" in path:
+    if not path or path.startswith("/") or ".." in path.split("/") or "://" in path or "%" in path:
         raise DamagedSlideError(name, f"a dataset path {path[:60]!r} leaves the store.")
     return path.strip("/")
 

@@ -1,8 +1,8 @@
 """Where bytes come from: local files, http(s), and any filesystem fsspec knows.
 
-Two kinds of store, told apart by `.local`: LocalStore answers at once and is called inside decode
-threads; the others are awaited on an event loop and are made inside the process that uses them
-(clients do not survive a fork). `Stores` lets plain code read from both.
+Two kinds of store: LocalStore answers at once and is called inside decode threads; the others are
+awaited on an event loop and are made inside the process that uses them (clients do not survive a
+fork). `Stores` holds one of each for a process and lets plain code read from both.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
+from online_patching.errors import redact
 from online_patching.stores.any_fsspec import FsspecStore
-from online_patching.stores.http import HttpStore, redact
+from online_patching.stores.http import HttpStore
 from online_patching.stores.local import LocalStore, atomic_write_bytes, atomic_write_text
 from online_patching.stores.retry import RetryPolicy
 
@@ -39,7 +40,6 @@ __all__ = [
 class AsyncStore(Protocol):
     """What a remote store offers: the version of an object, and ranges of its bytes."""
 
-    local: bool
     retries: int
 
     async def version(self, key: str) -> tuple[int, str]:
@@ -82,11 +82,15 @@ class LoopThread:
         """Run a coroutine on the loop and wait for its result."""
         return self.submit(work).result()
 
+    def cancel_all(self) -> None:
+        """Cancel every coroutine that still runs, and wait for their ends."""
+        self.submit(_cancel_others()).result(timeout=10)
+
     def close(self) -> None:
         """Cancel what still runs, stop the loop and join its thread."""
         if self.loop.is_closed() or self.pid != os.getpid():
             return
-        self.submit(_cancel_others()).result(timeout=10)
+        self.cancel_all()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(timeout=10)
         self.loop.close()
@@ -113,6 +117,11 @@ class Stores:
             if self._loop is None:
                 self._loop = LoopThread()
             return self._loop
+
+    def cancel_all(self) -> None:
+        """Cancel every remote read that is under way."""
+        if self._loop is not None and self._loop.pid == os.getpid():
+            self._loop.cancel_all()
 
     @property
     def retries(self) -> int:

@@ -7,8 +7,7 @@ from typing import Any
 
 import fsspec
 
-from online_patching.errors import ObjectNotFoundError, ShortReadError, StoreError
-from online_patching.stores.http import redact
+from online_patching.errors import ObjectNotFoundError, ShortReadError, StoreError, redact
 from online_patching.stores.retry import RetryPolicy, TransientError, with_retries
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
@@ -20,8 +19,6 @@ class FsspecStore:
     Credentials come from where the filesystem looks for them (environment, files, instance).
     Blocking calls run in threads; retries are ours, on top of the filesystem's own.
     """
-
-    local = False
 
     def __init__(self, policy: RetryPolicy | None = None) -> None:
         self.policy = policy or RetryPolicy()
@@ -50,6 +47,8 @@ class FsspecStore:
             try:
                 async with asyncio.timeout(self.policy.timeout_s):
                     return await asyncio.to_thread(lambda: work(*_filesystem(key)))
+            except StoreError:
+                raise
             except FileNotFoundError:
                 raise ObjectNotFoundError(
                     redact(key), "there is no such object. Check the URI."
@@ -58,6 +57,10 @@ class FsspecStore:
                 raise StoreError(redact(key), "access refused. Check the credentials.") from None
             except (OSError, TimeoutError) as error:
                 raise TransientError(type(error).__name__) from None
+            except Exception as error:  # filesystems raise their SDKs' own types
+                raise StoreError(
+                    redact(key), f"{type(error).__name__} from its filesystem."
+                ) from None
 
         def count() -> None:
             self.retries += 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 
@@ -14,13 +15,15 @@ from online_patching.errors import (
     RangeIgnoredError,
     ShortReadError,
     StoreError,
+    redact,
 )
 from online_patching.stores.retry import RetryPolicy, TransientError, with_retries
 
 T = TypeVar("T")
 
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-_MAX_WHOLE_OBJECT_BYTES = 256 * 2**20
+MAX_OBJECT_BYTES = 256 * 2**20
+"""The largest tile, chunk or metadata document that is read whole."""
 
 
 class HttpStore:
@@ -30,12 +33,10 @@ class HttpStore:
     changed ETag raises ObjectChangedError. Credentials and queries never appear in messages.
     """
 
-    local = False
-
     def __init__(self, policy: RetryPolicy | None = None, connections: int = 64) -> None:
         self.policy = policy or RetryPolicy()
         self.retries = 0
-        self._connections = connections
+        self._slots = asyncio.Semaphore(connections)
         self._session: aiohttp.ClientSession | None = None
 
     async def version(self, key: str) -> tuple[int, str]:
@@ -65,7 +66,7 @@ class HttpStore:
                 if stop is None:
                     return await _whole_body(key, answer)
                 _check_range_answer(key, answer, start, stop)
-                body: bytes = await answer.read()
+                body = await _body(key, answer, stop - start)
                 if len(body) != stop - start:
                     raise TransientError(
                         f"{len(body):,} bytes where {stop - start:,} were promised"
@@ -83,7 +84,8 @@ class HttpStore:
     async def _retry(self, key: str, once: Callable[[], Awaitable[T]]) -> T:
         async def guarded() -> T:
             try:
-                return await once()
+                async with self._slots:  # a try's clock starts when it has a connection to itself
+                    return await once()
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
                 raise TransientError(type(error).__name__) from None
             except TimeoutError:
@@ -99,9 +101,7 @@ class HttpStore:
     def _get(self, key: str, headers: dict[str, str]) -> Any:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(
-                    limit=self._connections, limit_per_host=self._connections
-                ),
+                connector=aiohttp.TCPConnector(limit=0),
                 timeout=aiohttp.ClientTimeout(
                     total=self.policy.timeout_s, sock_connect=self.policy.connect_timeout_s
                 ),
@@ -109,15 +109,6 @@ class HttpStore:
                 auto_decompress=False,
             )
         return self._session.get(key, headers=headers, max_redirects=5)
-
-
-def redact(uri: str) -> str:
-    """A URI without user, password, query or fragment: what may be logged or stored."""
-    if "://" not in uri:
-        return uri
-    parts = urlsplit(uri)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 def _check_range_answer(key: str, answer: aiohttp.ClientResponse, start: int, stop: int) -> None:
@@ -138,8 +129,7 @@ def _check_range_answer(key: str, answer: aiohttp.ClientResponse, start: int, st
             "the whole slide each time. Use a server that answers 206, or copy the slide.",
         )
     if status == 416:
-        size = int(answer.headers.get("Content-Range", "*/0").rpartition("/")[2] or 0)
-        raise ShortReadError(name, start, stop, size)
+        raise ShortReadError(name, start, stop, max(0, _content_range(key, answer)[2]))
     _raise_for_status(name, status)
 
 
@@ -152,22 +142,22 @@ def _raise_for_status(name: str, status: int) -> None:
         raise ObjectChangedError(name, "changed since it was indexed (HTTP 412). Index it again.")
     if status in _RETRIED:
         raise TransientError(f"HTTP {status}")
-    if status >= 300:
-        raise StoreError(name, f"HTTP {status}.")
+    if status != 200:
+        raise StoreError(name, f"HTTP {status}, which is no answer to this request.")
 
 
 def _content_range(key: str, answer: aiohttp.ClientResponse) -> tuple[int, int, int]:
-    value = answer.headers.get("Content-Range", "")
-    try:
-        span, _, size = value.removeprefix("bytes ").partition("/")
-        first, _, last = span.partition("-")
-        return int(first), int(last), int(size)
-    except ValueError:
-        if answer.status == 206:
-            raise RangeIgnoredError(
-                redact(key), f"the server's Content-Range {value[:60]!r} is not one."
-            ) from None
-        return -1, -1, -1
+    """First and last byte and the object's size; -1 for what a 416 or an error does not say."""
+    match = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)", answer.headers.get("Content-Range", ""))
+    if match:
+        first, last, size = (int(part) if part else -1 for part in match.groups())
+        return first, last, size
+    if answer.status == 206:
+        value = answer.headers.get("Content-Range", "")
+        raise RangeIgnoredError(
+            redact(key), f"the server's Content-Range {value[:60]!r} is not one."
+        )
+    return -1, -1, -1
 
 
 def _check_token(key: str, answer: aiohttp.ClientResponse, token: str) -> None:
@@ -181,13 +171,15 @@ def _check_token(key: str, answer: aiohttp.ClientResponse, token: str) -> None:
 
 async def _whole_body(key: str, answer: aiohttp.ClientResponse) -> bytes:
     _raise_for_status(redact(key), answer.status)
+    return await _body(key, answer, MAX_OBJECT_BYTES)
+
+
+async def _body(key: str, answer: aiohttp.ClientResponse, limit: int) -> bytes:
+    """At most `limit` bytes: a server that sends more is cut off, not buffered."""
     body = bytearray()
-    async for piece in answer.content.iter_chunked(1 << 20):
+    async for piece in answer.content.iter_chunked(1 << 18):
         body += piece
-        if len(body) > _MAX_WHOLE_OBJECT_BYTES:
+        if len(body) > limit:
             answer.close()
-            raise StoreError(
-                redact(key),
-                f"is larger than {_MAX_WHOLE_OBJECT_BYTES >> 20} MiB; not a tile or header.",
-            )
+            raise RangeIgnoredError(redact(key), f"sent more than the {limit:,} bytes asked for.")
     return bytes(body)

@@ -9,13 +9,13 @@ import threading
 from pathlib import Path
 
 from online_patching.errors import (
-    ObjectChangedError,
     ObjectNotFoundError,
     ShortReadError,
     StoreError,
 )
 
 _MAX_OPEN_FILES = 128
+_MAX_READ_BYTES = 256 * 2**20
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 
@@ -27,12 +27,9 @@ class LocalStore:
     mmap is avoided on purpose: a file that shrinks under it kills the process (SIGBUS).
     """
 
-    local = True
-
     def __init__(self) -> None:
         self._handles: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._pid = os.getpid()
 
     def version(self, key: str) -> tuple[int, str]:
         """Size in bytes and a token that changes when the file does."""
@@ -47,24 +44,22 @@ class LocalStore:
     def read(self, key: str, start: int, stop: int | None) -> bytes:
         """Bytes start..stop of a file (to its end when stop is None); a short file raises."""
         with self._opened(key) as handle:
-            if stop is None:
-                stop = os.fstat(handle).st_size
-            data = os.pread(handle, stop - start, start)
-            while len(data) < stop - start:
-                more = os.pread(handle, stop - start - len(data), start + len(data))
-                if not more:
-                    raise ShortReadError(key, start, stop, os.fstat(handle).st_size)
-                data += more
+            try:
+                size = os.fstat(handle).st_size
+                stop = size if stop is None else stop
+                if stop - start > _MAX_READ_BYTES:
+                    raise StoreError(
+                        key, f"a read of {stop - start:,} bytes; no tile is that large."
+                    )
+                data = os.pread(handle, stop - start, start)
+                while len(data) < stop - start:
+                    more = os.pread(handle, stop - start - len(data), start + len(data))
+                    if not more:
+                        raise ShortReadError(key, start, stop, size)
+                    data += more
+            except OSError as error:  # a directory, a stale NFS handle, a failing disk
+                raise StoreError(key, f"cannot be read: {error.strerror}.") from None
         return data
-
-    def check_version(self, key: str, token: str) -> None:
-        """Raise ObjectChangedError unless the file is still the one that was indexed."""
-        now = self.version(key)[1]
-        if token and now != token:
-            raise ObjectChangedError(
-                key,
-                f"changed since it was indexed (size-mtime {token}, now {now}). Index it again.",
-            )
 
     def close(self) -> None:
         """Close every descriptor; the store opens files again when asked."""
