@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
 from online_patching.testing import demo_slides, write_demo_slides, write_labelled_patches
 from pathfm.cohort import write_csv
 from pathfm.demo import DemoConfig
-from pathfm.runtime import progress
+from pathfm.runtime import PathfmError, progress
 
 _HELD_OUT_SEEDS = 500  # the probe's slides are drawn from seeds so far from pretraining's
 _HELD_OUT_SLIDES = 10
@@ -48,8 +49,9 @@ def _draw_patches(config: DemoConfig) -> Path:
     folder = config.out / "patches"
     recipe = json.dumps({"seed": config.seed, "per_class": config.per_class, "rules": 1})
     done = folder / "recipe.json"
-    if done.exists() and done.read_text() == recipe:
+    if done.exists() and done.read_text(errors="replace") == recipe:
         return folder
+    _refuse_if_not_ours(folder)
     draft = config.out / ".patches.draft"
     for old in (draft, folder):
         shutil.rmtree(old, ignore_errors=True)
@@ -62,3 +64,18 @@ def _draw_patches(config: DemoConfig) -> Path:
     (draft / "recipe.json").write_text(recipe)
     os.replace(draft, folder)
     return folder
+
+
+def _refuse_if_not_ours(folder: Path) -> None:
+    """Raises PathfmError when the folder holds anything but patches an earlier demo drew."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        ours = {"seed", "per_class", "rules"} == set(json.loads((folder / "recipe.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise PathfmError(
+            f"{folder} was not made by the demo, which would replace it by synthetic patches: give "
+            f"--patches {shlex.quote(str(folder))} to probe on it, or another --out"
+        )

@@ -14,7 +14,15 @@ from rich.table import Table
 from pathfm import compare, embed, foreground, index, pretrain, probe, report
 from pathfm.demo import SET_BY_DEMO, DemoConfig, DemoResult
 from pathfm.demo.inputs import find_inputs
-from pathfm.runtime import as_dict, console, make_folder, provenance, save_config, stage
+from pathfm.runtime import (
+    PathfmError,
+    as_dict,
+    console,
+    make_folder,
+    provenance,
+    save_config,
+    stage,
+)
 from pathfm.tracking import Run, TrackingConfig, open_run, ui_command
 from pathfm.tracking.journal import read_state
 
@@ -126,7 +134,7 @@ def _foreground(demo: Demo) -> None:
 
 def _pretrain(demo: Demo) -> Path:
     out = demo.folder("runs", "pretrain")
-    pretrain.run(
+    result = pretrain.run(
         demo.config.pretrain.model_copy(
             update={
                 "corpus": demo.folder("corpus"),
@@ -137,6 +145,11 @@ def _pretrain(demo: Demo) -> Path:
             }
         )
     )
+    if not result.finished:
+        raise PathfmError(
+            f"pretraining stopped after {result.steps:,} of {demo.config.pretrain.steps:,} steps, as "
+            "it was told to; the same command goes on, with the stages after it too"
+        )
     return out
 
 
