@@ -142,12 +142,17 @@ def line_plot_svg(
         else:
             body.append(frame.path(line, colour))
         if len(series) > 1:
-            body.append(frame.legend(i, series[i].name, colour))
+            before = sum(_LEGEND_MARK_PX + _LETTER_PX * len(s.name) for s in series[:i])
+            body.append(frame.legend(before, series[i].name, colour))
     label = html.escape(f"{y_label or 'value'} over {x_label or 'x'}", quote=True)
     return (
         f'<svg viewBox="0 0 {width_px} {height_px}" role="img" aria-label="{label}" '
         f'xmlns="http://www.w3.org/2000/svg" font-size="13">{"".join(body)}</svg>'
     )
+
+
+_LEGEND_MARK_PX, _LETTER_PX = 40, 7
+"""Room of a legend's entry: its mark with gaps, and a letter at the plots' font size."""
 
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -199,8 +204,8 @@ class _Frame:
             f'stroke-linejoin="round" opacity="{opacity}"/>'
         )
 
-    def legend(self, row: int, name: str, colour: str) -> str:
-        x = self.left_px + 4 + row * (self.width_px - self.left_px) // 4
+    def legend(self, offset_px: int, name: str, colour: str) -> str:
+        x = self.left_px + 4 + offset_px
         return (
             f'<rect x="{x}" y="8" width="14" height="4" rx="2" fill="{colour}"/>'
             f'<text x="{x + 20}" y="14" fill="currentColor">{html.escape(name)}</text>'
@@ -251,7 +256,7 @@ def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _tick_text(tick: float) -> str:
     """Short enough for the margin: 0.5, 20, 5e-4."""
     if tick and abs(tick) < 1e-3:
-        return f"{tick:.0e}".replace("e-0", "e-")
+        return f"{tick:.1e}".replace("e-0", "e-").replace(".0e", "e")
     return f"{tick:g}"
 
 

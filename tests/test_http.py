@@ -210,7 +210,7 @@ def test_what_is_held_stays_within_the_budget_until_it_is_decoded(
     shutil.copy(small_slides[0], fault_server.root / "a.svs")
     remote = read_slide_index(f"{fault_server.url}/a.svs")
     held, most = [0], [0]
-    right = threads.finish
+    right = threads.finish  # type: ignore[attr-defined]
 
     async def counted(*args):
         data = await fetch_remote(*args)
