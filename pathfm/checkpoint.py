@@ -22,6 +22,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def save_checkpoint(
     keep_last: int,
     write_more: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Writes root/step_NNNNNNNN, points `last` at it, removes all but the newest `keep_last`.
+    """Writes root/step_NNNNNNNN, points `last` at it, keeps it and the newest others, whole ones
+    only, `keep_last` in all.
 
     write_more gets the unfinished folder and may add files. After a crash at any instruction the
     folder is whole or not there. Raises PathfmError when the disk refuses.
@@ -85,7 +87,9 @@ def save_checkpoint(
             "the one before"
         ) from error
     atomic_write_text(root / LAST, target.name + "\n")
-    for old in _folders(root)[keep_last:]:
+    others = (old for old in _folders(root) if old != target and not _damage(old))
+    kept = {target, *islice(others, keep_last - 1)}
+    for old in set(_folders(root)) - kept:
         # renamed first: a deletion cut short leaves nothing that looks like a checkpoint
         old.rename(root / f"{_UNFINISHED}old-{old.name}")
     _sweep(root)

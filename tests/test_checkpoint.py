@@ -147,3 +147,14 @@ def test_an_optimizer_continues_bit_for_bit(tmp_path):
     unpack_optimizer(resumed, loaded.tensors, loaded.state["groups"])
     train(again, resumed, range(3, 6))
     assert torch.equal(again, weight)
+
+
+def test_retention_keeps_the_one_just_written_and_counts_no_damaged_ones(tmp_path):
+    for step in (1, 2, 4, 5):
+        save(tmp_path, step)
+    for step in (4, 5):
+        (tmp_path / f"step_{step:08d}" / "tensors.safetensors").write_bytes(b"cut")
+    save(tmp_path, 3, keep_last=2)
+    kept = {path.name for path in tmp_path.glob("step_*")}
+    assert kept == {"step_00000003", "step_00000002"}
+    assert load_newest(tmp_path).step == 3

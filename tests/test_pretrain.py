@@ -15,7 +15,7 @@ import yaml
 
 from online_patching import Corpus, ForegroundMask, PatchLoader, SlideIndex
 from online_patching.errors import CorpusError
-from pathfm.backbone import load_backbone
+from pathfm.backbone import export_backbone, load_backbone
 from pathfm.checkpoint import load_newest
 from pathfm.methods.dino import Dino
 from pathfm.pretrain import PretrainConfig, ViewsConfig, run
@@ -156,6 +156,31 @@ def test_another_recipe_in_the_same_folder_is_refused(corpus, undisturbed, chang
         run(config(corpus, undisturbed, **change))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_another_start_or_corpus_in_the_same_folder_is_refused(
+    corpus, small_indexes, undisturbed, tmp_path
+):
+    with pytest.raises(
+        PathfmError, match=r"run from random:3 \(digest \w+\), asked for is random:4"
+    ):
+        run(config(corpus, undisturbed, weights="random:4"))
+    export_backbone(load_backbone("test_vit", "random:3"), tmp_path / "moved")
+    assert run(config(corpus, undisturbed, weights=str(tmp_path / "moved"))).finished
+    other = tmp_path / "corpus"
+    index = small_indexes[0]
+    index.save(other / "slides" / f"{index.slide_id}.index")
+    ForegroundMask.everything(index).save(other / "masks" / f"{index.slide_id}.png")
+    Corpus.build(other)
+    with pytest.raises(PathfmError, match=r"holds a run on the corpus \w+, .* is now"):
+        run(config(other, undisturbed))
+
+
+def test_more_sampled_rows_may_be_asked_for_on_resume(corpus, tmp_path):
+    out = tmp_path / "run"
+    run(config(corpus, out, stop_after_steps=2, max_sampled_rows=5))
+    assert run(config(corpus, out, max_sampled_rows=100)).finished
+    assert [row["draw"] for row in read_sampled(out / "sampled.jsonl")] == [0, 1, 2, 3, 4]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(corpus, tmp_path, monkeypatch):
@@ -303,11 +328,16 @@ def test_a_size_in_the_yaml_keeps_the_rest_of_a_global_view():
         {"steps": 1, "optim": {"warmup_steps": 2}},
         {"views": {"global_1": {"size_px": 96}}},
         {"batch_size": 0},
+        {"optim": {"weight_decay": [-0.1, 0.4]}},
+        {"optim": {"weight_decay": [0.1, float("inf")]}},
+        {"dino": {"ema": [0.9, 1.1]}},
         {"nonsense": 1},
     ],
 )
 def test_a_config_that_makes_no_sense_cannot_be_built(bad):
-    with pytest.raises(ValueError, match=r"0\.05 to 8|exceeds|equal|greater|not permitted"):
+    with pytest.raises(
+        ValueError, match=r"0\.05 to 8|exceeds|equal|greater|less|finite|not permitted"
+    ):
         PretrainConfig(**(TINY | bad))
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, Field
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DinoSettings(BaseModel, frozen=True, extra="forbid"):
@@ -25,7 +29,7 @@ class DinoSettings(BaseModel, frozen=True, extra="forbid"):
     center_momentum: float = Field(
         0.9, ge=0, lt=1, description="share of the old centre kept at each step"
     )
-    ema: tuple[float, float] = Field(
+    ema: tuple[Share, Share] = Field(
         (0.99, 1.0),
         description="share of the teacher kept at each step: first and last, along a cosine "
         "(0.996 in the paper, for runs a hundred times longer)",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -19,6 +19,8 @@ from pathfm.methods.settings import DinoSettings
 from pathfm.runtime import Precision
 from pathfm.tracking import TrackingConfig
 from pathfm.views import ViewSpec
+
+Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class FirstGlobalView(ViewSpec, frozen=True, extra="forbid"):
@@ -67,7 +69,7 @@ class OptimConfig(BaseModel, frozen=True, extra="forbid"):
     lr: float = Field(5e-4, gt=0, lt=1, description="learning rate after warm-up, not scaled by us")
     min_lr: float = Field(1e-6, ge=0, lt=1, description="learning rate at the last step, a cosine")
     warmup_steps: int = Field(0, ge=0, description="optimizer steps from 0 to lr, a line")
-    weight_decay: tuple[float, float] = Field(
+    weight_decay: tuple[Decay, Decay] = Field(
         (0.04, 0.4), description="first and last, along a cosine; not on biases and norms"
     )
     clip_grad_norm: float = Field(3.0, gt=0, description="largest norm of the whole gradient")

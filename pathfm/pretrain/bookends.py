@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 
 import numpy as np
 import torch
@@ -96,7 +97,8 @@ def finish(trainer: Trainer, run: Run, monitor: PatchBatch, sampler: PatchSample
         f"{done.loss_highest_step:,}), {done.loss_last:.3f} at last; teacher entropy "
         f"{done.teacher_entropy:.2f} of log K {summary['log_k']:.2f}; "
         f"RankMe {done.rankme_start:.1f} -> {summary['rankme_end']:.1f}\n"
-        f"next: pathfm embed --backbone {trainer.method.exported.name} --weights {config.out} "
+        f"next: pathfm embed --backbone {trainer.method.exported.name} --weights "
+        f"{shlex.quote(str(config.out))} "
         "--data LABELLED_PATCHES --name mine"
     )
 

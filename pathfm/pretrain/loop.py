@@ -24,7 +24,14 @@ from pathfm.checkpoint import load_newest
 from pathfm.pretrain import PretrainConfig, PretrainResult
 from pathfm.pretrain.bookends import begin, finish, read_monitor
 from pathfm.pretrain.records import SAMPLED, SampledLog
-from pathfm.pretrain.trainer import Trainer, build_trainer, describe, refuse_another_run, save
+from pathfm.pretrain.trainer import (
+    Trainer,
+    build_trainer,
+    describe,
+    refuse_another_run,
+    refuse_other_inputs,
+    save,
+)
 from pathfm.runtime import (
     PathfmError,
     as_dict,
@@ -47,6 +54,7 @@ def train(config: PretrainConfig) -> PretrainResult:
     checkpoint = load_newest(out / "checkpoints")
     refuse_another_run(config, checkpoint)
     corpus = Corpus.open(config.corpus)
+    refuse_other_inputs(config, checkpoint, corpus)
     sampler = PatchSampler(
         corpus,
         size_px=config.patch_px,
@@ -64,10 +72,12 @@ def train(config: PretrainConfig) -> PretrainResult:
     until = min(config.steps, config.stop_after_steps or config.steps)
     seen = done.step * config.batch_size
     total = config.steps * config.batch_size
+    rows = checkpoint.state["sampled_rows"] if checkpoint else 0
+    tags = provenance() | {"stage": "pretrain"}
     with (
         stop_signal() as stopping,
-        open_run(config.tracking, out, as_dict(config), provenance(), done.run_id) as run,
-        SampledLog(out / SAMPLED, seen, config.max_sampled_rows) as sampled,
+        open_run(config.tracking, out, as_dict(config), tags, done.run_id) as run,
+        SampledLog(out / SAMPLED, seen, rows, config.max_sampled_rows) as sampled,
         PatchLoader(sampler, config.batch_size, **config.loader.model_dump()) as loader,
         progress(total, "patches", "pretrain", seen) as bar,
     ):
@@ -94,7 +104,7 @@ def train(config: PretrainConfig) -> PretrainResult:
             stop = stopping.is_set()  # asked once: what stops the loop has been saved
             if stop or done.step == until or done.step % config.checkpoint_every_steps == 0:
                 sampled.sync()
-                save(trainer, loader, run)
+                save(trainer, loader, run, sampled.rows)
             if stop:
                 break
         loader.close()  # it reads ahead, and what follows wants the cores

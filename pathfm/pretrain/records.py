@@ -28,24 +28,28 @@ _FIELDS = ("draw", "slide_id", "x_px0", "y_px0", "width_px0", "height_px0", "mpp
 class SampledLog:
     """sampled.jsonl: one line a sampled patch, in the order of the draws, none of them twice."""
 
-    def __init__(self, path: Path, rows_done: int, max_rows: int) -> None:
-        """Opens the log with its first `rows_done` rows; later ones are drawn again."""
-        self._rows, self._max_rows = min(rows_done, max_rows), max_rows
-        kept = b"".join(_lines(path)[: self._rows])
-        if kept.count(b"\n") < self._rows:
+    def __init__(self, path: Path, draws_done: int, rows_done: int, max_rows: int) -> None:
+        """Opens the log with its first `rows_done` rows; later ones are drawn again.
+
+        One that had reached its maximum stays as it is, also under a higher one: no gaps.
+        """
+        self.rows = rows_done
+        self._max_rows = rows_done if rows_done < draws_done else max_rows
+        kept = b"".join(_lines(path)[:rows_done])
+        if kept.count(b"\n") < rows_done:
             raise PathfmError(
                 f"{path} has {kept.count(bytes([10])):,} whole rows, the checkpoint speaks of "
-                f"{self._rows:,}. It was cut or replaced: start a new run in another folder"
+                f"{rows_done:,}. It was cut or replaced: start a new run in another folder"
             )
         atomic_write_bytes(path, kept)
         self._file = path.open("ab")
 
     def append(self, refs: Sequence[PatchRef]) -> None:
         """Add a batch; rows past the maximum are left out."""
-        refs = refs[: max(0, self._max_rows - self._rows)]
+        refs = refs[: max(0, self._max_rows - self.rows)]
         rows = [{name: getattr(ref, name) for name in _FIELDS} for ref in refs]
         self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-        self._rows += len(rows)
+        self.rows += len(rows)
 
     def sync(self) -> None:
         """Everything appended is on disk when this returns: call it before a checkpoint."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from online_patching import PatchLoader
+from online_patching import Corpus, PatchLoader
 from pathfm.backbone import Backbone, export_backbone, load_backbone
 from pathfm.checkpoint import (
     Checkpoint,
@@ -28,7 +28,7 @@ FREE_TO_CHANGE = (
     # where things are, how they are read and recorded: none of it changes what is computed
     *("corpus", "out", "loader", "tracking", "checkpoint_every_steps", "keep_checkpoints"),
     *("stop_after_steps", "max_sampled_rows"),
-    "weights",  # read at step 0 only: the file may be gone by now
+    "weights",  # read at step 0 only: compared by digest, for files move, and may be gone by now
     "device",  # rounds differently, but a run must outlive its machine
 )
 _METHOD = "method."
@@ -41,6 +41,8 @@ class Progressed:
     step: int = 0
     run_id: str | None = None
     init_note: str = ""
+    init_weights: str = ""
+    init_digest: str = ""
     train_s: float = 0.0
     wait_s: float = 0.0
     loss_first: float = math.nan
@@ -92,7 +94,11 @@ def build_trainer(config: PretrainConfig, checkpoint: Checkpoint | None) -> Trai
         method.load_state_dict(state)
     method.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(method.trained()), fused=True)
-    done = Progressed(init_note=backbone.weights_note)
+    done = Progressed(
+        init_note=backbone.weights_note,
+        init_weights=initial_weights(config),
+        init_digest=backbone.digest if checkpoint is None else "",
+    )
     if checkpoint is not None:
         unpack_optimizer(optimizer, checkpoint.tensors, checkpoint.state["optimizer"])
         done = Progressed(**checkpoint.state["done"])
@@ -122,7 +128,48 @@ def refuse_another_run(config: PretrainConfig, checkpoint: Checkpoint | None) ->
             )
 
 
-def save(trainer: Trainer, loader: PatchLoader, run: Run) -> Path:
+def refuse_other_inputs(
+    config: PretrainConfig, checkpoint: Checkpoint | None, corpus: Corpus
+) -> None:
+    """Raises PathfmError when the run was begun on another corpus, or from other weights.
+
+    Weights are compared by their tensors. Where they were said the same way and are gone, they are
+    taken to be the same.
+    """
+    if checkpoint is None:
+        return
+    done, weights = Progressed(**checkpoint.state["done"]), initial_weights(config)
+    if not done.init_digest:
+        raise PathfmError(
+            f"{config.out} holds a run of an earlier pathfm, which did not record its initial "
+            "weights. Give another --out"
+        )
+    saved = checkpoint.state["loader"]["corpus"]
+    if saved != corpus.digest:
+        raise PathfmError(
+            f"{config.out} holds a run on the corpus {saved[:12]}, {config.corpus} is now "
+            f"{corpus.digest[:12]}. Give its own corpus to go on, or another --out for a new run"
+        )
+    try:
+        digest = load_backbone(config.backbone, weights).digest
+    except PathfmError:
+        if weights != done.init_weights:
+            raise
+        return
+    if digest != done.init_digest:
+        raise PathfmError(
+            f"{config.out} holds a run from {done.init_weights} (digest {done.init_digest[:12]}), "
+            f"asked for is {weights} (digest {digest[:12]}). Give the saved weights to go on, or "
+            "another --out for a new run"
+        )
+
+
+def initial_weights(config: PretrainConfig) -> str:
+    """Where the run starts; unseeded random weights follow from the run's seed."""
+    return f"random:{config.seed}" if config.weights == "random" else config.weights
+
+
+def save(trainer: Trainer, loader: PatchLoader, run: Run, sampled_rows: int) -> Path:
     """A checkpoint of this moment: the step done, the next draw, every tensor."""
     config, done = trainer.config, trainer.done
     done.run_id = run.run_id
@@ -133,6 +180,7 @@ def save(trainer: Trainer, loader: PatchLoader, run: Run) -> Path:
         "done": asdict(done),
         "loader": loader.state_dict(),
         "optimizer": groups,
+        "sampled_rows": sampled_rows,
     }
     path = save_checkpoint(
         config.out / "checkpoints",
@@ -160,8 +208,7 @@ def _backbone(config: PretrainConfig, checkpoint: Checkpoint | None) -> Backbone
     """The initial backbone; on resume only its architecture matters, and that is at hand."""
     if checkpoint is not None:
         return load_backbone(config.backbone, str(checkpoint.path / "backbone"))
-    weights = f"random:{config.seed}" if config.weights == "random" else config.weights
-    return load_backbone(config.backbone, weights)
+    return load_backbone(config.backbone, initial_weights(config))
 
 
 def _check_views_fit(config: PretrainConfig, backbone: Backbone) -> None:
