@@ -8,6 +8,8 @@ import pytest
 from pathfm.cli import main
 from pathfm.config import load_config
 from pathfm.demo import DemoConfig
+from pathfm.demo.inputs import find_inputs
+from pathfm.demo.stages import run_stages
 from pathfm.runtime import PathfmError
 from pathfm.tracking import read_runs
 
@@ -132,3 +134,21 @@ def test_the_words_of_the_issue_are_understood() -> None:
     assert config.slides == ("a/wsi",)
     assert (config.mpp_overrides, config.patches) == (Path("a/mpp.csv"), Path("p"))
     assert config.weights == "w.safetensors"
+
+
+def test_the_saved_config_of_a_demo_can_be_run_again(tmp_path: Path) -> None:
+    config = DemoConfig(pretrain={"steps": 20}, foreground={"mpp": 16})
+    with pytest.raises(PathfmError, match="no such file"):  # it is saved before anything is read
+        run_stages(config.model_copy(update={"out": tmp_path, "slides": ("/none",)}))
+    saved = load_config(DemoConfig, tmp_path / "demo.yaml")
+    assert saved.pretrain == config.pretrain
+    assert saved.foreground == config.foreground
+
+
+def test_a_folder_of_the_user_s_where_the_demo_s_patches_go_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / "patches" / "tumour" / "a.png"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    with pytest.raises(PathfmError, match=r"was not made by the demo.*--patches"):
+        find_inputs(DemoConfig(out=tmp_path, slides=("a",)))
+    assert theirs.read_bytes() == b"theirs"

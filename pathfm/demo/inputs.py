@@ -71,7 +71,9 @@ def _refuse_if_not_ours(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
-        ours = {"seed", "per_class", "rules"} == set(json.loads((folder / "recipe.json").read_text()))
+        ours = {"seed", "per_class", "rules"} == set(
+            json.loads((folder / "recipe.json").read_text())
+        )
     except (OSError, ValueError, TypeError):
         ours = False
     if not ours:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from pathfm.runtime import (
     provenance,
     save_config,
     stage,
+    without_secrets,
 )
 from pathfm.tracking import Run, TrackingConfig, open_run, ui_command
 from pathfm.tracking.journal import read_state
@@ -32,7 +34,8 @@ def run_stages(config: DemoConfig) -> DemoResult:
     began_s = time.monotonic()
     demo = Demo(config)
     make_folder(config.out)
-    save_config(config, config.out, "demo.yaml")
+    leave_out = {part: set(names) for part, names in SET_BY_DEMO.items()}
+    save_config(config, config.out, "demo.yaml", leave_out)
     with demo.open("demo", _own_params(config)) as parent:
         demo.parent_id = parent.run_id
         with demo.stage("slides and labelled patches"):
@@ -49,6 +52,7 @@ def run_stages(config: DemoConfig) -> DemoResult:
             probed = _probe(demo, parent)
         with demo.stage("report"):
             page = _report(demo, parent)
+        parent.summary(**{f"seconds/{name}": s for name, s in demo.seconds.items()})
     with demo.stage("compare"):
         _compare(demo)
     _show(demo, page, probed, time.monotonic() - began_s)
@@ -62,6 +66,12 @@ class Demo:
     config: DemoConfig
     parent_id: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def init(self) -> str:
+        """Where pretraining starts, and what its outcome is compared with: the very same weights."""
+        weights = self.config.weights
+        return f"random:{self.config.pretrain.seed}" if weights == "random" else weights
 
     @property
     def store(self) -> str:
@@ -140,7 +150,7 @@ def _pretrain(demo: Demo) -> Path:
                 "corpus": demo.folder("corpus"),
                 "out": out,
                 "backbone": demo.config.backbone,
-                "weights": demo.config.weights,
+                "weights": demo.init,
                 "tracking": demo.tracking("pretrain"),
             }
         )
@@ -155,7 +165,7 @@ def _pretrain(demo: Demo) -> Path:
 
 def _embed(demo: Demo, patches: Path, run_folder: Path) -> None:
     """Features before and after, of the same pictures at the same input size."""
-    for name, weights in (("init", demo.config.weights), ("pretrained", str(run_folder))):
+    for name, weights in (("init", demo.init), ("pretrained", str(run_folder))):
         embed.run(
             embed.EmbedConfig(
                 data=patches,
@@ -209,13 +219,15 @@ def _show(demo: Demo, page: Path, probed: probe.ProbeResult, total_s: float) -> 
     out.rule("[bold]what came out", align="left")
     probe.show(probed)
     run_folder = demo.folder("runs", "pretrain")
+    run_word, store_word = shlex.quote(str(run_folder)), shlex.quote(without_secrets(demo.store))
+    experiment_word = shlex.quote(config.experiment)
     lines = [
         f"(init: {probed.backbones[0].weights_note})",
         "",
         f"the page:     {page.resolve().as_uri()}",
         f"MLflow:       {ui_command(demo.store)}",
-        f"go on with:   pathfm pretrain {run_folder}/config.yaml --help",
-        f"              pathfm compare --uri {demo.store} --experiment {config.experiment}",
-        f"              pathfm embed --data YOUR_PATCHES --weights {run_folder} --name mine",
+        f"go on with:   pathfm pretrain {shlex.quote(f'{run_folder}/config.yaml')} --help",
+        f"              pathfm compare --uri {store_word} --experiment {experiment_word}",
+        f"              pathfm embed --data YOUR_PATCHES --weights {run_word} --name mine",
     ]
     out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
