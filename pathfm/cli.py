@@ -149,8 +149,10 @@ def _told(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):  # before importing anything else
         return f"{error}: install it with `pip install -c constraints.txt -e .`, or `make venv`"
     from online_patching.errors import PatchingError
-    from pathfm.runtime import PathfmError, one_line
+    from pathfm.runtime import PathfmError, one_line, without_secrets
 
     if isinstance(error, (PathfmError, PatchingError)):
-        return one_line(error)
-    return f"{type(error).__name__}: {one_line(error)} (PATHFM_DEBUG=1 shows where)"
+        return without_secrets(one_line(error))
+    return (
+        f"{type(error).__name__}: {without_secrets(one_line(error))} (PATHFM_DEBUG=1 shows where)"
+    )

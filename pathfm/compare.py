@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field
 
-from pathfm.runtime import PathfmError, console
-from pathfm.tracking import RunRecord, read_runs, replay, ui_command, without_secrets
+from pathfm.runtime import PathfmError, console, without_secrets
+from pathfm.tracking import RunRecord, read_runs, replay, ui_command
 
 
 class CompareConfig(BaseModel, frozen=True, extra="forbid"):

@@ -21,8 +21,16 @@ from pydantic import BaseModel, Field
 from rich.markup import escape
 from rich.table import Table
 
-from pathfm.runtime import console, git_commit, installed_version, one_line
-from pathfm.tracking import TrackingConfig, without_secrets
+from pathfm.runtime import (
+    console,
+    git_commit,
+    installed_version,
+    one_line,
+    pick_device,
+    plan_precision,
+    without_secrets,
+)
+from pathfm.tracking import TrackingConfig
 
 State = Literal["ok", "note", "missing"]
 
@@ -174,7 +182,8 @@ def _gpu() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("GPU", "note", "none: training runs on the CPU, in fp32")
+        plan = plan_precision("auto", pick_device("cpu"))
+        return Finding("GPU", "note", f"none: training runs on the CPU, in {plan}")
     name, count = torch.cuda.get_device_name(0), torch.cuda.device_count()
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: fp32"

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from online_patching.errors import redact
 from online_patching.philox import words
 from online_patching.stores.local import atomic_write_text
 
@@ -36,6 +37,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 Precision = Literal["auto", "bf16", "fp32"]
 
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
+_FILE_SCHEMES = ("sqlite:", "file:")  # their `?` and `#` belong to a path
+_SECRET_NAME = re.compile(
+    r"(^|[._-])(password|passwd|secret|token|api_?key|access_?key)s?$", re.IGNORECASE
+)
 _QUIET_INTERVAL_S = 10.0  # one line this often where nobody watches a bar
 
 
@@ -131,7 +137,7 @@ def provenance() -> dict[str, str]:
     """
     facts = {
         "git_commit": git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *map(_without_secrets, sys.argv[1:])]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(scrubbed, sys.argv[1:])]),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
@@ -143,17 +149,50 @@ def provenance() -> dict[str, str]:
     return facts
 
 
-def _without_secrets(word: str) -> str:
-    """A command-line word without the user, password and query string of a URL in it."""
-    if "://" not in word:
-        return word
-    return re.sub(r"://[^/@]*@", "://", word.partition("?")[0])
+def without_secrets(text: str) -> str:
+    """The text with user:password cut out of every URI in it, and queries too.
+
+    In the names of object stores and files a `?` without `=` is a character like others.
+    """
+    return _URI.sub(lambda found: _uri_without_secrets(found[0]), text)
 
 
-def save_config(config: BaseModel, folder: Path, name: str = "config.yaml") -> Path:
-    """Writes the resolved config beside a verb's outputs; ``pathfm VERB THAT_FILE`` repeats it."""
+def scrubbed(value: Any, name: str = "") -> Any:
+    """The same structure, with secrets cut out of every string; `***` under names of secrets."""
+    if isinstance(value, Mapping):
+        return {key: scrubbed(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [scrubbed(inner, name) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if _SECRET_NAME.search(name) and value:
+        return "***"
+    # one that is a URI as a whole may have blanks in it
+    return _uri_without_secrets(value) if _URI.match(value) else without_secrets(value)
+
+
+def _uri_without_secrets(uri: str) -> str:
+    clean = redact(uri)
+    if clean.startswith(_FILE_SCHEMES):
+        return clean
+    path, mark, query = clean.partition("?")
+    return path if "=" in query else path + mark + query
+
+
+def save_config(
+    config: BaseModel,
+    folder: Path,
+    name: str = "config.yaml",
+    leave_out: Mapping[str, set[str]] | None = None,
+) -> Path:
+    """Writes the resolved config beside a verb's outputs; ``pathfm VERB THAT_FILE`` repeats it.
+
+    Secrets are not written: URIs that need them must be given again. `leave_out` names fields of
+    parts that the file must not set.
+    """
     path = make_folder(folder) / name
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = scrubbed(config.model_dump(mode="json", exclude=dict(leave_out or {})))
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     atomic_write_text(path, f"# resolved by pathfm at commit {git_commit()}\n{text}")
     return path
 
@@ -251,7 +290,7 @@ def one_line(error: BaseException) -> str:
 
 
 def as_dict(config: BaseModel) -> dict[str, Any]:
-    """A config as flat ``dotted.key: value`` pairs, named as on the command line."""
+    """A config as flat ``dotted.key: value`` pairs, named as on the command line; no secrets."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -261,5 +300,5 @@ def as_dict(config: BaseModel) -> dict[str, Any]:
         else:
             flat[prefix.removesuffix(".")] = value
 
-    walk("", config.model_dump(mode="json"))
+    walk("", scrubbed(config.model_dump(mode="json")))
     return flat

@@ -6,6 +6,7 @@ from pydantic import BaseModel
 
 from pathfm import runtime
 from pathfm.runtime import PathfmError
+from pathfm.tracking import TrackingConfig
 
 
 class Inner(BaseModel):
@@ -84,3 +85,15 @@ def test_a_generator_is_a_function_of_seed_draw_and_stream() -> None:
     assert first(1, 2, 3) == first(1, 2, 3)
     keys = [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3)]
     assert len({first(*key) for key in keys}) == len(keys)
+
+
+def test_saved_configs_hold_no_secrets(tmp_path: Path) -> None:
+    uris = ("http://bob:s3cret@h/a b.svs?X-Amz-Signature=SIG", "s3://b/what?.svs", "plain?a=b")
+    config = Outer(inner=Inner(names=uris))
+    clean = ["http://h/a b.svs", "s3://b/what?.svs", "plain?a=b"]
+    assert runtime.as_dict(config)["inner.names"] == clean
+    text = runtime.save_config(config, tmp_path).read_text()
+    assert "s3cret" not in text
+    assert "SIG" not in text
+    tracking = TrackingConfig(uri="postgresql://me:s3cret@db/x?sslpassword=s3cret")
+    assert "s3cret" not in runtime.save_config(tracking, tmp_path).read_text()

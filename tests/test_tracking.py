@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pathfm.runtime import PathfmError
+from pathfm.runtime import PathfmError, without_secrets
 from pathfm.tracking import (
     Run,
     TrackingConfig,
@@ -23,7 +23,6 @@ from pathfm.tracking import (
     read_runs,
     replay,
     ui_command,
-    without_secrets,
 )
 from pathfm.tracking.journal import METRICS, Journal
 from tests.mlflow_store import new_store

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from pathfm.report.scores import dot_plot_svg, probe_part
 from pathfm.report.slides import OUTLINE, SlideCard, patch_mix, slide_cards
 from pathfm.report.stage_files import config_files, newest_run, read_csv, read_jsonl, read_text
 from pathfm.report.training import RunPart, run_part
-from pathfm.runtime import PathfmError, provenance
+from pathfm.runtime import PathfmError, provenance, without_secrets
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,10 @@ def collect(folder: Path) -> Page:
         pretrain=pretrain,
         probe=probe,
         dots=dot_plot_svg(probe) if probe else "",
-        commands=[f"pathfm {verb} {path.as_posix()}" for verb, path in configs],
-        configs=[(str(path.relative_to(folder)), read_text(path)) for _, path in configs],
+        commands=[f"pathfm {verb} {shlex.quote(path.as_posix())}" for verb, path in configs],
+        configs=[
+            (str(path.relative_to(folder)), without_secrets(read_text(path))) for _, path in configs
+        ],
         provenance=provenance(),
         missing=[name for name, part in parts.items() if not part],
         made=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),

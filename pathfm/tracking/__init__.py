@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pathfm.runtime import without_secrets
 from pathfm.tracking.journal import metric_values, read_metrics
 from pathfm.tracking.reading import RunRecord, read_runs
 from pathfm.tracking.run import Run, open_run
@@ -24,7 +25,6 @@ from pathfm.tracking.settings import (
     TrackingConfig,
     sqlite_file,
     ui_command,
-    without_secrets,
 )
 from pathfm.tracking.shipper import Shipper, replay
 
@@ -44,7 +44,6 @@ __all__ = [
     "replay",
     "sqlite_file",
     "ui_command",
-    "without_secrets",
 ]
 
 _log = logging.getLogger(__name__)

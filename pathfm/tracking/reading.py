@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pathfm.runtime import PathfmError
-from pathfm.tracking.settings import PARENT, sqlite_file, without_secrets
+from pathfm.runtime import PathfmError, without_secrets
+from pathfm.tracking.settings import PARENT, sqlite_file
 
 if TYPE_CHECKING:
     from pathfm.tracking import MlflowStore

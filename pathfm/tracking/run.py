@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pathfm.runtime import PathfmError, git_commit
+from pathfm.runtime import PathfmError, git_commit, scrubbed
 from pathfm.tracking.journal import Journal
-from pathfm.tracking.settings import TrackingConfig, scrubbed
+from pathfm.tracking.settings import TrackingConfig
 from pathfm.tracking.shipper import Shipper
 
 _NAME = re.compile(r"^[\w./ :-]{1,250}$")

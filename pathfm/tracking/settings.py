@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
+import shlex
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, field_validator
 
+from pathfm.runtime import without_secrets
+
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows a run below another
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
-_SECRET_NAME = re.compile(
-    r"(^|[._-])(password|passwd|secret|token|api_?key|access_?key)s?$", re.IGNORECASE
-)
-_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/?#]*@)?([^\s?#]*)(?:[?#]\S*)?")
 
 
 class TrackingConfig(BaseModel, frozen=True, extra="forbid"):
@@ -51,24 +46,12 @@ class TrackingConfig(BaseModel, frozen=True, extra="forbid"):
 def ui_command(uri: str) -> str:
     """What to type to look at a store in a browser."""
     if uri.startswith(("http://", "https://")):
-        return f"open {without_secrets(uri)}"
-    return f"mlflow ui --backend-store-uri {without_secrets(uri)}"
-
-
-def without_secrets(text: str) -> str:
-    """The text with user:password and query strings cut out of every URI in it."""
-    return _URI.sub(r"\1\2", text)
+        return f"open {shlex.quote(without_secrets(uri))}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(without_secrets(uri))}"
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file behind a sqlite URI, else None."""
-    return Path(urlsplit(uri).path[1:]) if uri.startswith("sqlite:///") else None
-
-
-def scrubbed(value: Any, name: str = "") -> Any:
-    """The same structure, with secrets cut out of every string."""
-    if isinstance(value, Mapping):
-        return {str(key): scrubbed(inner, str(key)) for key, inner in value.items()}
-    if isinstance(value, str):
-        return "***" if _SECRET_NAME.search(name) and value else without_secrets(value)
-    return value
+    """The file behind a sqlite URI, else None. `#` is part of a path; `?` ends it, as for MLflow."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0])

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pathfm.runtime import PathfmError
+from pathfm.runtime import PathfmError, without_secrets
 from pathfm.tracking.journal import METRICS, TASKS, Journal, read_state
-from pathfm.tracking.settings import TrackingConfig, without_secrets
+from pathfm.tracking.settings import TrackingConfig
 
 if TYPE_CHECKING:
     from pathfm.tracking import MlflowStore
