@@ -108,6 +108,8 @@ def run(config: ForegroundConfig) -> ForegroundResult:
     from online_patching import Corpus
 
     indexes = _load_indexes(config.corpus)
+    # while masks are made there is no corpus to train on; an interrupted run leaves none either
+    (config.corpus / "corpus.json").unlink(missing_ok=True)
     for name in ("masks", "thumbnails", "overlays"):
         make_folder(config.corpus / name)
     worker = _Worker(config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,18 @@ from pydantic import BaseModel, Field, field_validator
 from rich.markup import escape
 from rich.table import Table
 
-from online_patching.errors import PatchingError
+from online_patching.errors import PatchingError, redact
 from online_patching.slide_index import SlideIndex
 from pathfm.cohort import Cohort, CohortRow, MppOverrides, write_csv
-from pathfm.runtime import PathfmError, console, make_folder, one_line, progress, save_config
+from pathfm.runtime import (
+    PathfmError,
+    console,
+    make_folder,
+    one_line,
+    progress,
+    save_config,
+    without_secrets,
+)
 
 _COLUMNS = (
     "slide_id uri patient site label split width_px height_px mpp_x mpp_y mpp_source "
@@ -97,6 +105,7 @@ def run(config: IndexConfig) -> IndexResult:
             bar.advance()
     _refuse_if_useless(config, slides, skipped)
     _refuse_same_ids(slides)
+    skipped = [(redact(uri), without_secrets(reason)) for uri, reason in skipped]
     save_config(config, config.out, "index.yaml")
     _save(config.out, slides, rows, skipped)
     _show(slides, skipped, reused, overrides)
@@ -110,7 +119,7 @@ def find_cohort(sources: Iterable[str]) -> Cohort:
         for row in _rows_of(source):
             rows.setdefault(row.uri, row)
     if not rows:
-        raise PathfmError(f"no slides found under {', '.join(sources)}")
+        raise PathfmError(f"no slides found under {', '.join(map(redact, sources))}")
     return Cohort(tuple(rows.values()))
 
 
@@ -129,12 +138,14 @@ def _rows_of(source: str) -> tuple[CohortRow, ...]:
 
 def _known(folder: Path) -> dict[str, SlideIndex]:
     """Readable indexes of an earlier run, by URI."""
-    known = {}
+    return {index.uri: index for _, index in _stored(folder)}
+
+
+def _stored(folder: Path) -> Iterator[tuple[Path, SlideIndex]]:
+    """The readable indexes in a folder; damaged ones, or of another version, are made anew."""
     for path in folder.glob("*.index"):
-        with contextlib.suppress(PatchingError):  # damaged, or of another version: made anew
-            index = SlideIndex.load(path)
-            known[index.uri] = index
-    return known
+        with contextlib.suppress(PatchingError):
+            yield path, SlideIndex.load(path)
 
 
 def _index_one(
@@ -172,10 +183,10 @@ def _refuse_if_useless(
     if slides:
         return
     if len(skipped) == 1:
-        raise PathfmError(f"{skipped[0][0]}: {skipped[0][1]}")
-    reasons = "; ".join(f"{Path(uri).name}: {reason}" for uri, reason in skipped[:3])
+        raise PathfmError(f"{redact(skipped[0][0])}: {skipped[0][1]}")
+    reasons = "; ".join(f"{Path(redact(uri)).name}: {reason}" for uri, reason in skipped[:3])
     raise PathfmError(
-        f"none of {len(skipped)} files under {', '.join(config.slides)} is a usable slide "
+        f"none of {len(skipped)} files under {', '.join(map(redact, config.slides))} is a usable slide "
         f"({reasons}{'; ...' if len(skipped) > 3 else ''})"
     )
 
@@ -186,7 +197,8 @@ def _refuse_same_ids(slides: list[SlideIndex]) -> None:
         other = seen.setdefault(index.slide_id, index.uri)
         if other != index.uri:
             raise PathfmError(
-                f"two slides have the id {index.slide_id!r}: {other} and {index.uri}. Rename one."
+                f"two slides have the id {index.slide_id!r}: {redact(other)} and "
+                f"{redact(index.uri)}. Rename one."
             )
 
 
@@ -196,10 +208,14 @@ def _save(
     rows: list[CohortRow],
     skipped: list[tuple[str, str]],
 ) -> None:
+    folder = out / "slides"
+    before = {path.name: index.digest for path, index in _stored(folder)}
+    if before != {f"{index.slide_id}.index": index.digest for index in slides}:
+        (out / "corpus.json").unlink(missing_ok=True)  # it packs other slides: not to be trained on
     for index in slides:
-        index.save(out / "slides" / f"{index.slide_id}.index")
+        index.save(folder / f"{index.slide_id}.index")
     kept = {f"{index.slide_id}.index" for index in slides}
-    for path in (out / "slides").glob("*.index"):
+    for path in folder.glob("*.index"):
         if path.name not in kept:
             path.unlink()
     table = [_record(index, row) for index, row in zip(slides, rows, strict=True)]
@@ -209,7 +225,7 @@ def _save(
 
 def _record(index: SlideIndex, row: CohortRow) -> list[object]:
     return [
-        *(index.slide_id, index.uri, row.patient, row.site, row.label, row.split),
+        *(index.slide_id, redact(index.uri), row.patient, row.site, row.label, row.split),
         *(*index.dimensions, f"{index.mpp_x:.6g}", f"{index.mpp_y:.6g}", index.mpp_source),
         *(index.container, index.codec, len(index.levels), index.n_tiles, index.size_bytes),
         index.digest,
