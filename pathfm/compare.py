@@ -56,7 +56,9 @@ class CompareResult:
 def run(config: CompareConfig) -> CompareResult:
     """Prints the table and the command that opens the MLflow UI on the same store."""
     if config.replay is not None:
-        print(f"{replay(config.replay):,} rows of {config.replay} shipped")
+        given = config.experiment if "experiment" in config.model_fields_set else None
+        store = find_store(config.uri) if config.uri else None
+        print(f"{replay(config.replay, store, given):,} rows of {config.replay} shipped")
     uri = find_store(config.uri)
     records = read_runs(uri, config.experiment)
     if not records:

@@ -16,12 +16,14 @@ import pytest
 from pathfm.runtime import PathfmError, without_secrets
 from pathfm.tracking import (
     Run,
+    Shipper,
     TrackingConfig,
     make_client,
     open_run,
     read_metrics,
     read_runs,
     replay,
+    sqlite_file,
     ui_command,
 )
 from pathfm.tracking.journal import METRICS, Journal
@@ -196,11 +198,40 @@ def test_an_unreachable_server_costs_bounded_time_and_the_rows_are_replayed(
     assert run.run_id.startswith("pending-")
     assert "kept in" in caplog.text
     uri = new_store(tmp_path)
-    assert replay(tmp_path / "r", TrackingConfig(uri=uri)) >= 200
+    assert replay(tmp_path / "r", uri) >= 200
     (got,) = read_runs(uri, "pathfm")
     assert len(history(uri, got.run_id, "loss")) == 200
     assert (got.params, got.status) == ({"a": "1"}, "FINISHED")
-    assert replay(tmp_path / "r", TrackingConfig(uri=uri)) == 0
+    assert replay(tmp_path / "r", uri) == 0
+
+
+@pytest.mark.slow
+@quiet_mlflow
+def test_a_replay_ships_to_the_place_the_run_was_opened_for(tmp_path: Path) -> None:
+    uri = new_store(tmp_path)
+    with open_run(TrackingConfig(uri=uri, experiment="mine"), tmp_path / "p", {}) as parent:
+        pass
+    wanted = TrackingConfig(
+        uri=uri, experiment="mine", run_name="child", parent_run_id=parent.run_id
+    )
+    journal = Journal(tmp_path / "c")
+    Shipper(wanted, journal)  # and killed before its thread reached the store
+    journal.append_metrics(0, {"loss": 1.0})
+    assert replay(tmp_path / "c") == 1
+    (child,) = [run for run in read_runs(uri, "mine") if run.name == "child"]
+    assert (child.parent_id, child.metrics) == (parent.run_id, {"loss": 1.0})
+
+
+def test_a_replay_to_nobody_knows_where_is_refused(tmp_path: Path) -> None:
+    with open_run(OFF, tmp_path, {}) as run:
+        run.log(0, loss=1.0)
+    with pytest.raises(PathfmError, match="give --uri"):
+        replay(tmp_path)
+
+
+def test_a_hash_in_a_path_is_part_of_it() -> None:
+    assert sqlite_file("sqlite:////a/b#1/c.db") == Path("/a/b#1/c.db")
+    assert sqlite_file("http://h/x.db") is None
 
 
 @pytest.mark.slow

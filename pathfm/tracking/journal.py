@@ -33,8 +33,10 @@ class ShippingState:
     """Who a run is and how much of its journal MLflow has acknowledged."""
 
     key: str  # ours, drawn before any server is asked; finds a run whose creation went unanswered
-    uri: str = ""
+    uri: str = ""  # without secrets: a store that wants them is named again to replay
     experiment: str = ""
+    run_name: str = ""
+    parent_run_id: str = ""
     run_id: str = ""
     metrics_bytes: int = 0
     tasks_bytes: int = 0
@@ -96,10 +98,10 @@ class Journal:
         self.state = state
         atomic_write_text(self.folder / STATE, json.dumps(asdict(state), indent=1) + "\n")
 
-    def update(self, run_id: str, experiment: str, uri: str) -> None:
-        """Record who the run is in MLflow."""
+    def update(self, **changes: str) -> None:
+        """Record who the run is, and where it belongs: fields of its state."""
         with self._lock:
-            self.save(replace(self.state, run_id=run_id, experiment=experiment, uri=uri))
+            self.save(replace(self.state, **changes))  # type: ignore[arg-type]
 
     def append_metrics(self, step: int, values: dict[str, float]) -> None:
         """Add one row. One re-made after `truncate` keeps its old time: MLflow sees no double."""

@@ -55,3 +55,9 @@ def sqlite_file(uri: str) -> Path | None:
     if not uri.startswith("sqlite:///"):
         return None
     return Path(uri.removeprefix("sqlite:///").partition("?")[0])
+
+
+def absolute(uri: str) -> str:
+    """The same store, whatever the working directory."""
+    file = sqlite_file(uri)
+    return uri if file is None else uri.replace(str(file), str(file.resolve()), 1)

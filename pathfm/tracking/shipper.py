@@ -7,6 +7,7 @@ what is left at the end stays in the folder for `replay`.
 from __future__ import annotations
 
 import logging
+import shlex
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pathfm.runtime import PathfmError, without_secrets
 from pathfm.tracking.journal import METRICS, TASKS, Journal, read_state
-from pathfm.tracking.settings import TrackingConfig
+from pathfm.tracking.settings import TrackingConfig, absolute
 
 if TYPE_CHECKING:
     from pathfm.tracking import MlflowStore
@@ -30,8 +31,15 @@ class Shipper:
     longest_wait_s = 15.0
 
     def __init__(self, config: TrackingConfig, journal: Journal) -> None:
-        self._config, self._journal = config, journal
+        self._journal = journal
         self._uri = config.store(journal.folder)
+        # on disk before any server is asked: a replay must find the same place
+        journal.update(
+            uri=without_secrets(absolute(self._uri)),
+            experiment=config.experiment,
+            run_name=config.run_name or journal.folder.resolve().name,
+            parent_run_id=config.parent_run_id or "",
+        )
         self._store: MlflowStore | None = None
         self._wake, self._known = threading.Event(), threading.Event()
         self._stop_by_s: float | None = None
@@ -51,11 +59,13 @@ class Shipper:
         left = self._journal.pending_rows
         if left:
             _log.warning(
-                "%d rows did not reach %s; they are kept in %s: pathfm compare --replay %s",
+                "%d rows did not reach %s; they are kept in %s: pathfm compare --replay %s%s",
                 left,
                 without_secrets(self._uri),
                 self._journal.folder,
-                self._journal.folder,
+                shlex.quote(str(self._journal.folder)),
+                # what was cut out of the URI is not on disk
+                "" if without_secrets(self._uri) == self._uri else " --uri THE_STORE",
             )
 
     def _loop(self) -> None:
@@ -104,28 +114,35 @@ class Shipper:
 
         if self._store is None:
             self._store = MlflowStore(self._uri)
-        if not self._journal.state.run_id:
-            name = self._config.run_name or self._journal.folder.resolve().name
-            experiment, parent = self._config.experiment, self._config.parent_run_id
-            run_id = self._store.find_or_create(experiment, self._journal.state.key, name, parent)
-            self._journal.update(run_id, experiment, without_secrets(self._uri))
+        state = self._journal.state
+        if not state.run_id:
+            parent = state.parent_run_id or None
+            run_id = self._store.find_or_create(state.experiment, state.key, state.run_name, parent)
+            self._journal.update(run_id=run_id)
         if not self._known.is_set():
             self._store.client.update_run(self._journal.state.run_id, status="RUNNING")
             self._known.set()
         return self._store
 
 
-def replay(folder: Path, config: TrackingConfig | None = None) -> int:
+def replay(folder: Path, uri: str | None = None, experiment: str | None = None) -> int:
     """Ship what a run's folder still holds back; returns how many rows that were.
 
-    Raises `PathfmError` if the folder has no journal, or the store does not answer.
+    It goes where the run wanted it, unless another store or experiment is given. Raises
+    `PathfmError` if the folder has no journal, or nobody knows the store, or it does not answer.
     """
     state = read_state(folder)
     if state is None:
         raise PathfmError(f"{folder} holds no tracking.json: it is not the folder of a run")
-    base = config or TrackingConfig(uri=state.uri or None)
-    if state.experiment:
-        base = base.model_copy(update={"experiment": state.experiment})
+    uri = uri or state.uri
+    if not uri:
+        raise PathfmError(f"{folder} does not say which store its run belongs to: give --uri")
+    base = TrackingConfig(
+        uri=uri,
+        experiment=experiment or state.experiment or "pathfm",
+        run_name=state.run_name or None,
+        parent_run_id=state.parent_run_id or None,
+    )
     journal = Journal(folder, state.run_id or f"pending-{state.key}")
     waiting = journal.pending_rows
     try:
