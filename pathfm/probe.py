@@ -202,7 +202,7 @@ def check_comparable(parts: Sequence[Embeddings]) -> None:
     if len(set(names)) < len(names):
         raise PathfmError(f"two embeddings have one name: {', '.join(names)}; embed with --name")
     for part in parts[1:]:
-        for what in ("data_digest", "input_px", "precision"):
+        for what in ("data_digest", "input_px"):
             a, b = getattr(first.info, what), getattr(part.info, what)
             if a != b:
                 raise PathfmError(
@@ -228,6 +228,12 @@ def _result(
         for other in backbones[1:]
         if other.rankme < COLLAPSE_BELOW * backbones[0].rankme
     ]
+    if len({backbone.precision for backbone in backbones}) > 1:
+        each = ", ".join(f"{backbone.name} in {backbone.precision}" for backbone in backbones)
+        caveats.append(
+            f"Features are of different precision ({each}): where bf16 turned none of a backbone's "
+            "features (cosine to fp32 at least 0.999) it was used."
+        )
     if not data.groups:
         caveats.append(
             "No slide or patient ids (no groups.csv): neighbouring patches can fall on both sides "
@@ -273,6 +279,7 @@ def show(result: ProbeResult) -> None:
     )
     out.print(about, markup=False, highlight=False)
     table = Table("backbone")
+    mixed = len({b.precision for b in result.backbones}) > 1
     for column in ("logistic", f"kNN, k={result.k}", "RankMe"):
         table.add_column(column, justify="right", no_wrap=True)
     recall = Table("backbone", title="recall of each class, %, logistic", title_justify="left")
@@ -281,7 +288,7 @@ def show(result: ProbeResult) -> None:
     for b in result.backbones:
         scores = (b.probes[probe] for probe in PROBES)
         table.add_row(
-            escape(b.name),
+            escape(f"{b.name} ({b.precision})" if mixed else b.name),
             *(f"{100 * s.mean:.1f} ± {100 * s.sd:.1f}" for s in scores),
             f"{b.rankme:.1f} of {b.dim}",
         )

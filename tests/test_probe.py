@@ -139,7 +139,6 @@ def test_the_result_is_a_function_of_the_seed() -> None:
     [
         ({"input_px": 112}, "input_px 224 and 112"),
         ({"data_digest": "e" * 64}, "data_digest"),
-        ({"precision": "bf16"}, "precision"),
         ({"name": "init"}, "one name"),
     ],
 )
@@ -157,3 +156,14 @@ def test_missing_embeddings_are_named(tmp_path: Path) -> None:
         find_embeddings([tmp_path])
     with pytest.raises(PathfmError, match="no embeddings at"):
         run(config(tmp_path / "none.safetensors", out=tmp_path / "p"))
+
+
+def test_features_of_two_precisions_are_compared_and_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up().save(tmp_path / "a.safetensors")
+    made_up(name="b", precision="bf16").save(tmp_path / "b.safetensors")
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    result = run(ProbeConfig(embeddings=files, out=tmp_path / "p", n_seeds=1, tracking=QUIET))
+    assert "init in fp32, b in bf16" in result.caveats[0]
+    assert "b (bf16)" in capsys.readouterr().out
