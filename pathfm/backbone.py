@@ -56,6 +56,15 @@ class Backbone(nn.Module):
         """One feature vector an image, (B, D): CLS, or the pooling the architecture was made with."""
         return cast(Tensor, self.vit(x))
 
+    def check_input(self, size_px: int, what: str) -> None:
+        """Raises PathfmError, naming the option `what`, unless inputs of this side can be fed."""
+        if size_px % self.patch_size:
+            near = max(1, round(size_px / self.patch_size)) * self.patch_size
+            raise PathfmError(
+                f"{what} = {size_px} is no multiple of the {self.patch_size} px patches of "
+                f"{self.name}: try {near}"
+            )
+
     def plain_attention(self) -> None:
         """Attention as two matrix products instead of torch's fused kernel; same numbers.
 
@@ -165,6 +174,11 @@ def _create(name: str, img_size: int | None, **arguments: Any) -> nn.Module:
             f"backbone {name!r} cannot be built as a vision transformer of any input size ({error}). "
             "Choose a ViT such as vit_small_patch16_224"
         ) from None
+    if not (hasattr(model, "patch_embed") and hasattr(model, "num_prefix_tokens")):
+        raise PathfmError(
+            f"backbone {name!r} is a {type(model).__name__}, no plain vision transformer. Choose one "
+            "such as vit_small_patch16_224"
+        )
     return model
 
 

@@ -99,6 +99,7 @@ def run(config: EmbedConfig) -> EmbedResult:
     device = pick_device(config.device)
     save_config(config, config.out, f"{config.name}.yaml")
     backbone = load_backbone(config.backbone, config.weights, img_size=config.input_px)
+    backbone.check_input(config.input_px, "input_px")
     info = EmbeddingsInfo(
         name=config.name,
         backbone=backbone.name,

@@ -131,3 +131,12 @@ def test_a_groups_table_must_name_every_picture(tmp_path: Path) -> None:
         scan_folder(root)
     (root / "groups.csv").write_text("path,group\na/00.png,s1\na/01.png,s1\nb/00.png,s2\n")
     assert scan_folder(root).groups == ("s1", "s1", "s2")
+
+
+def test_groups_in_another_encoding_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").touch()
+    (tmp_path / "groups.csv").write_bytes("path,group\na/0.png,Müller\n".encode("latin-1"))
+    with pytest.raises(PathfmError, match=r"groups\.csv: not a UTF-8"):
+        scan_folder(tmp_path)

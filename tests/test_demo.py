@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ VIEWS = (
 SHRUNKEN = {
     "demo.yaml": (
         "demo",
-        "--n_slides 2 --per_class 24 --n_seeds 2 --input_px 48 --pretrain.mpp 1 2 "
+        "--n_slides 2 --per_class 30 --n_seeds 2 --input_px 48 --pretrain.mpp 1 2 "
         + VIEWS.format("pretrain."),
     ),
     "dino_vits16.yaml": (
@@ -124,6 +125,8 @@ def test_one_option_of_a_stage_leaves_the_demo_s_others() -> None:
 
 
 def test_a_path_the_demo_sets_itself_is_refused() -> None:
+    with pytest.raises(PathfmError, match="slides"):
+        load_config(DemoConfig, None, ["--slides"])
     with pytest.raises(PathfmError, match=r"pretrain\.corpus follows from the demo's own options"):
         load_config(DemoConfig, None, ["--pretrain.corpus", "elsewhere"])
 
@@ -152,3 +155,18 @@ def test_a_folder_of_the_user_s_where_the_demo_s_patches_go_is_left_alone(tmp_pa
     with pytest.raises(PathfmError, match=r"was not made by the demo.*--patches"):
         find_inputs(DemoConfig(out=tmp_path, slides=("a",)))
     assert theirs.read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"backbone": "resnet18"}, "vision transformer"),
+        ({"input_px": 100}, "input_px = 100 is no multiple of the 16 px patches"),
+    ],
+)
+def test_a_backbone_that_cannot_work_is_refused_before_anything_is_made(
+    tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(PathfmError, match=reason):
+        run_stages(DemoConfig(out=tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()

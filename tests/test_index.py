@@ -1,10 +1,12 @@
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from online_patching import SlideIndex
 from online_patching.testing import SyntheticSlide, write_ome_zarr, write_tiff
+from pathfm import index
 from pathfm.cli import main
 from pathfm.index import IndexConfig, run
 from pathfm.runtime import PathfmError
@@ -147,3 +149,26 @@ def test_an_output_that_is_a_file_is_told(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "c").write_text("in the way")
     with pytest.raises(PathfmError, match="cannot make the folder"):
         run(IndexConfig(slides=(str(folder),), out=tmp_path / "c"))
+
+
+def test_tables_hold_no_secrets_and_another_set_of_slides_drops_the_packed_corpus(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = "http://bob:s3cret@h/a.svs?X-Amz-Signature=SIG"
+    corpus, true_one = tmp_path / "c", index._index_one
+
+    def one(given: str, *more: Any) -> Any:
+        return (f"{uri} is gone", False) if given == uri else true_one(given, *more)
+
+    monkeypatch.setattr(index, "_index_one", one)
+    table = tmp_path / "cohort.csv"
+    table.write_text(f"uri\n{drawn / 'a.svs'}\n{uri}\n")
+    run(IndexConfig(slides=(str(table),), out=corpus))
+    for path in corpus.glob("*.*"):
+        assert "s3cret" not in path.read_text()
+        assert "SIG" not in path.read_text()
+    (corpus / "corpus.json").write_text("{}")
+    run(IndexConfig(slides=(str(drawn / "a.svs"),), out=corpus))
+    assert (corpus / "corpus.json").exists()
+    run(IndexConfig(slides=(str(drawn / "c.zarr"),), out=corpus))
+    assert not (corpus / "corpus.json").exists()

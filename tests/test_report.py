@@ -168,3 +168,19 @@ def test_a_folder_without_results_and_a_damaged_one_are_errors(
     (results / "probe" / "probe.json").write_text("{")
     with pytest.raises(PathfmError, match="damaged"):
         build_report(results)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("probe/probe.json", "{}", r"probe\.json: damaged"),
+        ("runs/r/sampled.jsonl", '{"draw": 0}\n', r"sampled\.jsonl, line 1: damaged"),
+        ("runs/r/sampled.jsonl", '{"dra\n', r"sampled\.jsonl, line 1: damaged"),
+    ],
+)
+def test_a_damaged_stage_file_is_named(tmp_path: Path, name: str, text: str, reason: str) -> None:
+    for path, content in (("runs/r/metrics.jsonl", ""), (name, text)):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content)
+    with pytest.raises(PathfmError, match=reason):
+        build_report(tmp_path)

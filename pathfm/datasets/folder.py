@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +120,14 @@ def _read_groups(root: Path, paths: Sequence[str]) -> tuple[str, ...]:
     table = root / "groups.csv"
     if not table.exists():
         return ()
-    with table.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"path", "group"} <= set(reader.fieldnames or ()):
-            raise PathfmError(f"{table}: wants a header with the columns path and group")
-        group_of = {row["path"]: row["group"] for row in reader}
+    try:
+        text = table.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PathfmError(f"{table}: not a UTF-8 text file; save it as one") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if not {"path", "group"} <= set(reader.fieldnames or ()):
+        raise PathfmError(f"{table}: wants a header with the columns path and group")
+    group_of = {row["path"]: row["group"] for row in reader}
     missing = [path for path in paths if not group_of.get(path)]
     if missing:
         raise PathfmError(f"{table}: {len(missing):,} pictures have no group, first {missing[0]}")

@@ -67,7 +67,9 @@ class DemoConfig(BaseModel, frozen=True, extra="forbid"):
 
     out: Path = Field(Path("demo_out"), description="folder for everything")
     slides: tuple[str, ...] | None = Field(
-        None, description="your slides, as `pathfm index` takes them; unset: synthetic ones"
+        None,
+        min_length=1,
+        description="your slides, as `pathfm index` takes them; unset: synthetic ones",
     )
     mpp_overrides: Path | None = Field(
         None, description="CSV with columns file, mpp: µm/px where files carry none"
@@ -80,7 +82,11 @@ class DemoConfig(BaseModel, frozen=True, extra="forbid"):
         "random", description="where pretraining starts: random[:SEED], imagenet, or a .safetensors"
     )
     n_slides: int = Field(5, ge=1, le=100, description="synthetic slides to draw")
-    per_class: int = Field(120, ge=4, description="synthetic labelled patches of each class")
+    per_class: int = Field(
+        120,
+        ge=30,
+        description="synthetic labelled patches of each class; fewer are of too few slides",
+    )
     seed: int = Field(
         0, ge=0, description="seed of synthetic slides and patches, and of the probe's splits"
     )

@@ -33,6 +33,7 @@ def run_stages(config: DemoConfig) -> DemoResult:
     """The story of a demo, from slides to the page about it."""
     began_s = time.monotonic()
     demo = Demo(config)
+    _check_backbone(demo)
     make_folder(config.out)
     leave_out = {part: set(names) for part, names in SET_BY_DEMO.items()}
     save_config(config, config.out, "demo.yaml", leave_out)
@@ -106,6 +107,16 @@ class Demo:
         run_id = (state.run_id or f"pending-{state.key}") if state else None
         tags = provenance() | {"stage": name}
         return open_run(self.tracking(name), folder, params, tags, run_id)
+
+
+def _check_backbone(demo: Demo) -> None:
+    """Raises PathfmError for a backbone or sizes that stages would refuse minutes from now."""
+    from pathfm.backbone import load_backbone
+    from pathfm.pretrain.trainer import check_views_fit
+
+    backbone = load_backbone(demo.config.backbone, demo.init)
+    backbone.check_input(demo.config.input_px, "input_px")
+    check_views_fit(demo.config.pretrain, backbone)
 
 
 def _own_params(config: DemoConfig) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def build_trainer(config: PretrainConfig, checkpoint: Checkpoint | None) -> Trai
     """Method and optimizer on their device: new ones, or as the checkpoint left them."""
     device = pick_device(config.device)
     backbone = _backbone(config, checkpoint)
-    _check_views_fit(config, backbone)
+    check_views_fit(config, backbone)
     if device.type == "cpu":
         backbone.plain_attention()
     method = build_method(config.method, backbone, config.dino, config.steps, config.seed)
@@ -211,10 +211,7 @@ def _backbone(config: PretrainConfig, checkpoint: Checkpoint | None) -> Backbone
     return load_backbone(config.backbone, initial_weights(config))
 
 
-def _check_views_fit(config: PretrainConfig, backbone: Backbone) -> None:
+def check_views_fit(config: PretrainConfig, backbone: Backbone) -> None:
+    """Raises PathfmError unless every view can be fed to the backbone."""
     for name, spec in (("global_1", config.views.global_1), ("local", config.views.local)):
-        if spec.size_px % backbone.patch_size:
-            raise PathfmError(
-                f"views.{name}.size_px = {spec.size_px} is no multiple of the {backbone.patch_size} "
-                f"px patches of {backbone.name}"
-            )
+        backbone.check_input(spec.size_px, f"views.{name}.size_px")

@@ -16,6 +16,8 @@ from pathfm.report.stage_files import config_files, newest_run, read_csv, read_j
 from pathfm.report.training import RunPart, run_part
 from pathfm.runtime import PathfmError, provenance, without_secrets
 
+SAMPLED_FIELDS = frozenset(("draw", "slide_id", "x_px0", "y_px0", "width_px0", "height_px0", "mpp"))
+
 
 @dataclass(frozen=True)
 class Page:
@@ -48,7 +50,7 @@ def collect(folder: Path) -> Page:
     skipped = read_csv(folder / "corpus" / "skipped.csv")
     masks = {row["slide_id"]: row for row in read_csv(folder / "corpus" / "foreground.csv")}
     run_folder = newest_run(folder)
-    sampled = read_jsonl(run_folder / "sampled.jsonl") if run_folder else []
+    sampled = read_jsonl(run_folder / "sampled.jsonl", SAMPLED_FIELDS) if run_folder else []
     pretrain = run_part(run_folder) if run_folder else None
     probe = probe_part(folder)
     if not (slides or run_folder or probe):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from pathfm.probe import ProbeResult
 from pathfm.runtime import PathfmError
 
 
@@ -23,7 +27,8 @@ def read_probe(folder: Path) -> dict[str, Any] | None:
         if text:
             try:
                 found: dict[str, Any] = json.loads(text)
-            except ValueError:
+                TypeAdapter(ProbeResult).validate_python(found)
+            except ValueError:  # a ValidationError is one
                 raise PathfmError(f"{path}: damaged; make it again with `pathfm probe`") from None
             return found
     return None
@@ -58,7 +63,21 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Whole lines only: a run that is going on may be in the middle of one."""
+def read_jsonl(path: Path, fields: Set[str]) -> list[dict[str, Any]]:
+    """Whole lines only: a run that is going on may be in the middle of one.
+
+    `PathfmError` names a line that is damaged or lacks one of the fields.
+    """
     lines = read_text(path).splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not fields <= row.keys():
+            raise PathfmError(f"{path}, line {number}: damaged; the run writes it anew on resume")
+        rows.append(row)
+    return rows
