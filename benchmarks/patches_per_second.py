@@ -88,7 +88,7 @@ def compare(args: argparse.Namespace) -> None:
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+        args.out.write_text(text.rstrip() + "\n")
 
 
 def measure(
