@@ -53,6 +53,10 @@ def can_serve(level_mpps: Sequence[float], mpp: float) -> bool:
 
 def choose_level(level_mpps: Sequence[float], mpp: float) -> int:
     """The number of the level to read for `mpp`; levels may be in any order."""
+    if not 0 < mpp < math.inf:
+        raise SamplerError(
+            f"{mpp} µm/px is not a magnification; ask for a number above 0, such as 0.5."
+        )
     fine_enough = [(m, i) for i, m in enumerate(level_mpps) if m <= mpp * (1 + LEVEL_TOLERANCE)]
     if fine_enough:
         return max(fine_enough)[1]

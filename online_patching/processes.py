@@ -101,8 +101,9 @@ class ProcessEngine:
         except (EOFError, OSError):
             process.join(timeout=5)
             raise WorkerDiedError(
-                f"loader process {number} ended with exit code {process.exitcode} (killed for memory?). "
-                "Resume the run with fewer workers or a smaller batch."
+                f"loader process {number} ended with exit code {process.exitcode}. Killed for memory: "
+                "resume with fewer workers or a smaller batch. At the start of a script: put its code under "
+                "`if __name__ == '__main__':`, as every script that starts processes must, or use workers=0."
             ) from None
         if isinstance(answer, BaseException):
             raise answer

@@ -68,7 +68,7 @@ class Slide:
         """`size_px` x `size_px` pixels at exactly `mpp`, from the upper left corner (x_um, y_um).
 
         Reads the coarsest level at most 2 % coarser than asked and resamples with antialiasing;
-        refuses (SamplerError) to upscale more than 2x.
+        refuses (SamplerError) to upscale more than 2x. What lies outside the slide is white.
         """
         number = choose_level([level.mpp for level in self.levels], mpp)
         level = self.levels[number]
@@ -148,6 +148,10 @@ class Slide:
     def close(self) -> None:
         """Close files and connections."""
         self._stores.close()
+
+    def __repr__(self) -> str:
+        w, h = self.dimensions
+        return f"<Slide {self.index.slide_id}: {w} x {h} px at {self.mpp:.4g} µm/px, {len(self.levels)} levels>"
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Slide, (self.index,))

@@ -102,10 +102,10 @@ class Level:
     downsample_y: float
     mpp_x: float
     mpp_y: float
-    codec: Codec
-    rows: NDArray[np.uint64] | None = field(default=None, compare=False)
-    overflow: tuple[tuple[int, int], ...] = ()
-    keys: ChunkKeys | None = None
+    codec: Codec = field(repr=False)
+    rows: NDArray[np.uint64] | None = field(default=None, compare=False, repr=False)
+    overflow: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    keys: ChunkKeys | None = field(default=None, repr=False)
     parts: int = 1
 
     @property

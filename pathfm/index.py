@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ def run(config: IndexConfig) -> IndexResult:
     save_config(config, config.out, "index.yaml")
     _save(config.out, slides, rows, skipped)
     _show(slides, skipped, reused, overrides)
+    print(f"next: pathfm foreground {shlex.quote(str(config.out))}")
     return IndexResult(config.out, tuple(slides), tuple(skipped), reused, cohort.digest)
 
 
@@ -264,6 +266,7 @@ def _show(
         for uri, reason in skipped:
             table.add_row(escape(Path(uri).name), escape(reason))
         out.print(table)
-    for name in overrides.unmatched:
-        text = f"note: no slide is named {name!r}, which {overrides.source} gives µm/px for"
+    if overrides.unmatched:
+        names = ", ".join(overrides.unmatched)
+        text = f"note: {overrides.source} gives µm/px for what is not among the slides: {names}"
         out.print(text, markup=False, highlight=False)

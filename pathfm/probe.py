@@ -152,6 +152,7 @@ def run(config: ProbeConfig) -> ProbeResult:
         _record(tracked, backbones)
         tracked.artifact(path)
     show(result)
+    print(f"written: {path}")
     return result
 
 

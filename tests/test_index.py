@@ -71,7 +71,7 @@ def test_an_override_makes_a_slide_usable_and_unmatched_rows_are_told(
     result = run(IndexConfig(slides=(str(folder),), out=tmp_path / "c", mpp_overrides=table))
     bare = next(index for index in result.slides if index.slide_id == "bare")
     assert (bare.mpp, bare.mpp_source) == (0.5, "override table")
-    assert "no slide is named 'typo.svs'" in capsys.readouterr().out
+    assert "what is not among the slides: typo.svs" in capsys.readouterr().out
 
 
 def test_a_rerun_takes_over_what_did_not_change(folder: Path, tmp_path: Path) -> None:

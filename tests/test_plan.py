@@ -32,6 +32,12 @@ def test_the_coarsest_level_that_is_fine_enough(levels, asked, chosen):
     assert choose_level(levels, asked) == chosen
 
 
+@pytest.mark.parametrize("mpp", [0, -1.0, float("nan"), float("inf")])
+def test_a_senseless_mpp_is_refused(mpp):
+    with pytest.raises(SamplerError, match="is not a magnification"):
+        choose_level([0.25, 1.0], mpp)
+
+
 def test_more_than_2x_upscaling_is_refused_with_the_numbers():
     assert not can_serve([0.51, 2.0], 0.25)
     with pytest.raises(

@@ -67,7 +67,10 @@ def _from_file(
 ) -> SlideIndex | None:
     name = redact(uri)
     if not len(file.pages):
-        raise NotASlideError(name, "a TIFF without a single image.")
+        raise NotASlideError(
+            name,
+            "a TIFF without a single image. It is truncated or still uploading: copy it again.",
+        )
     first = cast(tifffile.TiffPage, file.pages[0])
     description = first.description or ""
     vendors.refuse_fluorescence(name, description)
