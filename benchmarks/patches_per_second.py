@@ -149,11 +149,13 @@ def tissue(slide: Slide) -> ForegroundMask:
 
 
 def commit() -> str:
-    """The commit measured, marked when the tree differs from it."""
-    run = ["git", "describe", "--always", "--dirty"]
-    return (
-        subprocess.run(run, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """The commit measured, marked when the tree differs from it by more than results."""
+    name = subprocess.run(
+        ["git", "describe", "--always"], capture_output=True, text=True, check=False
     )
+    differs = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]
+    dirty = subprocess.run(differs, check=False).returncode == 1
+    return (name.stdout.strip() or "unknown") + ("-dirty" if dirty else "")
 
 
 def cpu() -> str:
