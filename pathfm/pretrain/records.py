@@ -134,7 +134,7 @@ def save_views(path: Path, batch: PatchBatch, specs: Sequence[ViewSpec], seed: i
         pictures.append((view[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
         captions.append(f"view {number}, {view.shape[-1]} px")
     make_folder(path.parent)
-    mosaic(pictures, captions, columns=min(6, len(pictures)), tile_px=160).save(path, quality=92)
+    mosaic(pictures, captions, columns=min(8, len(pictures)), tile_px=160).save(path, quality=92)
 
 
 def _lines(path: Path) -> list[bytes]:
