@@ -48,6 +48,16 @@ class Stats:
                 else:
                     setattr(self, name, getattr(self, name) + amount)
 
+    def told(self) -> str:
+        """One line for people: what was read, and what merging ranges cost beyond the tiles."""
+        now = self.as_dict()
+        excess = now["bytes_read"] / now["bytes_wanted"] - 1 if now["bytes_wanted"] else 0.0
+        failed = sum(now["failures"].values())
+        return (
+            f"read {now['tiles']:,} tiles in {now['requests']:,} requests, {now['bytes_read'] / 1e6:,.1f} MB "
+            f"(+{excess:.1%} beyond the tiles touched), {now['retries']:,} retries, {failed:,} patches replaced"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """A plain dictionary, for JSON, a log line or another process."""
         with self.lock:

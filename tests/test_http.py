@@ -82,6 +82,9 @@ def test_with_merging_the_excess_is_counted(fault_server, small_slides, small_in
         exact.close(), merged.close()  # also finishes what was read ahead
         assert merged.stats.bytes_wanted < merged.stats.bytes_read
         assert merged.stats.requests < exact.stats.requests
+        assert "(+0.0% beyond" in exact.stats.told()
+        excess = merged.stats.bytes_read / merged.stats.bytes_wanted - 1
+        assert f"(+{excess:.1%} beyond" in merged.stats.told()
 
 
 def test_one_500_is_retried(fault_server, stores, small_slides):

@@ -107,6 +107,7 @@ def train(config: PretrainConfig) -> PretrainResult:
                 save(trainer, loader, run, sampled.rows)
             if stop:
                 break
+        print(f"pretrain: {loader.stats.told()}")
         loader.close()  # it reads ahead, and what follows wants the cores
         if done.step == config.steps:
             finish(trainer, run, monitor, sampler)
