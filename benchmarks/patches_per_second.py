@@ -74,10 +74,7 @@ def compare(args: argparse.Namespace) -> None:
             f"{args.slide.name}: {index.dimensions[0]} x {index.dimensions[1]} px, {index.codec}, "
             f"tiles {index.levels[0].tile_width_px} px; {SIZE_PX} px patches on tissue, one thread each"
         ),
-        (
-            f"{datetime.now(UTC):%Y-%m-%d}, commit {commit()}, {cpu()}, Python {platform.python_version()}, "
-            f"{DECODER}, OpenSlide {openslide.__library_version__}, tiffslide {version('tiffslide')}"
-        ),
+        about_this_run(),
         "",
     ]
     with Slide(index) as slide:
@@ -145,6 +142,14 @@ def tissue(slide: Slide) -> ForegroundMask:
     hsv = np.asarray(Image.fromarray(slide.thumbnail(8.0)).convert("HSV"))
     return ForegroundMask.from_array(
         hsv[..., 1] > 25, slide.dimensions, (slide.index.mpp_x, slide.index.mpp_y)
+    )
+
+
+def about_this_run() -> str:
+    """Date, commit, machine and versions."""
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit()}, {cpu()}, Python {platform.python_version()}, "
+        f"{DECODER}, OpenSlide {openslide.__library_version__}, tiffslide {version('tiffslide')}"
     )
 
 

@@ -10,7 +10,7 @@ import contextlib
 import multiprocessing
 import signal
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
@@ -148,7 +148,7 @@ def _work(
     memories = [SharedMemory(name=name) for name in names]
     buffers = [np.ndarray(shape, np.uint8, memory.buf) for memory in memories]
     stats = Stats()
-    engine = ThreadEngine(sampler, replace(options), stats)
+    engine = ThreadEngine(sampler, options, stats)
     asked = 0
     reported = stats.as_dict()
     try:

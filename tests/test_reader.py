@@ -297,7 +297,7 @@ def test_a_generic_tiff_takes_its_mpp_from_the_resolution_tag(tmp_path):
     assert index.mpp == pytest.approx(0.2743, rel=1e-4)
 
 
-def test_an_index_survives_the_disk_and_keeps_no_secret(tmp_path, small_indexes):
+def test_an_index_survives_the_disk_and_its_damage_is_told(tmp_path, small_indexes):
     for index in small_indexes:
         index.save(tmp_path / "i.index")
         again = SlideIndex.load(tmp_path / "i.index")
