@@ -1,15 +1,22 @@
-"""What a loader and its engines share: options, a batch, and what an engine does."""
+"""What a loader and its engines share: options, where draws come from, a batch, what an engine does."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from online_patching.corpus import Corpus
 from online_patching.geometry import PatchRef
+from online_patching.sampler import Draws
 from online_patching.stores import RetryPolicy
+
+FILTERED = "filter: "
+"""How the reason of a patch that a pixel filter refused begins: no failure, but replaced like one."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +34,89 @@ class LoaderOptions:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
 
-@dataclass(frozen=True)
+class DrawSource(Protocol):
+    """What a loader asks of a sampler: draw numbers -> patches, the same in every process.
+
+    A source that ends has `len()` draws. `context` are the factors of further views of a patch (none
+    where absent), `patches_per_read` how many consecutive draws share a neighbourhood (1 where absent).
+    """
+
+    @property
+    def corpus(self) -> Corpus:
+        """The slides."""
+
+    @property
+    def size_px(self) -> int:
+        """Side of a patch."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything that decides the stream besides the corpus, as JSON types."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `config`."""
+
+    def draw_batch(self, draws: ArrayLike, attempt: ArrayLike = 0) -> Draws:
+        """Columns for many draw numbers; `attempt` is where to start."""
+
+    def refs(self, draws: Draws) -> list[PatchRef]:
+        """PatchRefs of drawn columns."""
+
+
+class Failure(NamedTuple):
+    """A patch that was replaced: attempt `attempt` of draw `draw`, on slide `slide_id`.
+
+    `reason` begins with the error's type, or with `FILTERED` where a pixel filter refused it.
+    """
+
+    draw: int
+    attempt: int
+    slide_id: str
+    reason: str
+
+    @property
+    def kind(self) -> str:
+        """The reason without its particulars: what failures are counted by."""
+        first, _, rest = self.reason.partition(": ")
+        return f"{first}: {rest.partition(': ')[0]}" if self.filtered else first
+
+    @property
+    def filtered(self) -> bool:
+        """Whether a pixel filter refused it: nothing is wrong with the slide."""
+        return self.reason.startswith(FILTERED)
+
+
+def batch_shape(source: DrawSource, n: int) -> tuple[int, ...]:
+    """The shape of `n` patches: (n, size, size, 3), or (n, views, size, size, 3) with context views."""
+    size, context = source.size_px, getattr(source, "context", ())
+    return (n, 1 + len(context), size, size, 3) if context else (n, size, size, 3)
+
+
+@dataclass(frozen=True, eq=False)
 class PatchBatch:
-    """`pixels` uint8 (batch, size, size, 3) RGB; `refs` say what each is; `failures` lists the
-    (draw, attempt, reason) replaced on the way. With `copy=False` the pixels are a view of shared
-    memory: call `release()` when done with them.
+    """`pixels` uint8 RGB (batch, size, size, 3); with context views (batch, 1 + views, size, size, 3).
+
+    `columns` are what was delivered, draw by draw, and `refs` the same as records, made when first
+    asked for. `failures` lists what was replaced on the way. With `copy=False` the pixels are a view
+    of shared memory: call `release()` when done with them.
     """
 
     pixels: NDArray[np.uint8]
-    refs: list[PatchRef]
-    failures: list[tuple[int, int, str]]
+    columns: Draws
+    sampler: DrawSource
+    failures: list[Failure]
     slot: Any = None
 
     @property
     def draws(self) -> NDArray[np.int64]:
         """Sample numbers, (batch,)."""
-        return np.asarray([ref.draw for ref in self.refs], np.int64)
+        return self.columns.draw
+
+    @cached_property
+    def refs(self) -> list[PatchRef]:
+        """What each patch is: slide, place, µm/px."""
+        return self.sampler.refs(self.columns)
 
     def release(self) -> None:
         """Give the shared memory back to the loader; the pixels must not be used afterwards."""
@@ -53,11 +127,24 @@ class PatchBatch:
 class Engine(Protocol):
     """Makes batches: `request` starts one, `take` waits for the oldest requested."""
 
-    def request(self, draws: NDArray[np.int64]) -> None:
-        """Start making a batch of these draws."""
+    def request(self, draws: NDArray[np.int64], barred: Mapping[int, int] | None = None) -> None:
+        """Start making a batch of these draws. `barred` maps corpus rows of quarantined slides to
+        the first draw that may not use them; such a draw moves to its next attempt."""
 
     def take(self) -> PatchBatch:
-        """Wait for the oldest requested batch."""
+        """Wait for the oldest requested batch; its first error is raised."""
 
     def close(self) -> None:
         """Stop everything."""
+
+
+def draw_with(
+    source: DrawSource,
+    draws: ArrayLike,
+    attempt: ArrayLike = 0,
+    barred: Mapping[int, int] | None = None,
+) -> Draws:
+    """`source.draw_batch`, with `barred` handed on only where there is any (sources may lack it)."""
+    if not barred:
+        return source.draw_batch(draws, attempt)
+    return source.draw_batch(draws, attempt, barred=barred)  # type: ignore[call-arg]

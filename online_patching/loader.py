@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from online_patching.batch import Engine, LoaderOptions, PatchBatch
+from online_patching.batch import DrawSource, Engine, Failure, LoaderOptions, PatchBatch
 from online_patching.errors import FailureBudgetError, LoaderError, StateMismatchError
 from online_patching.processes import ProcessEngine
-from online_patching.sampler import PatchSampler
 from online_patching.stats import Stats
 from online_patching.stores import RetryPolicy
 from online_patching.threads import ThreadEngine
@@ -42,7 +41,7 @@ class PatchLoader:
 
     def __init__(
         self,
-        sampler: PatchSampler,
+        sampler: DrawSource,
         batch_size: int,
         *,
         workers: int = 0,
@@ -91,16 +90,16 @@ class PatchLoader:
         """The next batch of this rank, waiting for it if need be."""
         try:
             batch = self._take()
-            failed = self._failed + Counter(_kind(reason) for _, _, reason in batch.failures)
+            failed = self._failed + Counter(_kind(f) for f in batch.failures)
             self._check_budget(failed)
         except BaseException:
             self.close()  # what was in flight is lost; the stream goes on at the undelivered batch
             raise
         self._failed = failed
         self._delivered += 1
-        self.stats.add(patches=len(batch.refs))
-        for _, _, reason in batch.failures:
-            self.stats.fail(_kind(reason))
+        self.stats.add(patches=len(batch.draws))
+        for failure in batch.failures:
+            self.stats.fail(_kind(failure))
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,6 +194,6 @@ class PatchLoader:
             )
 
 
-def _kind(reason: str) -> str:
+def _kind(failure: Failure) -> str:
     """Slide and error type: what failures are counted by, so that a state stays small."""
-    return ": ".join(reason.split(": ")[:2])
+    return f"{failure.slide_id}: {failure.kind}"

@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import signal
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
@@ -18,9 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from online_patching.batch import LoaderOptions, PatchBatch
+from online_patching.batch import DrawSource, LoaderOptions, PatchBatch, batch_shape
 from online_patching.errors import LoaderError, WorkerDiedError
-from online_patching.sampler import PatchSampler
 from online_patching.stats import Stats
 from online_patching.threads import ThreadEngine
 
@@ -48,16 +48,15 @@ class ProcessEngine:
 
     def __init__(
         self,
-        sampler: PatchSampler,
+        sampler: DrawSource,
         batch_size: int,
         workers: int,
         options: LoaderOptions,
         stats: Stats,
         copy: bool,
     ) -> None:
-        self.stats, self.copy = stats, copy
-        size = sampler.size_px
-        shape = (batch_size, size, size, 3)
+        self.sampler, self.stats, self.copy = sampler, stats, copy
+        shape = batch_shape(sampler, batch_size)
         context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Connection, list[Slot]]] = []
         self._pending: deque[tuple[int, int]] = deque()
@@ -79,7 +78,7 @@ class ProcessEngine:
             there.close()
             self._workers.append((process, here, slots))
 
-    def request(self, draws: NDArray[np.int64]) -> None:
+    def request(self, draws: NDArray[np.int64], barred: Mapping[int, int] | None = None) -> None:
         """Ask the next worker for a batch, in one of its free slots."""
         number = self._next % len(self._workers)
         self._next += 1
@@ -90,7 +89,7 @@ class ProcessEngine:
         slots[free[0]].free = False
         self._pending.append((number, free[0]))
         with contextlib.suppress(OSError):  # a dead worker is reported by take
-            pipe.send((free[0], draws))
+            pipe.send((free[0], draws, barred))
 
     def take(self) -> PatchBatch:
         """The oldest requested batch; errors of its worker are raised here."""
@@ -107,14 +106,14 @@ class ProcessEngine:
             ) from None
         if isinstance(answer, BaseException):
             raise answer
-        refs, failures, counters = answer
+        columns, failures, counters = answer
         self.stats.merge(counters)
         slot = slots[at]
         if not self.copy:
-            return PatchBatch(slot.pixels, refs, failures, slot)
+            return PatchBatch(slot.pixels, columns, self.sampler, failures, slot)
         pixels = slot.pixels.copy()
         slot.release()
-        return PatchBatch(pixels, refs, failures)
+        return PatchBatch(pixels, columns, self.sampler, failures)
 
     def close(self) -> None:
         """End the workers and free the shared memory."""
@@ -138,7 +137,7 @@ class ProcessEngine:
 
 def _work(
     pipe: Connection,
-    sampler: PatchSampler,
+    sampler: DrawSource,
     options: LoaderOptions,
     names: list[str],
     shape: tuple[int, ...],
@@ -158,15 +157,15 @@ def _work(
                 request = _receive(pipe)
                 if request is None:
                     return
-                slot, draws = request
-                engine.request(draws, buffers[slot])
+                slot, draws, barred = request
+                engine.request(draws, barred, buffers[slot])
                 asked += 1
             batch = engine.take()
             asked -= 1
             now = stats.as_dict()
             delta = {k: now[k] - reported[k] for k in now if k != "failures"}
             reported = now
-            _send(pipe, (batch.refs, batch.failures, delta))
+            _send(pipe, (batch.columns, batch.failures, delta))
     except Exception as error:
         _send(pipe, error)
     finally:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from online_patching.batch import LoaderOptions, PatchBatch
+from online_patching.batch import (
+    DrawSource,
+    Failure,
+    LoaderOptions,
+    PatchBatch,
+    batch_shape,
+    draw_with,
+)
 from online_patching.errors import (
     LoaderError,
     ObjectChangedError,
@@ -22,7 +30,7 @@ from online_patching.errors import (
 from online_patching.fetch import ByteBudget, fetch_local, fetch_remote, pieces_of, plan_request
 from online_patching.geometry import PatchRef
 from online_patching.plan import plan_patch
-from online_patching.sampler import MAX_ATTEMPTS, PatchSampler
+from online_patching.sampler import MAX_ATTEMPTS, Draws
 from online_patching.slide import check_unchanged, finish, finish_fallback
 from online_patching.slide_index import SlideIndex
 from online_patching.stats import Stats
@@ -31,15 +39,15 @@ from online_patching.stores import Stores, is_remote
 _REPLACED = (SlideError, ObjectNotFoundError, ObjectChangedError)
 """Failures of one slide, for which a draw moves to its next attempt. Other store errors stop."""
 
-Failure = tuple[int, int, str]
-
 
 @dataclass(eq=False)
 class _Job:
     """One patch on its way: what to read now, where to, what failed before, and whether it is there."""
 
+    row: Draws
     ref: PatchRef
     out: NDArray[np.uint8]
+    barred: Mapping[int, int] | None
     failed: list[Failure] = field(default_factory=list)
     done: Future[None] = field(default_factory=Future)
 
@@ -53,7 +61,7 @@ class _Batch:
 class ThreadEngine:
     """Starts every patch of a requested batch at once; `take` gathers the oldest batch in order."""
 
-    def __init__(self, sampler: PatchSampler, options: LoaderOptions, stats: Stats) -> None:
+    def __init__(self, sampler: DrawSource, options: LoaderOptions, stats: Stats) -> None:
         self.sampler, self.options, self.stats = sampler, options, stats
         self.stores = Stores(options.retry)
         self.budget = ByteBudget(options.bytes_in_flight)
@@ -62,12 +70,20 @@ class ThreadEngine:
         self._checked: set[str] = set()
         self._retries_seen = 0
 
-    def request(self, draws: NDArray[np.int64], into: NDArray[np.uint8] | None = None) -> None:
-        """Start a batch, writing its pixels into `into` (batch, size, size, 3) where given."""
-        size = self.sampler.size_px
-        pixels = np.empty((len(draws), size, size, 3), np.uint8) if into is None else into
-        refs = self.sampler.refs(self.sampler.draw_batch(draws))
-        jobs = [_Job(ref, pixels[i]) for i, ref in enumerate(refs)]
+    def request(
+        self,
+        draws: NDArray[np.int64],
+        barred: Mapping[int, int] | None = None,
+        into: NDArray[np.uint8] | None = None,
+    ) -> None:
+        """Start a batch, writing its pixels into `into` (of `batch_shape`) where given."""
+        shape = batch_shape(self.sampler, len(draws))
+        pixels = np.empty(shape, np.uint8) if into is None else into
+        columns = draw_with(self.sampler, draws, 0, barred)
+        refs = self.sampler.refs(columns)
+        jobs = [
+            _Job(_row(columns, i), ref, pixels[i], dict(barred or {})) for i, ref in enumerate(refs)
+        ]
         self._pending.append(_Batch(pixels, jobs))
         for job in jobs:
             self._go(job)
@@ -80,7 +96,8 @@ class ThreadEngine:
         failures = [failure for job in batch.jobs for failure in job.failed]
         self.stats.add(retries=self.stores.retries - self._retries_seen)
         self._retries_seen = self.stores.retries
-        return PatchBatch(batch.pixels, [job.ref for job in batch.jobs], failures)
+        columns = _join([job.row for job in batch.jobs])
+        return PatchBatch(batch.pixels, columns, self.sampler, failures)
 
     def close(self) -> None:
         """Cancel what has not started, wait for what has, close clients."""
@@ -167,14 +184,25 @@ class ThreadEngine:
         ref = job.ref
         reason = error.reason if isinstance(error, SlideError | StoreError) else str(error)
         job.failed.append(
-            (ref.draw, ref.attempt, f"{ref.slide_id}: {type(error).__name__}: {reason}")
+            Failure(ref.draw, ref.attempt, ref.slide_id, f"{type(error).__name__}: {reason}")
         )
         if ref.attempt + 1 >= MAX_ATTEMPTS:
             raise LoaderError(f"draw {ref.draw} failed {MAX_ATTEMPTS} times, last with {error}")
         try:
-            again = self.sampler.draw_batch([ref.draw], attempt=ref.attempt + 1)
+            job.row = draw_with(self.sampler, [ref.draw], ref.attempt + 1, job.barred)
         except SamplerError as cause:
             raise LoaderError(
                 f"draw {ref.draw} cannot be replaced after {error}: {cause}"
             ) from None
-        job.ref = self.sampler.refs(again)[0]
+        job.ref = self.sampler.refs(job.row)[0]
+
+
+def _row(columns: Draws, i: int) -> Draws:
+    """One row of drawn columns."""
+    return Draws(**{name: column[i : i + 1] for name, column in vars(columns).items()})
+
+
+def _join(rows: list[Draws]) -> Draws:
+    """Rows as columns again."""
+    names = vars(rows[0])
+    return Draws(**{name: np.concatenate([getattr(row, name) for row in rows]) for name in names})

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from online_patching.batch import DrawSource
 from online_patching.loader import PatchLoader
-from online_patching.sampler import PatchSampler
 
 
 class PatchDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -21,7 +21,7 @@ class PatchDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     """
 
     def __init__(
-        self, sampler: PatchSampler, batch_size: int, *, first_draw: int = 0, **options: Any
+        self, sampler: DrawSource, batch_size: int, *, first_draw: int = 0, **options: Any
     ) -> None:
         super().__init__()
         self.sampler, self.batch_size, self.options = sampler, batch_size, options
