@@ -18,17 +18,19 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from online_patching import bitmaps
+from online_patching.bitmaps import PADDING_BYTES
 from online_patching.errors import CorpusError, PatchingError
 from online_patching.mask import QUANTILE_SIDES_UM, ForegroundMask
-from online_patching.slide_index import SlideIndex
-from online_patching.stores import atomic_write_bytes, atomic_write_text
+from online_patching.slide_index import Codec, SlideIndex
+from online_patching.stores import atomic_write_bytes, atomic_write_text, is_remote
 
 SLIDE_RECORD = np.dtype(
     [
@@ -36,11 +38,25 @@ SLIDE_RECORD = np.dtype(
         ("header_offset", "<i8"), ("header_bytes", "<i8"), ("first_tile", "<i8"), ("n_tiles", "<i8"),
         ("mask_offset", "<i8"), ("mask_width", "<i4"), ("mask_height", "<i4"), ("tissue_cells", "<i8"),
         ("rich_fractions", "<f4", (len(QUANTILE_SIDES_UM),)),
+        ("first_level", "<i8"), ("n_levels", "<i4"), ("reader", "<i4"),
+        ("size_bytes", "<i8"), ("mtime_ns", "<i8"),
     ]
 )  # fmt: skip
-"""One slide: what a draw needs, and where the rest lies. 152 bytes."""
+"""One slide: what a draw needs, and where the rest lies."""
 
-_VERSION = 1
+LEVEL_RECORD = np.dtype(
+    [
+        ("width_px", "<i8"), ("height_px", "<i8"), ("tile_width_px", "<i4"), ("tile_height_px", "<i4"),
+        ("columns", "<i8"), ("downsample_x", "<f8"), ("downsample_y", "<f8"), ("mpp", "<f8"),
+        ("first_tile", "<i8"), ("codec", "<i4"), ("parts", "<i4"),
+    ]
+)  # fmt: skip
+"""One level of a slide, in the order of its index."""
+
+READERS = ("ranges", "chunks", "fallback")
+"""What `records["reader"]` counts: byte ranges of one object, Zarr chunks, another library."""
+
+_VERSION = 2
 _FILES = ("slides.bin", "headers.bin", "tiles.bin", "masks.bin")
 
 
@@ -59,7 +75,8 @@ class Corpus:
     ) -> None:
         self.records, self.digest, self.folder = records, digest, folder
         self.left_out = [tuple(pair) for pair in left_out]
-        self._headers, self._tiles, self._masks = headers, tiles, masks
+        self._headers, self.tiles, self._masks = headers, tiles, masks
+        self._counts = masks[: len(masks) // 8 * 8].view("<i8")
         # Bounded: a row's SlideIndex holds views, but its header is parsed JSON.
         self.index = lru_cache(maxsize=512)(self._index)
         self.mask = lru_cache(maxsize=512)(self._mask)
@@ -70,8 +87,8 @@ class Corpus:
         if len(indexes) != len(masks) or not indexes:
             raise CorpusError(f"{len(indexes)} slides and {len(masks)} masks do not make a corpus")
         records = np.zeros(len(indexes), SLIDE_RECORD)
-        headers, tiles, bitmaps = bytearray(), [], bytearray()
-        n_tiles, hasher = 0, hashlib.sha256()
+        headers, tiles, bits = bytearray(), [], bytearray()
+        n_tiles, n_levels, hasher = 0, 0, hashlib.sha256()
         for record, index, mask in zip(records, indexes, masks, strict=True):
             if mask.size_px0 != index.dimensions:
                 raise CorpusError(
@@ -82,18 +99,20 @@ class Corpus:
             _fill_record(record, index, mask)
             record["header_offset"], record["header_bytes"] = len(headers), len(header)
             record["first_tile"], record["n_tiles"] = n_tiles, len(rows)
-            record["mask_offset"] = len(bitmaps)
+            record["mask_offset"] = len(bits)
             headers += header
             tiles.append(rows)
             n_tiles += len(rows)
-            bitmaps += mask.row_start.astype("<i8").tobytes() + mask.packed.tobytes()
-            bitmaps += bytes(-len(bitmaps) % 8)  # row counts are read as aligned 64-bit words
+            bits += mask.row_start.astype("<i8").tobytes() + mask.packed.tobytes()
+            bits += bytes(-len(bits) % 8)  # row counts are read as aligned 64-bit words
+            record["first_level"], n_levels = n_levels, n_levels + len(index.levels)
             hasher.update(f"{index.slide_id} {index.digest} {mask.digest}\n".encode())
+        bits += bytes(PADDING_BYTES)
         return cls(
             records,
             np.frombuffer(bytes(headers), np.uint8),
             np.concatenate(tiles),
-            np.frombuffer(bytes(bitmaps), np.uint8),
+            np.frombuffer(bytes(bits), np.uint8),
             hasher.hexdigest(),
         )
 
@@ -164,12 +183,95 @@ class Corpus:
         """Slide ids by row; reads every header, so meant for tables, not for loops over draws."""
         return [self.index(i).slide_id for i in range(len(self))]
 
+    def slide_id(self, row: int) -> str:
+        """The slide id of a row."""
+        return str(self.index(row).slide_id)
+
+    def uri(self, row: int) -> str:
+        """Where the bytes of a row's slide are."""
+        return str(self.index(row).uri)
+
+    def token(self, row: int) -> str:
+        """What tells whether the bytes of a row's slide are still the indexed ones."""
+        return str(self.index(row).token)
+
+    @property
+    def levels(self) -> NDArray[np.void]:
+        """One LEVEL_RECORD a level: row s has those from first_level[s] on."""
+        return self._tables[0]
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        """What `levels["codec"]` counts."""
+        return self._tables[1]
+
+    def tissue_points(
+        self, rows: ArrayLike, cells: ArrayLike, u: ArrayLike, v: ArrayLike
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """`ForegroundMask.tissue_point` of many draws, of any slides: level-0 x and y, float64.
+
+        Arrays of one length. The same bits as one call a draw.
+        """
+        at = self._bitmaps(np.asarray(rows, np.int64))
+        cell = np.asarray(cells, np.int64)
+        return bitmaps.tissue_points(
+            self._counts, self._masks, at, cell, np.asarray(u, float), np.asarray(v, float)
+        )
+
+    def tissue_fractions(
+        self,
+        rows: ArrayLike,
+        x_px0: ArrayLike,
+        y_px0: ArrayLike,
+        w_px0: ArrayLike,
+        h_px0: ArrayLike,
+    ) -> NDArray[np.float64]:
+        """`ForegroundMask.fraction` of many boxes, on any slides, as float64.
+
+        Arrays of one length. The same bits as one call a box.
+        """
+        at = self._bitmaps(np.asarray(rows, np.int64))
+        box = (np.asarray(values, np.float64) for values in (x_px0, y_px0, w_px0, h_px0))
+        return bitmaps.tissue_fractions(self._masks, at, *box)
+
+    def _bitmaps(self, rows: NDArray[np.int64]) -> bitmaps.Bitmaps:
+        found = self.records[rows]
+        width, height, offset = (
+            found[name].astype(np.int64) for name in ("mask_width", "mask_height", "mask_offset")
+        )
+        return bitmaps.Bitmaps(
+            offset >> 3,
+            offset + 8 * (height + 1),
+            width,
+            height,
+            found["width_px0"],
+            found["height_px0"],
+        )
+
+    @cached_property
+    def _tables(self) -> tuple[NDArray[np.void], tuple[Codec, ...]]:
+        rows: list[tuple[Any, ...]] = []
+        codecs: dict[str, tuple[int, Codec]] = {}
+        for record, row in zip(self.records, range(len(self)), strict=True):
+            tile = int(record["first_tile"])
+            for level in self.index(row).levels:
+                key = json.dumps(level.codec.to_json(), sort_keys=True)
+                number, _ = codecs.setdefault(key, (len(codecs), level.codec))
+                first = -1 if level.rows is None else tile
+                tile += 0 if level.rows is None else len(level.rows)
+                rows.append(
+                    (level.width_px, level.height_px, level.tile_width_px, level.tile_height_px,
+                     level.columns, level.downsample_x, level.downsample_y, level.mpp, first,
+                     number, level.parts)
+                )  # fmt: skip
+        return np.array(rows, LEVEL_RECORD), tuple(codec for _, codec in codecs.values())
+
     def _index(self, row: int) -> SlideIndex:
         """The SlideIndex of a row; its tile rows are views of the mapped file."""
         record = self.records[row]
         start, first = int(record["header_offset"]), int(record["first_tile"])
         header = self._headers[start : start + int(record["header_bytes"])].tobytes()
-        return SlideIndex.from_bytes(header, self._tiles[first : first + int(record["n_tiles"])])
+        return SlideIndex.from_bytes(header, self.tiles[first : first + int(record["n_tiles"])])
 
     def _mask(self, row: int) -> ForegroundMask:
         """The mask of a row, as views of the mapped file."""
@@ -186,7 +288,7 @@ class Corpus:
         )
 
     def _write(self, root: Path, left_out: list[tuple[str, str]]) -> None:
-        arrays: tuple[NDArray[Any], ...] = (self.records, self._headers, self._tiles, self._masks)
+        arrays: tuple[NDArray[Any], ...] = (self.records, self._headers, self.tiles, self._masks)
         # Not the digest: a copy of the slides elsewhere has the same one, and other URIs.
         names = self.digest.encode() + self.records.tobytes() + self._headers.tobytes()
         generation = hashlib.sha256(names).hexdigest()[:32]
@@ -215,7 +317,7 @@ class Corpus:
         fields = (
             self.records,
             self._headers,
-            self._tiles,
+            self.tiles,
             self._masks,
             self.digest,
             None,
@@ -246,6 +348,16 @@ def _fill_record(record: np.void, index: SlideIndex, mask: ForegroundMask) -> No
     record["mask_width"], record["mask_height"] = mask.width, mask.height
     record["tissue_cells"] = mask.tissue_cells
     record["rich_fractions"] = mask.rich_box_fractions()
+    record["n_levels"], record["size_bytes"] = len(index.levels), index.size_bytes
+    record["mtime_ns"] = _mtime_ns(index)
+    record["reader"] = 2 if index.fallback else int(index.levels[0].keys is not None)
+
+
+def _mtime_ns(index: SlideIndex) -> int:
+    """When a local file was last written, as its token says; 0 for anything else."""
+    size, _, mtime_ns = index.token.partition("-")
+    local = not is_remote(index.uri) and size == str(index.size_bytes) and mtime_ns.isdigit()
+    return int(mtime_ns) if local and len(mtime_ns) <= 19 else 0
 
 
 def _unusable(index: SlideIndex, mask: ForegroundMask) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from online_patching import bitmaps
 from online_patching.errors import MaskError
 from online_patching.slide_index import SlideIndex
 from online_patching.stores import atomic_write_bytes
@@ -94,27 +95,24 @@ class ForegroundMask:
 
         What lies outside the slide counts as background.
         """
-        sx, sy = self.width / self.size_px0[0], self.height / self.size_px0[1]
-        left, right = x_px0 * sx, (x_px0 + w_px0) * sx
-        top, bottom = y_px0 * sy, (y_px0 + h_px0) * sy
-        c0, c1 = max(0, int(np.floor(left))), min(self.width, int(np.ceil(right)))
-        r0, r1 = max(0, int(np.floor(top))), min(self.height, int(np.ceil(bottom)))
-        if c0 >= c1 or r0 >= r1:
-            return 0.0
-        b0 = c0 // 8
-        bits = np.unpackbits(self.packed[r0:r1, b0 : -(-c1 // 8)], axis=1)[
-            :, c0 - 8 * b0 : c1 - 8 * b0
-        ]
-        tissue = _coverage(r0, r1, top, bottom) @ bits @ _coverage(c0, c1, left, right)
-        return float(tissue / ((right - left) * (bottom - top)))
+        box = (np.array([float(value)]) for value in (x_px0, y_px0, w_px0, h_px0))
+        return float(bitmaps.tissue_fractions(self._padded, self._bitmap, *box)[0])
 
     def tissue_point(self, cell: int, u: float, v: float) -> tuple[float, float]:
         """Level-0 position of the point (u, v) in [0, 1) within the `cell`-th tissue cell (row-major)."""
-        row = int(np.searchsorted(self.row_start, cell, side="right")) - 1
-        columns = np.flatnonzero(np.unpackbits(self.packed[row], count=self.width))
-        column = int(columns[cell - int(self.row_start[row])])
-        w, h = self.size_px0
-        return (column + u) * w / self.width, (row + v) * h / self.height
+        cells, us, vs = np.array([cell], np.int64), np.array([float(u)]), np.array([float(v)])
+        x, y = bitmaps.tissue_points(self.row_start, self._padded, self._bitmap, cells, us, vs)
+        return float(x[0]), float(y[0])
+
+    @cached_property
+    def _padded(self) -> NDArray[np.uint8]:
+        """The packed rows, one after another, and what bitmaps.py wants behind them."""
+        return np.concatenate([self.packed.ravel(), np.zeros(bitmaps.PADDING_BYTES, np.uint8)])
+
+    @cached_property
+    def _bitmap(self) -> bitmaps.Bitmaps:
+        at = (0, 0, self.width, self.height, *self.size_px0)
+        return bitmaps.Bitmaps(*(np.array([value], np.int64) for value in at))
 
     def rich_box_fractions(self, quantile: float = 0.98, n: int = 4096) -> NDArray[np.float32]:
         """For each of QUANTILE_SIDES_UM, the tissue share that the best 2 % of boxes reach.
@@ -166,12 +164,6 @@ class ForegroundMask:
                 f"{path}: not a readable mask ({error}). Make the masks again."
             ) from None
         return cls.from_array(tissue, (w, h), (mx, my))
-
-
-def _coverage(first: int, stop: int, low: float, high: float) -> NDArray[np.float64]:
-    """How much of each cell first..stop-1 lies in [low, high)."""
-    edges = np.arange(first, stop)
-    return np.asarray(np.clip(np.minimum(edges + 1, high) - np.maximum(edges, low), 0.0, 1.0))
 
 
 def _inside(start: NDArray[np.floating], side: float, limit: int) -> NDArray[np.float64]:
