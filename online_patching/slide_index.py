@@ -26,6 +26,9 @@ MPP_SANE_RANGE = (0.05, 8.0)
 MPP_AXES_TOLERANCE = 0.05
 """How far µm/px may differ between the axes before the slide is refused."""
 
+MPP_OVERRIDE = "override table"
+"""The `mpp_source` of µm/px that a person gave: these may differ by axis as they like."""
+
 CODEC_KINDS = frozenset({"jpeg", "jpeg2000", "raw", "deflate", "lzw", "zstd", "chunk"})
 """What `Codec.kind` may be: the ways of storing a tile that decode.py undoes."""
 
@@ -276,7 +279,10 @@ class SlideIndex:
 
 
 def check_mpp(uri: str, mpp_x: float, mpp_y: float, source: str) -> None:
-    """Refuse µm/px that no scanner makes, or that differ too much between the axes."""
+    """Refuse µm/px that no scanner makes, or that differ too much between the axes.
+
+    µm/px that a person gave as two values (source MPP_OVERRIDE) may differ: each axis is resampled.
+    """
     low, high = MPP_SANE_RANGE
     for mpp in (mpp_x, mpp_y):
         if not low <= mpp <= high:
@@ -285,11 +291,12 @@ def check_mpp(uri: str, mpp_x: float, mpp_y: float, source: str) -> None:
                 f"{mpp:g} µm/px ({source}) is outside {low:g} to {high:g}. "
                 "Give the right value in the µm/px override table.",
             )
-    if abs(mpp_x - mpp_y) > MPP_AXES_TOLERANCE * max(mpp_x, mpp_y):
+    if source != MPP_OVERRIDE and abs(mpp_x - mpp_y) > MPP_AXES_TOLERANCE * max(mpp_x, mpp_y):
         raise MppError(
             uri,
             f"µm/px differ by axis: {mpp_x:g} and {mpp_y:g} ({source}), more than "
-            f"{MPP_AXES_TOLERANCE:.0%}. Give one value in the µm/px override table.",
+            f"{MPP_AXES_TOLERANCE:.0%}. Give the right value in the µm/px override table, or "
+            "mpp=(x, y) if they do differ.",
         )
 
 

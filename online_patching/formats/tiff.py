@@ -1,43 +1,47 @@
 """Tiled TIFF -> SlideIndex: Aperio SVS, generic pyramids, OME-TIFF (levels in SubIFDs).
 
-tifffile reads the tags; we decide which directories are the pyramid. Label and macro pages,
+tiff_tags.py reads the tags; we decide which directories are the pyramid. Label and macro pages,
 which can carry a patient's name, are recognised by what they are not (tiled, and of the slide's
-shape) and their pixels are never read.
+shape) and their pixels are never read. Every number is checked before memory is taken for it.
 """
 
 from __future__ import annotations
 
-import io
-import logging
-from typing import Any, cast
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import tifffile
+from numpy.typing import NDArray
 
 from online_patching.errors import (
     DamagedSlideError,
     NotASlideError,
     ShortReadError,
-    SlideError,
     UnsupportedSlideError,
 )
 from online_patching.formats import vendors
+from online_patching.formats.tiff_tags import BadTagError, Directory, PastEndError, TiffTags
 from online_patching.formats.vendors import Mpp
 from online_patching.slide_index import CODEC_KINDS, Codec, Level, SlideIndex, pack_rows
 from online_patching.stores import Stores, redact
 
-_MAX_PAGES = 4096
-_MAX_TILES = 50_000_000
+_MAX_TILES = 4 * 2**20
+"""Tiles of all levels together: their rows are 32 MiB. A slide has about 150,000."""
+_MAX_SIDE_PX = 2**22
+"""A glass slide is 75 mm long: 1.5 million pixels at 0.05 µm."""
 _MAX_TILE_PX = 2**24
-_BLOCK_BYTES = 64 * 2**10
+_MAX_SUB_DIRECTORIES = 64
+_MAX_TEXT_BYTES = 4 * 2**20
+_MAX_TABLES_BYTES = 64 * 2**10
+_MAX_LARGE_TILES = 4096
 _COMPRESSIONS = {
     1: "raw", 5: "lzw", 7: "jpeg", 8: "deflate", 32946: "deflate", 50000: "zstd",
     33003: "jpeg2000", 33005: "jpeg2000", 34712: "jpeg2000",
 }  # fmt: skip
 _RGB, _YCBCR, _MINISBLACK = 2, 6, 1
 _MACRO_FLAG = 8
-
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # we raise or list; it would print
+_DESCRIPTION, _NDPI, _MAKE, _JPEG_TABLES = 270, 65420, 271, 347
+_TILE_OFFSETS, _STRIP_OFFSETS, _TILE_LENGTHS, _STRIP_LENGTHS = 324, 273, 325, 279
 
 
 def is_tiff(head: bytes) -> bool:
@@ -48,113 +52,146 @@ def is_tiff(head: bytes) -> bool:
 def read_index(
     uri: str, slide_id: str, override: Mpp | None, stores: Stores, size: int, token: str
 ) -> SlideIndex | None:
-    """The index of a tiled 8-bit RGB TIFF; None when it needs a fallback reader."""
-    name = redact(uri)
+    """The index of a tiled 8-bit RGB TIFF; None when it needs a fallback reader.
+
+    Takes at most about 64 MiB and a second whatever the file says, and over a network at most
+    `tiff_tags.MAX_REQUESTS` requests.
+    """
     try:
-        with tifffile.TiffFile(cast(Any, HeaderFile(uri, stores, size, token))) as file:
-            return _from_file(file, uri, slide_id, override, size)
-    except SlideError:
-        raise
-    except (tifffile.TiffFileError, ValueError, KeyError, IndexError, TypeError, MemoryError, OSError,
-            AttributeError, RuntimeError, OverflowError, ZeroDivisionError) as error:  # fmt: skip
-        raise DamagedSlideError(
-            name, f"its TIFF headers cannot be read ({type(error).__name__}: {str(error)[:100]})."
-        ) from None
+        tags = TiffTags(partial(_fetch, uri, stores, token), size)
+        return _from_tags(tags, uri, slide_id, override)
+    except PastEndError as error:
+        raise ShortReadError(redact(uri), error.start, error.stop, size) from None
+    except BadTagError as error:
+        raise DamagedSlideError(redact(uri), f"its TIFF headers cannot be read: {error}.") from None
 
 
-def _from_file(
-    file: tifffile.TiffFile, uri: str, slide_id: str, override: Mpp | None, size: int
-) -> SlideIndex | None:
+def _fetch(uri: str, stores: Stores, token: str, start: int, stop: int) -> bytes:
+    return stores.read(uri, start, stop, token)
+
+
+@dataclass(frozen=True)
+class _Page:
+    """What one directory says about its image, as far as the pyramid needs it."""
+
+    tags: Directory
+    width: int
+    height: int
+    tile_width: int
+    tile_height: int
+    samples: int
+    bits: tuple[int, ...]
+    sample_format: int
+
+    @classmethod
+    def of(cls, tags: Directory) -> _Page:
+        width, height, tile_width, tile_height = (
+            tags.number(code) for code in (256, 257, 322, 323)
+        )
+        return cls(
+            tags, width, height, tile_width, tile_height,
+            tags.number(277, 1), tags.numbers(258, 4) or (1,), tags.number(339, 1),
+        )  # fmt: skip
+
+    @property
+    def is_tiled(self) -> bool:
+        return min(self.width, self.height, self.tile_width, self.tile_height) > 0
+
+    @property
+    def pixel(self) -> str:
+        """The type of a sample, as numpy would name it."""
+        kind = {1: "uint", 2: "int", 3: "float"}.get(self.sample_format, "sample")
+        return f"{kind}{'/'.join(str(b) for b in dict.fromkeys(self.bits))}"
+
+
+def _from_tags(tags: TiffTags, uri: str, slide_id: str, override: Mpp | None) -> SlideIndex | None:
     name = redact(uri)
-    if not len(file.pages):
+    if not tags.directories:
         raise NotASlideError(
             name,
             "a TIFF without a single image. It is truncated or still uploading: copy it again.",
         )
-    first = cast(tifffile.TiffPage, file.pages[0])
-    description = first.description or ""
+    pages = [_Page.of(directory) for directory in tags.directories]
+    first = pages[0]
+    description = first.tags.text(_DESCRIPTION, _MAX_TEXT_BYTES)
     vendors.refuse_fluorescence(name, description)
-    if file.is_ndpi:
+    if _NDPI in first.tags and _MAKE in first.tags:
         return None
-    _refuse_channels(name, file, first)
-    pages = _pyramid(file, first)
-    if not pages:
-        return None
-    codecs = [_codec(page) for page in pages]
-    if any(codec is None for codec in codecs):
+    _refuse_channels(name, pages)
+    levels = _pyramid(tags, pages)
+    codecs = [_codec(page) for page in levels]
+    known = [codec for codec in codecs if codec is not None]
+    if not levels or len(known) < len(levels):
         return None
     svs = description.startswith("Aperio")
+    ome = description[-10:].strip().endswith("OME>")
     found = vendors.require_mpp(
         name,
         override,
         vendors.aperio_mpp(description) if svs else None,
-        vendors.ome_mpp(description) if file.is_ome else None,
-        _resolution(first),
+        vendors.ome_mpp(description) if ome else None,
+        vendors.resolution_mpp(
+            first.tags.rational(282), first.tags.rational(283), first.tags.number(296, 2)
+        ),
     )
-    levels = tuple(
-        _level(name, page, cast(Codec, codec), first, found, size)
-        for page, codec in zip(pages, codecs, strict=True)
+    container, vendor = (
+        ("svs", "aperio") if svs else ("ome-tiff", "ome") if ome else ("tiff", "generic")
     )
-    container = "svs" if svs else "ome-tiff" if file.is_ome else "tiff"
-    vendor = "aperio" if svs else "ome" if file.is_ome else "generic"
-    return SlideIndex(slide_id, uri, container, vendor, found.x, found.y, found.source, levels)
+    return SlideIndex(
+        slide_id, uri, container, vendor, found.x, found.y, found.source,
+        _levels(name, levels, known, found, tags.reader.size_bytes),
+    )  # fmt: skip
 
 
-def _refuse_channels(name: str, file: tifffile.TiffFile, first: tifffile.TiffPage) -> None:
-    if first.dtype is None or first.dtype.itemsize != 1 or first.samplesperpixel not in (1, 3, 4):
+def _refuse_channels(name: str, pages: list[_Page]) -> None:
+    first = pages[0]
+    if set(first.bits) != {8} or first.sample_format != 1 or first.samples not in (1, 3, 4):
         raise UnsupportedSlideError(
             name,
-            f"{first.samplesperpixel} channel(s) of {first.dtype}: not 8-bit RGB; fluorescence or multiplex.",
+            f"{first.samples} channel(s) of {first.pixel}: not 8-bit RGB; fluorescence or multiplex.",
         )
-    if first.samplesperpixel == 1 and len(file.pages) > 1:
-        same = sum(1 for p in list(file.pages)[:_MAX_PAGES] if cast(Any, p).shape == first.shape)
-        if same > 1:
-            raise UnsupportedSlideError(name, f"{same} gray channels: fluorescence or multiplex.")
+    same = sum(1 for p in pages if (p.width, p.height, p.samples) == (first.width, first.height, 1))
+    if same > 1:
+        raise UnsupportedSlideError(name, f"{same} gray channels: fluorescence or multiplex.")
 
 
-def _pyramid(file: tifffile.TiffFile, first: tifffile.TiffPage) -> list[tifffile.TiffPage]:
+def _pyramid(tags: TiffTags, pages: list[_Page]) -> list[_Page]:
     """Page 0 and the smaller tiled pages of its shape, largest first; [] when page 0 is not tiled."""
+    first = pages[0]
     if not first.is_tiled:
         return []
-    others: list[Any] = [file.pages[i] for i in range(1, min(len(file.pages), _MAX_PAGES))]
-    if first.subifds and first.pages is not None:
-        others.extend(first.pages[i] for i in range(min(len(first.pages), 64)))
-    levels = [first]
-    for page in others:
-        full = page.aspage() if hasattr(page, "aspage") else page
-        if _is_reduction(first, full):
-            levels.append(full)
-    levels.sort(key=lambda p: -p.imagewidth)
-    unique = {p.imagewidth: p for p in reversed(levels)}
-    return [unique[w] for w in sorted(unique, reverse=True)]
+    others = tags.sub_directories(first.tags, _MAX_SUB_DIRECTORIES)
+    candidates = [*pages[1:], *(_Page.of(directory) for directory in others)]
+    levels = {first.width: first}
+    for page in candidates:
+        if page.width not in levels and _is_reduction(first, page):
+            levels[page.width] = page
+    return [levels[width] for width in sorted(levels, reverse=True)]
 
 
-def _is_reduction(first: tifffile.TiffPage, page: tifffile.TiffPage) -> bool:
-    if (
-        not page.is_tiled
-        or page.samplesperpixel != first.samplesperpixel
-        or page.dtype != first.dtype
-    ):
+def _is_reduction(first: _Page, page: _Page) -> bool:
+    if not page.is_tiled or (page.samples, page.pixel) != (first.samples, first.pixel):
         return False
-    if int(page.subfiletype) & _MACRO_FLAG or page.imagewidth >= first.imagewidth:
+    if page.tags.number(254) & _MACRO_FLAG or page.width >= first.width:
         return False
-    text = (page.description or "").lower()
-    if "label" in text.split("\n")[-1][:40] or "macro" in text.split("\n")[-1][:40]:
+    text = page.tags.text(_DESCRIPTION, _MAX_TEXT_BYTES).lower().rpartition("\n")[2][:40]
+    if "label" in text or "macro" in text:
         return False
-    rx, ry = first.imagewidth / page.imagewidth, first.imagelength / page.imagelength
-    slack = 2 * max(
-        rx / page.imagewidth, ry / page.imagelength
-    )  # sizes are rounded to whole pixels
+    rx, ry = first.width / page.width, first.height / page.height
+    slack = 2 * max(rx / page.width, ry / page.height)  # sizes are rounded to whole pixels
     return abs(rx - ry) <= max(slack, 0.01 * rx)
 
 
-def _codec(page: tifffile.TiffPage) -> Codec | None:
+def _codec(page: _Page) -> Codec | None:
     """How the page's tiles are stored; None when only a fallback reader can tell."""
-    compression, photometric = int(page.compression), int(page.photometric)
+    tags, compression = page.tags, page.tags.number(259, 1)
+    photometric, predictor = tags.number(262), tags.number(317, 1)
     kind = _COMPRESSIONS.get(compression)
-    if kind not in CODEC_KINDS or page.planarconfig != 1 or page.bitspersample != 8:
+    if kind not in CODEC_KINDS or set(page.bits) != {8}:
         return None
-    if page.predictor not in (1, 2) or photometric not in (_RGB, _YCBCR, _MINISBLACK):
+    if tags.number(284, 1) != 1 or tags.number(32997, 1) != 1:  # planes apart, or a volume
+        return None
+    if predictor not in (1, 2) or photometric not in (_RGB, _YCBCR, _MINISBLACK):
         return None
     if kind not in ("jpeg", "jpeg2000") and photometric == _YCBCR:
         return None
@@ -163,44 +200,71 @@ def _codec(page: tifffile.TiffPage) -> Codec | None:
         colour = "ycbcr"
     elif compression == 33005:
         colour = "rgb"
-    return Codec(
-        kind,
-        colour,
-        bytes(page.jpegtables or b""),
-        int(page.predictor),
-        int(page.samplesperpixel),
-    )
+    tables = tags.blob(_JPEG_TABLES, _MAX_TABLES_BYTES)
+    return Codec(kind, colour, tables, predictor, page.samples)
 
 
-def _level(
-    name: str, page: tifffile.TiffPage, codec: Codec, first: tifffile.TiffPage, mpp: Mpp, size: int
-) -> Level:
-    dx, dy = first.imagewidth / page.imagewidth, first.imagelength / page.imagelength
-    level = Level(
-        page.imagewidth,
-        page.imagelength,
-        page.tilewidth,
-        page.tilelength,
-        dx,
-        dy,
-        mpp.x * dx,
-        mpp.y * dy,
-        codec,
-    )
+def _levels(
+    name: str, pages: list[_Page], codecs: list[Codec], mpp: Mpp, size: int
+) -> tuple[Level, ...]:
+    first, out, tiles = pages[0], [], 0
+    for page, codec in zip(pages, codecs, strict=True):
+        dx, dy = first.width / page.width, first.height / page.height
+        level = Level(
+            page.width, page.height, page.tile_width, page.tile_height,
+            dx, dy, mpp.x * dx, mpp.y * dy, codec,
+        )  # fmt: skip
+        tiles += level.n_tiles
+        _check_sizes(name, level, tiles)
+        rows, overflow = _tile_rows(name, page.tags, level, size)
+        out.append(Level(**{**level.__dict__, "rows": rows, "overflow": overflow}))
+    return tuple(out)
+
+
+def _check_sizes(name: str, level: Level, tiles: int) -> None:
+    if max(level.width_px, level.height_px) > _MAX_SIDE_PX:
+        raise DamagedSlideError(name, f"claims {level.width_px:,} x {level.height_px:,} px.")
     if level.tile_width_px * level.tile_height_px > _MAX_TILE_PX:
         raise UnsupportedSlideError(
             name,
             f"tiles of {level.tile_width_px} x {level.tile_height_px} px are too large to read at random.",
         )
-    if level.n_tiles > _MAX_TILES:
-        raise DamagedSlideError(name, f"claims {level.n_tiles:,} tiles in one level.")
-    offsets = np.asarray(page.dataoffsets, np.uint64)
-    lengths = np.asarray(page.databytecounts, np.uint64)
-    if not len(offsets) == len(lengths) == level.n_tiles:
+    if tiles > _MAX_TILES:
+        raise DamagedSlideError(name, f"claims {tiles:,} tiles; a slide has about 150,000.")
+
+
+def _tile_rows(
+    name: str, tags: Directory, level: Level, size: int
+) -> tuple[NDArray[np.uint64], tuple[tuple[int, int], ...]]:
+    """The level's packed tile table, read and checked in parts."""
+    starts = _TILE_OFFSETS if _TILE_OFFSETS in tags else _STRIP_OFFSETS
+    sizes = _TILE_LENGTHS if _TILE_LENGTHS in tags else _STRIP_LENGTHS
+    if not tags.count(starts) == tags.count(sizes) == level.n_tiles:
         raise DamagedSlideError(
             name,
-            f"a level of {level.n_tiles} tiles lists {len(offsets)} offsets and {len(lengths)} lengths.",
+            f"a level of {level.n_tiles} tiles lists {tags.count(starts)} offsets "
+            f"and {tags.count(sizes)} lengths.",
         )
+    # No codec makes a tile four times larger than its pixels; a loader would read what this says.
+    most = 4 * level.tile_width_px * level.tile_height_px * level.codec.samples + 2**16
+    rows, at = np.empty(level.n_tiles, np.uint64), 0
+    large: list[tuple[int, int]] = []
+    for offsets, lengths in zip(tags.table(starts), tags.table(sizes), strict=True):
+        _check_ranges(name, offsets, lengths, size, most)
+        packed, overflow = pack_rows(np.where(lengths > 0, offsets, 0), lengths)
+        escaped = (packed & np.uint64(0xFFFFFF)) == np.uint64(0xFFFFFF)
+        packed[escaped] += np.uint64(len(large) << 24)  # they count from the level's first
+        rows[at : at + len(packed)] = packed
+        large.extend(overflow)
+        at += len(packed)
+        if len(large) > _MAX_LARGE_TILES:
+            raise DamagedSlideError(name, "lists thousands of tiles of 16 MB, or beyond 1 TB.")
+    return rows, tuple(large)
+
+
+def _check_ranges(
+    name: str, offsets: NDArray[np.uint64], lengths: NDArray[np.uint64], size: int, most: int
+) -> None:
     limit = np.uint64(size)
     past = np.flatnonzero(
         (lengths > limit) | ((lengths > 0) & (offsets > limit - np.minimum(lengths, limit)))
@@ -208,72 +272,7 @@ def _level(
     if len(past):
         start, length = int(offsets[past[0]]), int(lengths[past[0]])
         raise ShortReadError(name, start, start + length, size)
-    rows, overflow = pack_rows(np.where(lengths > 0, offsets, 0), lengths)
-    return Level(**{**level.__dict__, "rows": rows, "overflow": overflow})
-
-
-def _resolution(page: tifffile.TiffPage) -> Mpp | None:
-    tags = [page.tags.get(code) for code in (282, 283, 296)]
-    x, y = (tag.value if tag else None for tag in tags[:2])
-    return vendors.resolution_mpp(x, y, tags[2].value if tags[2] else 2)
-
-
-class HeaderFile(io.RawIOBase):
-    """A seekable file over a store that reads aligned blocks once: enough to parse headers."""
-
-    def __init__(self, uri: str, stores: Stores, size: int, token: str) -> None:
-        self.name = "slide"
-        self._uri, self._stores, self._size, self._token = uri, stores, size, token
-        self._position = 0
-        self._blocks: dict[int, bytes] = {}
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def seekable(self) -> bool:
-        """Yes."""
-        return True
-
-    def tell(self) -> int:
-        """The position in bytes."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to a position; past the end is allowed, as in files."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def read(self, count: int | None = -1) -> bytes:
-        """Up to `count` bytes, fewer at the end."""
-        left = max(0, self._size - self._position)
-        count = left if count is None or count < 0 else min(count, left)
-        first, last = self._position // _BLOCK_BYTES, (self._position + count - 1) // _BLOCK_BYTES
-        if count == 0:
-            return b""
-        self._load(first, last)
-        data = b"".join(self._blocks[i] for i in range(first, last + 1))
-        skip = self._position - first * _BLOCK_BYTES
-        self._position += count
-        return data[skip : skip + count]
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer; returns how much."""
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def _load(self, first: int, last: int) -> None:
-        """Fetch the blocks that are missing, each run of neighbours in one request."""
-        missing = [i for i in range(first, last + 1) if i not in self._blocks]
-        while missing:
-            run = [missing.pop(0)]
-            while missing and missing[0] == run[-1] + 1:
-                run.append(missing.pop(0))
-            start = run[0] * _BLOCK_BYTES
-            data = self._stores.read(
-                self._uri, start, min(self._size, (run[-1] + 1) * _BLOCK_BYTES), self._token
-            )
-            for k, block in enumerate(run):
-                self._blocks[block] = data[k * _BLOCK_BYTES : (k + 1) * _BLOCK_BYTES]
+    if len(lengths) and int(lengths.max()) > most:
+        raise DamagedSlideError(
+            name, f"a tile claims {int(lengths.max()):,} bytes, more than its pixels could need."
+        )

@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import defusedxml.ElementTree as ElementTree
+from defusedxml import DefusedXmlException
+from defusedxml.ElementTree import DefusedXMLParser, ParseError
 
 from online_patching.errors import MppError, UnsupportedSlideError
-from online_patching.slide_index import SlideIndex
+from online_patching.slide_index import MPP_OVERRIDE, SlideIndex
 
 _MICRONS = {
     "µm": 1.0,
@@ -21,13 +22,17 @@ _MICRONS = {
     "cm": 1e4,
     "m": 1e6,
 }
+_MAX_ELEMENTS = 10_000  # OME-XML names its pixels within the first hundred
 _UNIT_UM = {2: 25_400.0, 3: 10_000.0}
 """TIFF ResolutionUnit: 2 inch, 3 centimetre; 1 means that the numbers carry no unit."""
 
 
 @dataclass(frozen=True)
 class Mpp:
-    """µm/px by axis and where it came from: vendor tag, ome metadata, resolution tag, override table."""
+    """µm/px by axis and where it came from: vendor tag, ome metadata, resolution tag, override table.
+
+    Only the override table's two values may differ by more than a scanner's would.
+    """
 
     x: float
     y: float
@@ -35,14 +40,14 @@ class Mpp:
 
     @classmethod
     def override(cls, mpp: float | tuple[float, float]) -> Mpp:
-        """µm/px that somebody wrote into the override table."""
-        x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
-        return cls(float(x), float(y), "override table")
+        """µm/px that somebody wrote into the override table: one value, or x and y."""
+        x, y = mpp if isinstance(mpp, (tuple, list)) else (mpp, mpp)
+        return cls(float(x), float(y), MPP_OVERRIDE)
 
 
 def aperio_mpp(description: str) -> Mpp | None:
     """`MPP = 0.499` in an Aperio ImageDescription."""
-    match = re.search(r"\|\s*MPP\s*=\s*([0-9.eE+-]+)", description)
+    match = re.search(r"\|\s*MPP\s*=\s*([0-9.eE+-]{1,32})", description)
     try:
         return Mpp(float(match[1]), float(match[1]), "vendor tag") if match else None
     except ValueError:
@@ -61,19 +66,45 @@ def resolution_mpp(x: Any, y: Any, unit: int) -> Mpp | None:
 
 def ome_mpp(description: str) -> Mpp | None:
     """PhysicalSizeX and Y of the first image in OME-XML."""
+    pixels = _FirstPixels()
+    parser = DefusedXMLParser(target=pixels, forbid_dtd=True)
     try:
-        root = ElementTree.fromstring(description)
-    except Exception:  # malformed or hostile XML says nothing about µm/px
+        parser.feed(description)
+        parser.close()
+    except _StopReadingError:
+        pass
+    except (ParseError, DefusedXmlException, ValueError, LookupError):
+        return None  # malformed or hostile XML says nothing about µm/px
+    try:
+        scale = [_MICRONS[pixels.found.get(f"PhysicalSize{a}Unit", "µm")] for a in "XY"]
+        x, y = (float(pixels.found[f"PhysicalSize{a}"]) for a in "XY")
+    except (KeyError, ValueError):
         return None
-    for pixels in root.iter():
-        if str(pixels.tag).rpartition("}")[2] == "Pixels":
-            try:
-                scale = [_MICRONS[pixels.get(f"PhysicalSize{a}Unit", "µm")] for a in "XY"]
-                x, y = (float(pixels.attrib[f"PhysicalSize{a}"]) for a in "XY")
-                return Mpp(x * scale[0], y * scale[1], "ome metadata")
-            except (KeyError, ValueError):
-                return None
-    return None
+    return Mpp(x * scale[0], y * scale[1], "ome metadata")
+
+
+class _StopReadingError(Exception):
+    """Enough of the XML was seen."""
+
+
+class _FirstPixels:
+    """What a parser tells: no tree is built, and reading ends at the first Pixels element."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+        self._left = _MAX_ELEMENTS
+
+    def start(self, tag: str, attributes: dict[str, str]) -> None:
+        """An element begins."""
+        self._left -= 1
+        if tag.rpartition("}")[2] == "Pixels":
+            self.found = attributes
+        elif self._left:
+            return
+        raise _StopReadingError
+
+    def close(self) -> None:
+        """The document has ended."""
 
 
 def require_mpp(uri: str, *candidates: Mpp | None) -> Mpp:
@@ -94,7 +125,7 @@ def refuse_fluorescence(uri: str, text: str) -> None:
         raise UnsupportedSlideError(
             uri, "multiplex fluorescence (PerkinElmer QPI), not a stained slide."
         )
-    match = re.search(r"ExcitationWaveLength=(\d+)", text)
+    match = re.search(r"ExcitationWaveLength=([0-9]{1,18})", text)
     if match and int(match[1]) > 0:
         raise UnsupportedSlideError(
             uri, f"fluorescence (excitation at {match[1]} nm), not a stained slide."
