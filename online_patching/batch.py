@@ -148,3 +148,10 @@ def draw_with(
     if not barred:
         return source.draw_batch(draws, attempt)
     return source.draw_batch(draws, attempt, barred=barred)  # type: ignore[call-arg]
+
+
+def no_patches(source: DrawSource) -> PatchBatch:
+    """A batch of no patches: what a rank gets of a last step that others fill."""
+    one = vars(source.draw_batch([0]))
+    columns = Draws(**{name: column[:0] for name, column in one.items()})
+    return PatchBatch(np.empty(batch_shape(source, 0), np.uint8), columns, source, [])

@@ -13,7 +13,8 @@ class Stats:
     """What was read so far. Add under `lock` when several threads share one.
 
     `bytes_wanted` are the bytes of the tiles touched; `bytes_read` are the bytes asked of the
-    store for them, so `bytes_read - bytes_wanted` is the excess that merging ranges costs.
+    store for them, so `bytes_read - bytes_wanted` is the excess that merging ranges costs. `failures`
+    are patches that were replaced, by reason; `filtered` those that a pixel filter refused, by filter.
     """
 
     patches: int = 0
@@ -24,6 +25,7 @@ class Stats:
     bytes_read: int = 0
     wait_s: float = 0.0
     failures: Counter[str] = field(default_factory=Counter)
+    filtered: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
@@ -35,16 +37,21 @@ class Stats:
                 setattr(self, name, getattr(self, name) + amount)
 
     def fail(self, reason: str) -> None:
-        """Count one failed draw under a reason."""
+        """Count one failed patch under a reason."""
         with self.lock:
             self.failures[reason] += 1
+
+    def refuse(self, reason: str) -> None:
+        """Count one patch that a pixel filter refused."""
+        with self.lock:
+            self.filtered[reason] += 1
 
     def merge(self, other: dict[str, Any]) -> None:
         """Add another process's counters (its `as_dict`)."""
         with self.lock:
             for name, amount in other.items():
-                if name == "failures":
-                    self.failures.update(amount)
+                if name in ("failures", "filtered"):
+                    getattr(self, name).update(amount)
                 else:
                     setattr(self, name, getattr(self, name) + amount)
 
@@ -56,9 +63,15 @@ class Stats:
         return (
             f"read {now['tiles']:,} tiles in {now['requests']:,} requests, {now['bytes_read'] / 1e6:,.1f} MB "
             f"(+{excess:.1%} beyond the tiles touched), {now['retries']:,} retries, {failed:,} patches replaced"
+            + (
+                f", {refused:,} refused by filters"
+                if (refused := sum(now["filtered"].values()))
+                else ""
+            )
         )
 
     def as_dict(self) -> dict[str, Any]:
         """A plain dictionary, for JSON, a log line or another process."""
         with self.lock:
-            return {**asdict(self), "failures": dict(self.failures)}
+            counts = {"failures": dict(self.failures), "filtered": dict(self.filtered)}
+            return {**asdict(self), **counts}

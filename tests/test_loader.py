@@ -84,7 +84,7 @@ def test_a_resumed_loader_continues_the_very_same_batches(
     with PatchLoader(sampler, 6, prefetch=3, workers=workers) as first:
         take(first, stopped_after)  # more are in flight: that is where loaders break
         saved = json.dumps(first.state_dict())
-    assert len(saved) < 1000
+    assert len(saved) < 1500
     with PatchLoader(sampler, 6) as resumed:
         resumed.load_state_dict(json.loads(saved))
         assert_same_pixels(take(resumed, 10 - stopped_after), reference[stopped_after:])
@@ -265,11 +265,12 @@ def test_views_of_shared_memory_must_be_released(sampler, reference):
             batch = loader.next_batch()
             np.testing.assert_array_equal(batch.pixels, reference[k])
             batch.release()
-        held = [loader.next_batch(), loader.next_batch()]
-        with pytest.raises(errors.LoaderError, match="release"):
-            held.append(loader.next_batch())
-        held.clear()
-        del batch
+        held = [loader.next_batch() for _ in range(3)]
+        with pytest.raises(errors.LoaderError, match="all 3 buffers are held.*release"):
+            loader.next_batch()
+        # Views outlive the loader, and what was not delivered comes again.
+        assert_same_pixels([b.pixels for b in held], reference[5:8])
+        np.testing.assert_array_equal(loader.next_batch().pixels, reference[8])
 
 
 def test_nothing_is_left_behind(sampler):
