@@ -1,23 +1,25 @@
 """Many slides on disk, opened without reading them: fixed-size records, tile rows and masks.
 
-A real slide has about 150,000 tiles, so the offsets of 10^5 slides are 200 GB: they stay in
+A real slide has about 150,000 tiles, so the offsets of 10^6 slides are 1.2 TB: they stay in
 memory-mapped files and a patch reads two short rows of them. A corpus folder holds
 
     slides/<slide_id>.index    one SlideIndex each (written by indexing)
     masks/<slide_id>.png       one ForegroundMask each (written by the foreground stage)
     corpus.json                which packed generation is current, and its digest
-    packed/<generation>/       slides.bin, headers.bin, tiles.bin, masks.bin: what is mapped
+    packed/<generation>/       slides.bin, levels.bin, ... (records.py): what is mapped
 
-`Corpus.build` packs the first two into the last two; corpus.json is replaced last, atomically, so
-that a reader sees the old generation or the new one.
+`Corpus.build` packs the first two into the last two, one slide in memory at a time; corpus.json is
+replaced last, atomically, so that a reader sees the old generation or the new one.
 """
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
-import shutil
-from collections.abc import Sequence
+import mmap
+import os
+import re
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,197 +28,184 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from online_patching import bitmaps
-from online_patching.bitmaps import PADDING_BYTES
-from online_patching.errors import CorpusError, PatchingError
-from online_patching.mask import QUANTILE_SIDES_UM, ForegroundMask
+from online_patching.errors import CorpusError, MaskError
+from online_patching.mask import ForegroundMask
+from online_patching.packing import FILES, LEFT_OUT, VERSION, Packer, pack_folder
+from online_patching.records import (
+    KINDS,
+    SLIDE_RECORD,
+    Packed,
+    check,
+    read_codec,
+    read_index,
+    read_text,
+)
 from online_patching.slide_index import Codec, SlideIndex
-from online_patching.stores import atomic_write_bytes, atomic_write_text, is_remote
 
-SLIDE_RECORD = np.dtype(
-    [
-        ("width_px0", "<i8"), ("height_px0", "<i8"), ("mpp_x", "<f8"), ("mpp_y", "<f8"),
-        ("header_offset", "<i8"), ("header_bytes", "<i8"), ("first_tile", "<i8"), ("n_tiles", "<i8"),
-        ("mask_offset", "<i8"), ("mask_width", "<i4"), ("mask_height", "<i4"), ("tissue_cells", "<i8"),
-        ("rich_fractions", "<f4", (len(QUANTILE_SIDES_UM),)),
-        ("first_level", "<i8"), ("n_levels", "<i4"), ("reader", "<i4"),
-        ("size_bytes", "<i8"), ("mtime_ns", "<i8"),
-    ]
-)  # fmt: skip
-"""One slide: what a draw needs, and where the rest lies."""
-
-LEVEL_RECORD = np.dtype(
-    [
-        ("width_px", "<i8"), ("height_px", "<i8"), ("tile_width_px", "<i4"), ("tile_height_px", "<i4"),
-        ("columns", "<i8"), ("downsample_x", "<f8"), ("downsample_y", "<f8"), ("mpp", "<f8"),
-        ("first_tile", "<i8"), ("codec", "<i4"), ("parts", "<i4"),
-    ]
-)  # fmt: skip
-"""One level of a slide, in the order of its index."""
-
-READERS = ("ranges", "chunks", "fallback")
-"""What `records["reader"]` counts: byte ranges of one object, Zarr chunks, another library."""
-
-_VERSION = 2
-_FILES = ("slides.bin", "headers.bin", "tiles.bin", "masks.bin")
+_BLOCK_ROWS = 32_768
 
 
 class Corpus:
-    """Slides and their masks, by row number. Make one with `build`, `open` or `from_slides`."""
+    """Slides and their masks, by row number. Make one with `build`, `open` or `from_slides`.
+
+    `records` (one SLIDE_RECORD a slide), `levels` (LEVEL_RECORD; row s has those from
+    first_level[s] on) and `tiles` (packed tile rows) are read in place, from the mapped files:
+    `corpus.records["mpp_x"][rows]` touches the pages of these rows and no others. They are checked
+    when a row is first looked up by a method; a caller that takes rows from elsewhere calls
+    `check(rows)` before it follows an offset.
+    """
 
     def __init__(
         self,
-        records: NDArray[np.void],
-        headers: NDArray[np.uint8],
-        tiles: NDArray[np.uint64],
-        masks: NDArray[np.uint8],
+        packed: Packed,
         digest: str,
         folder: Path | None = None,
-        left_out: Sequence[tuple[str, str]] = (),
+        generation: Path | None = None,
     ) -> None:
-        self.records, self.digest, self.folder = records, digest, folder
-        self.left_out = [tuple(pair) for pair in left_out]
-        self._headers, self.tiles, self._masks = headers, tiles, masks
-        self._counts = masks[: len(masks) // 8 * 8].view("<i8")
-        # Bounded: a row's SlideIndex holds views, but its header is parsed JSON.
+        self.records, self.levels, self.tiles = packed.slides, packed.levels, packed.tiles
+        self.digest, self.folder = digest, folder
+        self.codecs: Sequence[Codec] = _Codecs(packed)
+        self._packed, self._generation = packed, generation
+        self._counts = packed.masks[: len(packed.masks) // 8 * 8].view("<i8")
+        self._checked = np.zeros(len(packed.slides), bool)
+        # Bounded: a row's SlideIndex holds views, but is made of parsed JSON.
         self.index = lru_cache(maxsize=512)(self._index)
         self.mask = lru_cache(maxsize=512)(self._mask)
 
     @classmethod
     def from_slides(cls, indexes: Sequence[SlideIndex], masks: Sequence[ForegroundMask]) -> Corpus:
-        """A corpus in memory. Masks must belong to the slides, in the same order."""
+        """A corpus in memory, URIs with their secrets. Masks must belong to the slides, in order."""
         if len(indexes) != len(masks) or not indexes:
             raise CorpusError(f"{len(indexes)} slides and {len(masks)} masks do not make a corpus")
-        records = np.zeros(len(indexes), SLIDE_RECORD)
-        headers, tiles, bits = bytearray(), [], bytearray()
-        n_tiles, n_levels, hasher = 0, 0, hashlib.sha256()
-        for record, index, mask in zip(records, indexes, masks, strict=True):
-            if mask.size_px0 != index.dimensions:
-                raise CorpusError(
-                    f"{index.slide_id}: its mask is for a slide of {mask.size_px0} px, "
-                    f"the slide has {index.dimensions}. Make the masks again."
-                )
-            header, rows = index.to_bytes(keep_secrets=True)  # saved indexes hold none to keep
-            _fill_record(record, index, mask)
-            record["header_offset"], record["header_bytes"] = len(headers), len(header)
-            record["first_tile"], record["n_tiles"] = n_tiles, len(rows)
-            record["mask_offset"] = len(bits)
-            headers += header
-            tiles.append(rows)
-            n_tiles += len(rows)
-            bits += mask.row_start.astype("<i8").tobytes() + mask.packed.tobytes()
-            bits += bytes(-len(bits) % 8)  # row counts are read as aligned 64-bit words
-            record["first_level"], n_levels = n_levels, n_levels + len(index.levels)
-            hasher.update(f"{index.slide_id} {index.digest} {mask.digest}\n".encode())
-        bits += bytes(PADDING_BYTES)
-        return cls(
-            records,
-            np.frombuffer(bytes(headers), np.uint8),
-            np.concatenate(tiles),
-            np.frombuffer(bytes(bits), np.uint8),
-            hasher.hexdigest(),
-        )
+        sinks = {name: io.BytesIO() for name in KINDS}
+        packer = Packer(sinks, keep_secrets=True)
+        for index, mask in zip(indexes, masks, strict=True):
+            packer.add(index, mask)
+        packer.finish()
+        arrays = (_array(sinks[name].getbuffer(), kind) for name, kind in KINDS.items())
+        return cls(Packed(*arrays), packer.digest)
 
     @classmethod
     def build(cls, folder: str | Path) -> Corpus:
         """Pack a folder's slide indexes and masks, and open the result.
 
         Slides without a mask, with an empty or foreign one, or with a damaged index are left out;
-        `left_out` lists them with the reason. CorpusError when nothing is left.
+        `left_out` lists them with the reason. CorpusError when nothing is left. Memory: one slide,
+        and the names of the index files.
         """
         root = Path(folder)
-        indexes, masks, left_out = [], [], []
-        for path in sorted((root / "slides").glob("*.index")):
-            try:
-                index = SlideIndex.load(path)
-                mask = ForegroundMask.load(root / "masks" / f"{path.stem}.png")
-                reason = _unusable(index, mask)
-            except PatchingError as error:
-                reason = str(error)
-            if reason:
-                left_out.append((path.stem, reason))
-            else:
-                indexes.append(index)
-                masks.append(mask)
-        if not indexes:
-            reasons = (
-                "; ".join(f"{name}: {why}" for name, why in left_out[:3])
-                or "there are no slide indexes"
-            )
-            raise CorpusError(f"{root}: no slide can be used ({reasons}).")
-        corpus = cls.from_slides(indexes, masks)
-        corpus._write(root, left_out)
+        pack_folder(root)
         return cls.open(root)
 
     @classmethod
     def open(cls, folder: str | Path) -> Corpus:
-        """Map a packed corpus; CorpusError when it is missing, half-written or of another version."""
+        """Map a packed corpus; CorpusError when it is missing, half-written or of another version.
+
+        Reads nothing but corpus.json, whatever the number of slides.
+        """
         root = Path(folder)
         try:
             about = json.loads((root / "corpus.json").read_text())
+            if about["version"] != VERSION:
+                raise ValueError(f"its version is {about['version']}, this code reads {VERSION}")
+            if not re.fullmatch("[0-9a-f]{32}", about["generation"]):
+                raise ValueError("the generation it names is none")
             packed = root / "packed" / about["generation"]
-            if about["version"] != _VERSION:
-                raise ValueError(f"its version is {about['version']}, this code reads {_VERSION}")
-            for name in _FILES:
-                if (packed / name).stat().st_size != about["bytes"][name]:
-                    raise ValueError(f"{name} is not as large as corpus.json says")
-            maps = [
-                _map(packed / name, kind)
-                for name, kind in zip(_FILES, (SLIDE_RECORD, "u1", "<u8", "u1"), strict=True)
-            ]
+            arrays = Packed(
+                *(_map(packed / FILES[name], KINDS[name], about["bytes"][name]) for name in KINDS)
+            )
+            if len(arrays.slides) != about["slides"] or not len(arrays.slides):
+                raise ValueError("it does not hold as many slides as corpus.json says")
+            digest = str(about["digest"])
         except FileNotFoundError as error:
             raise CorpusError(
                 f"{root}: no packed corpus there ({Path(str(error.filename)).name} is missing). "
                 "Run `pathfm index` and `pathfm foreground` first."
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorpusError(
                 f"{root}: corpus.json cannot be used ({error}). Run `pathfm foreground` again."
             ) from None
-        records, headers, tiles, masks = maps
-        return cls(records, headers, tiles, masks, about["digest"], root, about["left_out"])
+        return cls(arrays, digest, root, packed)
 
     def __len__(self) -> int:
         return len(self.records)
 
     @property
     def slide_ids(self) -> list[str]:
-        """Slide ids by row; reads every header, so meant for tables, not for loops over draws."""
-        return [self.index(i).slide_id for i in range(len(self))]
+        """Slide ids by row; reads every record, so meant for tables, not for loops over draws."""
+        return [self.slide_id(row) for row in range(len(self))]
+
+    @cached_property
+    def left_out(self) -> list[tuple[str, str]]:
+        """Slides that `build` could not use, each with the reason."""
+        if self._generation is None:
+            return []
+        try:
+            pairs = json.loads((self._generation / LEFT_OUT).read_text())
+            return [(str(name), str(reason)) for name, reason in pairs]
+        except (OSError, ValueError, TypeError) as error:
+            raise CorpusError(
+                f"{self.folder}: {LEFT_OUT} cannot be read ({error}). Run `pathfm foreground` again."
+            ) from None
 
     def slide_id(self, row: int) -> str:
         """The slide id of a row."""
-        return str(self.index(row).slide_id)
+        return self._text(row, 0)
 
     def uri(self, row: int) -> str:
         """Where the bytes of a row's slide are."""
-        return str(self.index(row).uri)
+        return self._text(row, 1)
 
     def token(self, row: int) -> str:
         """What tells whether the bytes of a row's slide are still the indexed ones."""
-        return str(self.index(row).token)
+        return self._text(row, 2)
 
-    @property
-    def levels(self) -> NDArray[np.void]:
-        """One LEVEL_RECORD a level: row s has those from first_level[s] on."""
-        return self._tables[0]
+    def blocks(self, rows: int = _BLOCK_ROWS) -> Iterator[tuple[int, NDArray[np.void]]]:
+        """All records, as (first row, records), a block at a time: for what must see every slide.
 
-    @property
-    def codecs(self) -> tuple[Codec, ...]:
-        """What `levels["codec"]` counts."""
-        return self._tables[1]
+        On disk they are read into one buffer that is used again, so keep no views; columns of all
+        of `records` would leave the whole file mapped into every process instead.
+        """
+        if self._generation is None:
+            yield from ((i, self.records[i : i + rows]) for i in range(0, len(self), rows))
+            return
+        buffer = np.empty(min(rows, len(self)), SLIDE_RECORD)
+        try:
+            with open(self._generation / FILES["slides"], "rb") as file:
+                for start in range(0, len(self), rows):
+                    block = buffer[: len(self) - start]
+                    if file.readinto(block.view(np.uint8).data) != block.nbytes:
+                        raise CorpusError(f"{self.folder}: slides.bin shrank while it was read.")
+                    yield start, block
+        except OSError as error:
+            raise CorpusError(f"{self.folder}: slides.bin cannot be read ({error}).") from None
+
+    def check(self, rows: ArrayLike) -> None:
+        """CorpusError unless the records of these rows can be followed: once a row, then free."""
+        asked = np.atleast_1d(np.asarray(rows, np.int64))
+        if asked.size and not 0 <= int(asked.min()) <= int(asked.max()) < len(self):
+            raise CorpusError(f"the corpus has rows 0 to {len(self) - 1}, not {asked.tolist()[:5]}")
+        new = asked[~self._checked[asked]]
+        if len(new):
+            check(self._packed, new)
+            self._checked[new] = True
 
     def tissue_points(
         self, rows: ArrayLike, cells: ArrayLike, u: ArrayLike, v: ArrayLike
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """`ForegroundMask.tissue_point` of many draws, of any slides: level-0 x and y, float64.
 
-        Arrays of one length. The same bits as one call a draw.
+        Arrays of one length. The same bits as one call a draw. CorpusError for a cell that a mask
+        does not have.
         """
         at = self._bitmaps(np.asarray(rows, np.int64))
         cell = np.asarray(cells, np.int64)
-        return bitmaps.tissue_points(
-            self._counts, self._masks, at, cell, np.asarray(u, float), np.asarray(v, float)
-        )
+        point = np.asarray(u, np.float64), np.asarray(v, np.float64)
+        try:
+            return bitmaps.tissue_points(self._counts, self._packed.masks, at, cell, *point)
+        except MaskError as error:
+            raise CorpusError(f"{self.folder or 'a corpus in memory'}: {error}") from None
 
     def tissue_fractions(
         self,
@@ -232,105 +221,64 @@ class Corpus:
         """
         at = self._bitmaps(np.asarray(rows, np.int64))
         box = (np.asarray(values, np.float64) for values in (x_px0, y_px0, w_px0, h_px0))
-        return bitmaps.tissue_fractions(self._masks, at, *box)
+        return bitmaps.tissue_fractions(self._packed.masks, at, *box)
 
     def _bitmaps(self, rows: NDArray[np.int64]) -> bitmaps.Bitmaps:
+        self.check(rows)
         found = self.records[rows]
-        width, height, offset = (
-            found[name].astype(np.int64) for name in ("mask_width", "mask_height", "mask_offset")
-        )
-        return bitmaps.Bitmaps(
-            offset >> 3,
-            offset + 8 * (height + 1),
-            width,
-            height,
-            found["width_px0"],
-            found["height_px0"],
-        )
+        width, height = (found[name].astype(np.int64) for name in ("mask_width", "mask_height"))
+        offset = found["mask_offset"]
+        size = found["width_px0"], found["height_px0"]
+        return bitmaps.Bitmaps(offset >> 3, offset + 8 * (height + 1), width, height, *size)
 
-    @cached_property
-    def _tables(self) -> tuple[NDArray[np.void], tuple[Codec, ...]]:
-        rows: list[tuple[Any, ...]] = []
-        codecs: dict[str, tuple[int, Codec]] = {}
-        for record, row in zip(self.records, range(len(self)), strict=True):
-            tile = int(record["first_tile"])
-            for level in self.index(row).levels:
-                key = json.dumps(level.codec.to_json(), sort_keys=True)
-                number, _ = codecs.setdefault(key, (len(codecs), level.codec))
-                first = -1 if level.rows is None else tile
-                tile += 0 if level.rows is None else len(level.rows)
-                rows.append(
-                    (level.width_px, level.height_px, level.tile_width_px, level.tile_height_px,
-                     level.columns, level.downsample_x, level.downsample_y, level.mpp, first,
-                     number, level.parts)
-                )  # fmt: skip
-        return np.array(rows, LEVEL_RECORD), tuple(codec for _, codec in codecs.values())
+    def _text(self, row: int, which: int) -> str:
+        self._check_one(row)
+        return read_text(self._packed, row, which)
+
+    def _check_one(self, row: int) -> None:
+        if not (0 <= row < len(self) and self._checked[row]):
+            self.check(row)
 
     def _index(self, row: int) -> SlideIndex:
         """The SlideIndex of a row; its tile rows are views of the mapped file."""
-        record = self.records[row]
-        start, first = int(record["header_offset"]), int(record["first_tile"])
-        header = self._headers[start : start + int(record["header_bytes"])].tobytes()
-        return SlideIndex.from_bytes(header, self.tiles[first : first + int(record["n_tiles"])])
+        self._check_one(row)
+        return read_index(self._packed, self.codecs, row)
 
     def _mask(self, row: int) -> ForegroundMask:
         """The mask of a row, as views of the mapped file."""
+        self._check_one(row)
         record = self.records[row]
         start, height, width = (
             int(record[k]) for k in ("mask_offset", "mask_height", "mask_width")
         )
         bits = start + 8 * (height + 1)
-        row_start = self._masks[start:bits].view("<i8")
-        packed = self._masks[bits : bits + height * -(-width // 8)].reshape(height, -1)
+        row_start = self._packed.masks[start:bits].view("<i8")
+        packed = self._packed.masks[bits : bits + height * -(-width // 8)].reshape(height, -1)
         size = (int(record["width_px0"]), int(record["height_px0"]))
         return ForegroundMask(
             packed, row_start, width, size, (float(record["mpp_x"]), float(record["mpp_y"]))
         )
 
-    def _write(self, root: Path, left_out: list[tuple[str, str]]) -> None:
-        arrays: tuple[NDArray[Any], ...] = (self.records, self._headers, self.tiles, self._masks)
-        # Not the digest: a copy of the slides elsewhere has the same one, and other URIs.
-        names = self.digest.encode() + self.records.tobytes() + self._headers.tobytes()
-        generation = hashlib.sha256(names).hexdigest()[:32]
-        folder = root / "packed" / generation
-        keep = {generation, _current_generation(root)}  # somebody may be opening the current one
-        sizes = {}
-        for name, array in zip(_FILES, arrays, strict=True):
-            atomic_write_bytes(folder / name, array.tobytes())
-            sizes[name] = array.nbytes
-        about = {
-            "version": _VERSION,
-            "digest": self.digest,
-            "generation": generation,
-            "slides": len(self),
-            "bytes": sizes,
-            "left_out": left_out,
-        }
-        atomic_write_text(root / "corpus.json", json.dumps(about, indent=1))
-        for old in (root / "packed").iterdir():
-            if old.name not in keep:
-                shutil.rmtree(old, ignore_errors=True)
-
     def __reduce__(self) -> tuple[Any, ...]:
         if self.folder is not None:
             return (_reopen, (self.folder, self.digest))
-        fields = (
-            self.records,
-            self._headers,
-            self.tiles,
-            self._masks,
-            self.digest,
-            None,
-            self.left_out,
-        )
-        return (Corpus, fields)
+        return (Corpus, (self._packed, self.digest))
 
 
-def _current_generation(root: Path) -> str:
-    try:
-        return str(json.loads((root / "corpus.json").read_text())["generation"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+class _Codecs(Sequence[Codec]):
+    """The distinct codecs of a corpus by number, each parsed when it is first asked for."""
+
+    def __init__(self, packed: Packed) -> None:
+        self._packed = packed
+        self._codec = lru_cache(maxsize=4096)(lambda number: read_codec(packed, number))
+
+    def __len__(self) -> int:
+        return len(self._packed.codecs)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return tuple(self[i] for i in range(*number.indices(len(self))))
+        return self._codec(range(len(self))[number])
 
 
 def _reopen(folder: Path, digest: str) -> Corpus:
@@ -342,36 +290,20 @@ def _reopen(folder: Path, digest: str) -> Corpus:
     return corpus
 
 
-def _fill_record(record: np.void, index: SlideIndex, mask: ForegroundMask) -> None:
-    record["width_px0"], record["height_px0"] = index.dimensions
-    record["mpp_x"], record["mpp_y"] = index.mpp_x, index.mpp_y
-    record["mask_width"], record["mask_height"] = mask.width, mask.height
-    record["tissue_cells"] = mask.tissue_cells
-    record["rich_fractions"] = mask.rich_box_fractions()
-    record["n_levels"], record["size_bytes"] = len(index.levels), index.size_bytes
-    record["mtime_ns"] = _mtime_ns(index)
-    record["reader"] = 2 if index.fallback else int(index.levels[0].keys is not None)
+def _map(path: Path, kind: np.dtype[Any], n_bytes: int) -> NDArray[Any]:
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size != n_bytes or n_bytes % kind.itemsize:
+            raise ValueError(f"{path.name} is not as large as corpus.json says")
+        if not n_bytes:  # an empty file cannot be mapped
+            return np.empty(0, kind)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # A draw wants a few bytes here and there: reading ahead would fetch 30 times as much.
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, kind)
 
 
-def _mtime_ns(index: SlideIndex) -> int:
-    """When a local file was last written, as its token says; 0 for anything else."""
-    size, _, mtime_ns = index.token.partition("-")
-    local = not is_remote(index.uri) and size == str(index.size_bytes) and mtime_ns.isdigit()
-    return int(mtime_ns) if local and len(mtime_ns) <= 19 else 0
-
-
-def _unusable(index: SlideIndex, mask: ForegroundMask) -> str:
-    if mask.size_px0 != index.dimensions:
-        return f"its mask is for a slide of {mask.size_px0} px, not {index.dimensions}"
-    same_mpp = np.allclose(mask.mpp_px0, (index.mpp_x, index.mpp_y))
-    if not same_mpp:
-        return (
-            f"its mask was made at {mask.mpp_px0} µm/px, the slide has {(index.mpp_x, index.mpp_y)}"
-        )
-    return "" if mask.tissue_cells else "its mask is empty: no tissue was found"
-
-
-def _map(path: Path, kind: Any) -> NDArray[Any]:
-    if path.stat().st_size == 0:  # an empty file cannot be mapped
-        return np.empty(0, kind)
-    return np.memmap(path, dtype=kind, mode="r")
+def _array(data: memoryview, kind: np.dtype[Any]) -> NDArray[Any]:
+    array = np.frombuffer(data, kind) if len(data) else np.empty(0, kind)
+    array.flags.writeable = False
+    return array
