@@ -24,6 +24,7 @@ DECODER = (
 )
 
 _APP0, _APP14, _SOS = 0xE0, 0xEE, 0xDA
+_EOI_SEARCH_BYTES = 1024
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 _OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG and DAC are no frames
 _ADOBE_TRANSFORM = {"rgb": 0, "ycbcr": 1}
@@ -34,33 +35,43 @@ class BadTileError(Exception):
 
 
 def decode_tile(
-    codec: Codec, data: bytes | None, width_px: int, height_px: int
+    codec: Codec, data: bytes | None, width_px: int, height_px: int, scale: int = 1
 ) -> NDArray[np.uint8]:
-    """Pixels of one stored tile, always (height_px, width_px, channels).
+    """Pixels of one stored tile, always (height_px / scale, width_px / scale, channels).
 
     `data` of None is a tile that was never stored: it comes out as the codec's fill value.
-    Channels are 3, or the 1 that a chunk of a channel-separated Zarr array holds.
+    Channels are 3, or the 1 that a chunk of a channel-separated Zarr array holds. `scale` (2, 4
+    or 8, dividing the sides) is for JPEG: libjpeg inverts only the low frequencies of each block.
     """
+    wanted = (height_px // scale, width_px // scale)
     if data is None:
-        return np.full((height_px, width_px, min(codec.samples, 3)), codec.fill, np.uint8)
+        return np.full((*wanted, min(codec.samples, 3)), codec.fill, np.uint8)
     if not data:
         raise BadTileError("it is empty")
     try:
-        pixels = _DECODERS[codec.kind](codec, data, width_px, height_px)
+        if scale > 1:
+            pixels = _jpeg(codec, data, width_px, height_px, scale)
+        else:
+            pixels = _DECODERS[codec.kind](codec, data, width_px, height_px)
     except BadTileError:
         raise
     except Exception as error:  # decoders raise types of their own; all mean the same here
         raise BadTileError(f"{type(error).__name__}: {str(error)[:120]}") from None
-    if pixels.shape[:2] != (height_px, width_px):
+    if pixels.shape[:2] != wanted:
         raise BadTileError(
-            f"it holds {pixels.shape[1]} x {pixels.shape[0]} px, not {width_px} x {height_px}"
+            f"it holds {pixels.shape[1]} x {pixels.shape[0]} px, not {wanted[1]} x {wanted[0]}"
         )
     return pixels
 
 
-def _jpeg(codec: Codec, data: bytes, width: int, height: int) -> NDArray[np.uint8]:
+def _jpeg(codec: Codec, data: bytes, width: int, height: int, scale: int = 1) -> NDArray[np.uint8]:
     stream = rebuild_jpeg(codec, data, width, height)
-    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(stream, "RGB", strict=True)
+    # A truncated tile has lost its end marker; nothing inside a scan looks like one.
+    if b"\xff\xd9" not in data[-_EOI_SEARCH_BYTES:]:
+        raise BadTileError("it ends before its picture does")
+    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+        stream, "RGB", min_height=height // scale, min_width=width // scale, strict=True
+    )
     return pixels
 
 
@@ -94,6 +105,8 @@ def rebuild_jpeg(codec: Codec, data: bytes, width: int, height: int) -> bytes:
                 raise BadTileError(
                     f"its frame says {found[1]} x {found[0]} px, not {width} x {height}"
                 )
+            if data[position + 9] not in (1, 3):
+                raise BadTileError(f"it has {data[position + 9]} components, not 1 or 3")
         if marker == _SOS:
             pieces.append(data[position:])
             return b"".join(pieces)

@@ -94,24 +94,45 @@ async def fetch_remote(
     index: SlideIndex, pieces: list[Piece], request: Request, stores: Stores, stats: Stats
 ) -> list[Body]:
     """The bytes of each piece of a remote slide. Reserve `request.size_bytes` around this and decoding."""
-    store = stores.remote(index.uri)
     if index.levels[0].keys is not None:
         return await _fetch_chunks(pieces, stores, stats)
-    ranges = [(p.start, p.stop or 0) for p in pieces]
-    wanted = sum(stop - start for start, stop in merge_ranges(ranges, 0))
-    bodies = await asyncio.gather(
-        *(store.read(index.uri, start, stop, index.token) for start, stop in request.ranges)
-    )
+    wanted = [(p.start, p.stop or 0) for p in pieces]
+    bodies = await fetch_ranges(index.uri, index.token, wanted, request.ranges, stores, stats)
+    return [body or None for body in bodies]
+
+
+async def fetch_ranges(
+    uri: str,
+    token: str,
+    pieces: list[tuple[int, int]],
+    ranges: list[tuple[int, int]],
+    stores: Stores,
+    stats: Stats,
+) -> list[bytes]:
+    """The bytes of each piece (start, stop) of one object, b"" for an empty one, by requesting `ranges`.
+
+    `ranges` are the pieces merged (plan.merge_ranges). They are requested at once; the first error
+    is raised when all have ended.
+    """
+    store = stores.remote(uri)
+    if len(ranges) == 1:
+        bodies = [await store.read(uri, *ranges[0], token)]
+    else:
+        reads = (store.read(uri, start, stop, token) for start, stop in ranges)
+        bodies = list(await asyncio.gather(*reads))
     stats.add(
-        tiles=len(pieces), requests=len(bodies), bytes_wanted=wanted, bytes_read=request.size_bytes
+        tiles=len(pieces),
+        requests=len(ranges),
+        bytes_wanted=sum(stop - start for start, stop in merge_ranges(pieces, 0)),
+        bytes_read=sum(stop - start for start, stop in ranges),
     )
-    out: list[Body] = []
-    for start, stop in ranges:
+    out = []
+    for start, stop in pieces:
         if start == stop:
-            out.append(None)
+            out.append(b"")
             continue
-        k = next(i for i, (a, b) in enumerate(request.ranges) if a <= start and stop <= b)
-        out.append(bodies[k][start - request.ranges[k][0] : stop - request.ranges[k][0]])
+        k = next(i for i, (a, b) in enumerate(ranges) if a <= start and stop <= b)
+        out.append(bodies[k][start - ranges[k][0] : stop - ranges[k][0]])
     return out
 
 

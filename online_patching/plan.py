@@ -1,7 +1,8 @@
 """Which level, which tiles, which byte ranges, pasted where. Pure arithmetic, no I/O.
 
 The level rule, in one place: the coarsest level whose µm/px is at most 2 % coarser than asked; if
-there is none, the finest, and then never more than 2x upscaled.
+there is none, the finest, and then never more than 2x upscaled. A JPEG level at least 2, 4 or 8 times finer
+than asked is decoded at 1/2, 1/4 or 1/8 of its size, which libjpeg does in the inverse transform.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ EXACT_WITHIN_PX = 0.5
 off by less than half a pixel at its far edge."""
 
 
+DCT_SCALES = (8, 4, 2)
+"""How much smaller a JPEG tile can be decoded, the largest first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """A stored tile that a box touches: its number and where its upper left corner lies (level px)."""
@@ -34,9 +39,9 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """How to read one patch: cut `box` (level px, may overhang the level) out of `tiles`, then
-    resample `window` (left, top, right, bottom within the box, fractional) to `size_px`
-    (width, height); a window of None means that the box is the patch.
+    """How to read one patch: cut `box` (px of the level reduced by `scale`, may overhang it) out of
+    `tiles`, then resample `window` (left, top, right, bottom within the box, fractional) to
+    `size_px` (width, height); a window of None means that the box is the patch.
     """
 
     level: int
@@ -44,6 +49,7 @@ class ReadPlan:
     tiles: tuple[Tile, ...]
     size_px: tuple[int, int]
     window: tuple[float, float, float, float] | None
+    scale: int = 1
 
 
 def can_serve(level_mpps: Sequence[float], mpp: float) -> bool:
@@ -72,23 +78,46 @@ def plan_patch(index: SlideIndex, ref: PatchRef) -> ReadPlan:
     """The read that gives a patch at its exact µm/px."""
     number = choose_level([level.mpp for level in index.levels], ref.mpp)
     level = index.levels[number]
+    across = ref.width_px0 / level.downsample_x / ref.size_px
+    down = ref.height_px0 / level.downsample_y / ref.size_px
+    scale = choose_scale(level, min(across, down))
+    level = level.reduced(scale)
     left, top = ref.x_px0 / level.downsample_x, ref.y_px0 / level.downsample_y
     width, height = ref.width_px0 / level.downsample_x, ref.height_px0 / level.downsample_y
-    return plan_window(
-        level, number, (left, top, left + width, top + height), (ref.size_px, ref.size_px)
-    )
+    window = (left, top, left + width, top + height)
+    return plan_window(level, number, window, (ref.size_px, ref.size_px), scale)
+
+
+def choose_scale(level: Level, reduction: float) -> int:
+    """By how much the tiles of a level are decoded smaller when it is `reduction` times too fine.
+
+    The largest of DCT_SCALES that leaves it no more than 2 % too coarse, among those that divide the
+    tile's sides; 1 for what is not a JPEG.
+    """
+    if level.codec.kind != "jpeg":
+        return 1
+    sides = (level.tile_width_px, level.tile_height_px)
+    fits = (s for s in DCT_SCALES if s <= reduction * (1 + LEVEL_TOLERANCE))
+    return next((s for s in fits if not any(side % s for side in sides)), 1)
 
 
 def plan_window(
-    level: Level, number: int, window: tuple[float, float, float, float], size_px: tuple[int, int]
+    level: Level,
+    number: int,
+    window: tuple[float, float, float, float],
+    size_px: tuple[int, int],
+    scale: int = 1,
 ) -> ReadPlan:
-    """The read that gives `size_px` pixels of a fractional window on a level."""
+    """The read that gives `size_px` pixels of a fractional window on a level.
+
+    `level` is level `number` of a slide, reduced by `scale`.
+    """
     left, top, right, bottom = window
     width, height = size_px
     if abs(right - left - width) < EXACT_WITHIN_PX and abs(bottom - top - height) < EXACT_WITHIN_PX:
         x, y = round_half_up(left), round_half_up(top)
         box = Box(x, y, x + width, y + height)
-        return ReadPlan(number, box, tiles_of(level, box), size_px, None)
+        return ReadPlan(number, box, tiles_of(level, box), size_px, None, scale)
     # The triangle filter reaches one output pixel beyond the window on each side.
     mx = math.ceil(max(1.0, (right - left) / width)) + 1
     my = math.ceil(max(1.0, (bottom - top) / height)) + 1
@@ -96,7 +125,7 @@ def plan_window(
         math.floor(left) - mx, math.floor(top) - my, math.ceil(right) + mx, math.ceil(bottom) + my
     )
     inner = (left - box.left, top - box.top, right - box.left, bottom - box.top)
-    return ReadPlan(number, box, tiles_of(level, box), size_px, inner)
+    return ReadPlan(number, box, tiles_of(level, box), size_px, inner, scale)
 
 
 def tiles_of(level: Level, box: Box) -> tuple[Tile, ...]:

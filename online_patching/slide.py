@@ -190,14 +190,15 @@ def finish(
 ) -> NDArray[np.uint8]:
     """Decode, paste and resample fetched pieces: the compute half of a read, for a thread."""
     level = index.levels[plan.level]
+    size = (level.tile_width_px, level.tile_height_px)
     decoded = []
     for piece, body in zip(pieces, data, strict=True):
         try:
-            pixels = decode_tile(level.codec, body, level.tile_width_px, level.tile_height_px)
+            pixels = decode_tile(level.codec, body, *size, plan.scale)
         except BadTileError as error:
             raise TileDecodeError(index.uri, plan.level, piece.tile.number, f"{error}.") from None
         decoded.append((piece.tile, piece.part, pixels))
-    return resample(plan, paste(level, plan.box, decoded))
+    return resample(plan, paste(level.reduced(plan.scale), plan.box, decoded))
 
 
 def finish_fallback(index: SlideIndex, plan: ReadPlan) -> NDArray[np.uint8]:

@@ -126,6 +126,25 @@ class Level:
         """How many tiles there are."""
         return self.columns * -(-self.height_px // self.tile_height_px)
 
+    def reduced(self, scale: int) -> Level:
+        """This level as JPEG decoding at 1/scale gives it: the same tiles, each `scale` times smaller.
+
+        `scale` divides the tile's sides. Pixels past the last whole one are kept, so sizes round up.
+        """
+        if scale == 1:
+            return self
+        return replace(
+            self,
+            width_px=-(-self.width_px // scale),
+            height_px=-(-self.height_px // scale),
+            tile_width_px=self.tile_width_px // scale,
+            tile_height_px=self.tile_height_px // scale,
+            downsample_x=self.downsample_x * scale,
+            downsample_y=self.downsample_y * scale,
+            mpp_x=self.mpp_x * scale,
+            mpp_y=self.mpp_y * scale,
+        )
+
     def byte_range(self, piece: int) -> tuple[int, int]:
         """Start and stop of a piece in the slide's object; equal when the tile is not stored."""
         if self.rows is None:

@@ -1,17 +1,29 @@
-"""The loader's engine in one process: network on an event loop, decoding in threads."""
+"""The loader's engine in one process: plans batches in order, network on an event loop, decoding in threads.
+
+A requested batch is drawn and planned by one planning thread (in the order of asking, so that bytes are
+reserved in that order too). Its patches are then read in pieces: a few canvases of local JPEG slides a
+piece, one canvas of a remote one, or a single patch of any other container. A piece that fails hands its
+rows back; they move to their next attempt, f(seed, draw, attempt), and are planned again.
+
+Nothing here waits for a decode thread inside a decode thread, or for the loop on the loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Mapping
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from online_patching.batch import (
+    FILTERED,
     DrawSource,
     Failure,
     LoaderOptions,
@@ -19,17 +31,26 @@ from online_patching.batch import (
     batch_shape,
     draw_with,
 )
+from online_patching.batch_plan import BatchPlan, can_plan, plan_batch
+from online_patching.canvases import Failed, read_bodies, read_local
 from online_patching.errors import (
     LoaderError,
     ObjectChangedError,
     ObjectNotFoundError,
+    PatchingError,
     SamplerError,
     SlideError,
     StoreError,
 )
-from online_patching.fetch import ByteBudget, fetch_local, fetch_remote, pieces_of, plan_request
-from online_patching.geometry import PatchRef
-from online_patching.plan import plan_patch
+from online_patching.fetch import (
+    ByteBudget,
+    fetch_local,
+    fetch_ranges,
+    fetch_remote,
+    pieces_of,
+    plan_request,
+)
+from online_patching.plan import merge_ranges, plan_patch
 from online_patching.sampler import MAX_ATTEMPTS, Draws
 from online_patching.slide import check_unchanged, finish, finish_fallback
 from online_patching.slide_index import SlideIndex
@@ -39,32 +60,45 @@ from online_patching.stores import Stores, is_remote
 _REPLACED = (SlideError, ObjectNotFoundError, ObjectChangedError)
 """Failures of one slide, for which a draw moves to its next attempt. Other store errors stop."""
 
+_PIECE = 16
+"""Canvases a decode thread takes at once: enough to forget the call, few enough to share a batch out."""
+
 
 @dataclass(eq=False)
-class _Job:
-    """One patch on its way: what to read now, where to, what failed before, and whether it is there."""
-
-    row: Draws
-    ref: PatchRef
-    out: NDArray[np.uint8]
-    barred: Mapping[int, int] | None
-    failed: list[Failure] = field(default_factory=list)
-    done: Future[None] = field(default_factory=Future)
-
-
-@dataclass
 class _Batch:
+    """A batch on its way. `left` counts patches (and context views) that are not there yet."""
+
     pixels: NDArray[np.uint8]
-    jobs: list[_Job]
+    barred: Mapping[int, int]
+    columns: Draws | None = None
+    failures: list[Failure] = field(default_factory=list)
+    left: int = 0
+    done: Future[None] = field(default_factory=Future)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def drawn(self) -> Draws:
+        """Its columns, once they are drawn."""
+        assert self.columns is not None
+        return self.columns
+
+    def fail(self, error: BaseException) -> None:
+        """The first error is the batch's."""
+        with self.lock:
+            if not self.done.done():
+                self.done.set_exception(error)
 
 
 class ThreadEngine:
-    """Starts every patch of a requested batch at once; `take` gathers the oldest batch in order."""
+    """Starts every patch of a requested batch at once; `take` waits for the oldest batch."""
 
     def __init__(self, sampler: DrawSource, options: LoaderOptions, stats: Stats) -> None:
         self.sampler, self.options, self.stats = sampler, options, stats
         self.stores = Stores(options.retry)
         self.budget = ByteBudget(options.bytes_in_flight)
+        self._views = 1 + len(getattr(sampler, "context", ()))
+        self._share = getattr(sampler, "patches_per_read", 1) > 1
+        self._filters = tuple(getattr(sampler, "filters", ()))
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="patch-plan")
         self._pool = ThreadPoolExecutor(options.threads, thread_name_prefix="patch-decode")
         self._pending: deque[_Batch] = deque()
         self._checked: set[str] = set()
@@ -79,130 +113,307 @@ class ThreadEngine:
         """Start a batch, writing its pixels into `into` (of `batch_shape`) where given."""
         shape = batch_shape(self.sampler, len(draws))
         pixels = np.empty(shape, np.uint8) if into is None else into
-        columns = draw_with(self.sampler, draws, 0, barred)
-        refs = self.sampler.refs(columns)
-        jobs = [
-            _Job(_row(columns, i), ref, pixels[i], dict(barred or {})) for i, ref in enumerate(refs)
-        ]
-        self._pending.append(_Batch(pixels, jobs))
-        for job in jobs:
-            self._go(job)
+        batch = _Batch(pixels, dict(barred or {}))
+        self._pending.append(batch)
+        self._submit(self._planner, batch, self._begin, batch, np.asarray(draws, np.int64))
 
     def take(self) -> PatchBatch:
         """The oldest requested batch; the first error of any of its patches is raised."""
-        batch = self._pending.popleft()
-        for job in batch.jobs:
-            job.done.result()
-        failures = [failure for job in batch.jobs for failure in job.failed]
+        batch = self._pending[0]
+        batch.done.result()
+        self._pending.popleft()
         self.stats.add(retries=self.stores.retries - self._retries_seen)
         self._retries_seen = self.stores.retries
-        columns = _join([job.row for job in batch.jobs])
-        return PatchBatch(batch.pixels, columns, self.sampler, failures)
+        return PatchBatch(batch.pixels, batch.drawn(), self.sampler, sorted(batch.failures))
 
     def close(self) -> None:
         """Cancel what has not started, wait for what has, close clients."""
         self.stores.cancel_all()
+        self._planner.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.stores.close()
+        for batch in self._pending:
+            batch.fail(LoaderError("the loader was closed while this batch was being made."))
         self._pending.clear()
 
-    def _go(self, job: _Job) -> None:
-        """Read a job's patch where its slide is, without ever blocking the caller.
+    # --- a batch's way: begin -> read rows -> arrived, or read again ---
 
-        A replacement may lie on another kind of store, so a round ends with "done" or "go again": a
-        decode thread that waited for the loop, which waits for decode threads, would hang both.
-        """
-        if is_remote(self.sampler.corpus.index(job.ref.slide).uri):
-            round_ = self.stores.loop.submit(self._remote(job))
+    def _begin(self, batch: _Batch, draws: NDArray[np.int64]) -> None:
+        batch.columns = draw_with(self.sampler, draws, 0, batch.barred)
+        batch.left = len(draws)
+        if not len(draws):
+            batch.done.set_result(None)
+        self._read(batch, np.arange(len(draws)), self._share)
+
+    def _read(self, batch: _Batch, rows: NDArray[np.int64], share: bool = False) -> None:
+        """Plan these rows of a batch and start reading them."""
+        corpus = self.sampler.corpus
+        columns = _rows(batch.drawn(), rows)
+        remote = np.asarray([is_remote(corpus.uri(int(row))) for row in columns.slide], bool)
+        planned = can_plan(corpus, columns.slide)
+        for away in (False, True):
+            chosen = np.flatnonzero(planned & (remote == away))
+            if len(chosen):
+                self._read_planned(batch, rows[chosen], _rows(columns, chosen), away, share)
+        for k in np.flatnonzero(~planned):
+            self._read_single(batch, int(rows[k]), bool(remote[k]))
+
+    def _read_planned(
+        self, batch: _Batch, rows: NDArray[np.int64], columns: Draws, remote: bool, share: bool
+    ) -> None:
+        """Rows of JPEG slides: many canvases a piece where they are local, one where they are not."""
+        views = self._expand(columns)
+        places = (rows[:, None] * self._views + np.arange(self._views)).reshape(-1)
+        plan = plan_batch(self.sampler.corpus, views, self.sampler.size_px, places, share)
+        turn = _Turn(batch, plan, places, self._views)
+        if remote:
+            for canvas in range(len(plan)):
+                self._on_loop(batch, self._remote_canvas(turn, canvas))
+            return
+        # Even pieces, at least one a thread.
+        pieces = max(-(-len(plan) // _PIECE), min(self.options.threads, len(plan)))
+        edges = np.linspace(0, len(plan), pieces + 1).astype(int).tolist()
+        for first, stop in pairwise(edges):
+            self._in_pool(batch, self._local_canvases, turn, first, stop)
+
+    def _local_canvases(self, turn: _Turn, first: int, stop: int) -> None:
+        failed = read_local(
+            self.sampler.corpus,
+            turn.plan,
+            first,
+            stop,
+            turn.batch.pixels,
+            self.stores.local,
+            self.stats,
+        )
+        self._arrived(turn, first, stop, failed)
+
+    async def _remote_canvas(self, turn: _Turn, canvas: int) -> None:
+        corpus, plan = self.sampler.corpus, turn.plan
+        slide = int(plan.slide[canvas])
+        uri, token = corpus.uri(slide), corpus.token(slide)
+        tiles = plan.tiles[plan.tiles_of(canvas)]
+        starts = tiles["start"].tolist()
+        pieces = list(zip(starts, (tiles["start"] + tiles["length"]).tolist(), strict=True))
+        ranges = merge_ranges(pieces, self.options.gap_bytes)
+        try:
+            if uri not in self._checked and not uri.startswith("http"):
+                # Off the loop, and not in the decode pool: this thread waits for the loop.
+                await asyncio.to_thread(self._check, corpus.index(slide))
+            async with self.budget.reserve(sum(stop - start for start, stop in ranges)):
+                bodies = await fetch_ranges(uri, token, pieces, ranges, self.stores, self.stats)
+                await self._pooled(self._remote_bodies, turn, canvas, bodies)
+        except _REPLACED as error:
+            await self._pooled(self._arrived, turn, canvas, canvas + 1, {canvas: error})
+
+    def _remote_bodies(self, turn: _Turn, canvas: int, bodies: list[bytes]) -> None:
+        failed = read_bodies(self.sampler.corpus, turn.plan, canvas, bodies, turn.batch.pixels)
+        self._arrived(turn, canvas, canvas + 1, failed)
+
+    def _arrived(self, turn: _Turn, first: int, stop: int, failed: Failed) -> None:
+        """Canvases first..stop are there or failed: go on with the rows of which nothing is missing."""
+        good, bad, alone = turn.arrived(first, stop, failed)
+        if alone:  # a shared canvas failed: only those that touch the damage are to be replaced
+            self._read(turn.batch, np.asarray(alone))
+        self._settle(turn.batch, good, bad)
+
+    # --- containers that are read patch by patch ---
+
+    def _read_single(self, batch: _Batch, row: int, remote: bool) -> None:
+        if remote:
+            self._on_loop(batch, self._remote_single(batch, row))
         else:
-            round_ = self._pool.submit(self._local, job)
-        round_.add_done_callback(lambda ended: self._ended(job, ended))
+            self._in_pool(batch, self._local_single, batch, row)
 
-    def _ended(self, job: _Job, ended: Future[bool]) -> None:
-        if ended.cancelled():
-            job.done.cancel()
-        elif (error := ended.exception()) is not None:
-            job.done.set_exception(error)
-        elif ended.result():
-            job.done.set_result(None)
-        else:
-            try:
-                self._go(job)
-            except RuntimeError as closing:  # the pool takes nothing any more
-                job.done.set_exception(closing)
-
-    def _local(self, job: _Job) -> bool:
-        """One attempt at a local patch; False when it was replaced."""
-        index = self.sampler.corpus.index(job.ref.slide)
+    def _local_single(self, batch: _Batch, row: int) -> None:
+        views = self.sampler.refs(self._expand(_rows(batch.drawn(), np.asarray([row]))))
+        index = self.sampler.corpus.index(views[0].slide)
         try:
             self._check(index)
-            plan = plan_patch(index, job.ref)
-            if index.fallback:
-                job.out[:] = finish_fallback(index, plan)
-            else:
-                pieces = pieces_of(index, plan)
-                data = fetch_local(index, pieces, self.stores, self.stats)
-                job.out[:] = finish(index, plan, pieces, data)
+            for ref, out in zip(views, self._targets(batch, row), strict=True):
+                plan = plan_patch(index, ref)
+                if index.fallback:
+                    out[:] = finish_fallback(index, plan)
+                else:
+                    pieces = pieces_of(index, plan)
+                    data = fetch_local(index, pieces, self.stores, self.stats)
+                    out[:] = finish(index, plan, pieces, data)
         except _REPLACED as error:
-            self._replace(job, error)
-            return False
-        return True
+            self._settle(batch, [], {row: error})
+        else:
+            self._settle(batch, [row], {})
 
-    async def _remote(self, job: _Job) -> bool:
-        """One attempt at a remote patch; False when it was replaced."""
-        loop = asyncio.get_running_loop()
-        index = self.sampler.corpus.index(job.ref.slide)
+    async def _remote_single(self, batch: _Batch, row: int) -> None:
+        views = self.sampler.refs(self._expand(_rows(batch.drawn(), np.asarray([row]))))
+        index = self.sampler.corpus.index(views[0].slide)
         try:
             if index.uri not in self._checked and not index.uri.startswith("http"):
-                await self._check_remote(index)
-            plan = plan_patch(index, job.ref)
-            pieces = pieces_of(index, plan)
-            request = plan_request(index, plan, pieces, self.options.gap_bytes)
-            async with self.budget.reserve(request.size_bytes):
-                data = await fetch_remote(index, pieces, request, self.stores, self.stats)
-                job.out[:] = await loop.run_in_executor(
-                    self._pool, finish, index, plan, pieces, data
-                )
+                await asyncio.to_thread(self._check, index)
+            for ref, out in zip(views, self._targets(batch, row), strict=True):
+                plan = plan_patch(index, ref)
+                pieces = pieces_of(index, plan)
+                request = plan_request(index, plan, pieces, self.options.gap_bytes)
+                async with self.budget.reserve(request.size_bytes):
+                    data = await fetch_remote(index, pieces, request, self.stores, self.stats)
+                    out[:] = await self._pooled(finish, index, plan, pieces, data)
         except _REPLACED as error:
-            await loop.run_in_executor(self._pool, self._replace, job, error)
-            return False
-        return True
+            await self._pooled(self._settle, batch, [], {row: error})
+        else:
+            await self._pooled(self._settle, batch, [row], {})
+
+    def _targets(self, batch: _Batch, row: int) -> list[NDArray[np.uint8]]:
+        return [batch.pixels[row]] if self._views == 1 else list(batch.pixels[row])
 
     def _check(self, index: SlideIndex) -> None:
-        """At the first touch of a slide: is it the one that was indexed?"""
+        """At the first touch of a slide that nothing else checks: is it the one that was indexed?"""
         if index.uri not in self._checked:
             check_unchanged(index, self.stores)
             self._checked.add(index.uri)
 
-    async def _check_remote(self, index: SlideIndex) -> None:
-        """The same off the loop: stores other than HTTP do not check at each request."""
-        # Not in the decode pool: this thread waits for the loop.
-        await asyncio.to_thread(self._check, index)
+    # --- the end of a row, or its next attempt ---
 
-    def _replace(self, job: _Job, error: Exception) -> None:
-        """Give a job the next attempt of its draw; f(seed, draw, attempt) alone."""
-        ref = job.ref
-        reason = error.reason if isinstance(error, SlideError | StoreError) else str(error)
-        job.failed.append(
-            Failure(ref.draw, ref.attempt, ref.slide_id, f"{type(error).__name__}: {reason}")
-        )
-        if ref.attempt + 1 >= MAX_ATTEMPTS:
-            raise LoaderError(f"draw {ref.draw} failed {MAX_ATTEMPTS} times, last with {error}")
+    def _settle(self, batch: _Batch, good: list[int], bad: Mapping[int, PatchingError]) -> None:
+        """Count rows that are there; replace those that failed or that a pixel filter refuses."""
+        reasons = {row: _reason(error) for row, error in bad.items()}
+        if self._filters and good:
+            first_view = batch.pixels[good] if self._views == 1 else batch.pixels[good, 0]
+            for one in self._filters:
+                for row, keep in zip(good, one.keep(first_view), strict=True):
+                    if not keep:
+                        reasons.setdefault(row, f"{FILTERED}{one.name}")
+            good = [row for row in good if row not in reasons]
+        if reasons:
+            rows = np.asarray(sorted(reasons))
+            self._replace(batch, rows, [reasons[int(row)] for row in rows])
+            self._read(batch, rows)
+        with batch.lock:
+            batch.left -= len(good)
+            if good and not batch.left and not batch.done.done():
+                batch.done.set_result(None)
+
+    def _replace(self, batch: _Batch, rows: NDArray[np.int64], reasons: list[str]) -> None:
+        """Give rows the next attempt of their draws; f(seed, draw, attempt) alone."""
+        columns = _rows(batch.drawn(), rows)
+        names = [self.sampler.corpus.slide_id(int(row)) for row in columns.slide]
+        found = zip(columns.draw.tolist(), columns.attempt.tolist(), names, reasons, strict=True)
+        failures = [Failure(*one) for one in found]
+        last = failures[int(columns.attempt.argmax())]
+        if last.attempt + 1 >= MAX_ATTEMPTS:
+            raise LoaderError(
+                f"draw {last.draw} failed {MAX_ATTEMPTS} times, last on {last.slide_id}: {last.reason}"
+            )
         try:
-            job.row = draw_with(self.sampler, [ref.draw], ref.attempt + 1, job.barred)
+            again = draw_with(self.sampler, columns.draw, columns.attempt + 1, batch.barred)
         except SamplerError as cause:
             raise LoaderError(
-                f"draw {ref.draw} cannot be replaced after {error}: {cause}"
+                f"draw {last.draw} cannot be replaced after {last.slide_id}: {last.reason} ({cause})"
             ) from None
-        job.ref = self.sampler.refs(job.row)[0]
+        with batch.lock:
+            batch.failures += failures
+            for name, column in vars(batch.drawn()).items():
+                column[rows] = getattr(again, name)
+
+    def _expand(self, columns: Draws) -> Draws:
+        """Each draw followed by its context views."""
+        if self._views == 1:
+            return columns
+        expanded: Draws = self.sampler.expand(columns)  # type: ignore[attr-defined]
+        return expanded
+
+    # --- running things so that no error is lost ---
+
+    def _in_pool(self, batch: _Batch, work: Callable[..., None], *args: Any) -> None:
+        self._submit(self._pool, batch, work, *args)
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, batch: _Batch, work: Callable[..., None], *args: Any
+    ) -> None:
+        def guarded() -> None:
+            try:
+                work(*args)
+            except BaseException as error:
+                batch.fail(error)
+
+        try:
+            pool.submit(guarded)
+        except RuntimeError as closing:  # the pool takes nothing any more
+            batch.fail(closing)
+
+    def _on_loop(self, batch: _Batch, work: Coroutine[Any, Any, None]) -> None:
+        def ended(future: Future[None]) -> None:
+            if future.cancelled():
+                batch.fail(LoaderError("the loader was closed while this batch was being made."))
+            elif (error := future.exception()) is not None:
+                batch.fail(error)
+
+        self.stores.loop.submit(work).add_done_callback(ended)
+
+    async def _pooled(self, work: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
 
-def _row(columns: Draws, i: int) -> Draws:
-    """One row of drawn columns."""
-    return Draws(**{name: column[i : i + 1] for name, column in vars(columns).items()})
+class _Turn:
+    """One planned reading of some rows of a batch: what is still missing of each.
+
+    With context views a row has several places in a plan, in canvases that arrive at different
+    times. It is settled when all are there, so that what is said of it does not depend on the order.
+    """
+
+    def __init__(
+        self, batch: _Batch, plan: BatchPlan, places: NDArray[np.int64], views: int
+    ) -> None:
+        self.batch, self.plan = batch, plan
+        self._row_of = (places // views).tolist()
+        self._missing = Counter(self._row_of)
+        self._bad: dict[int, tuple[int, PatchingError]] = {}
+        self._alone: set[int] = set()
+        self._lock = threading.Lock()
+
+    def arrived(
+        self, first: int, stop: int, failed: Failed
+    ) -> tuple[list[int], dict[int, PatchingError], list[int]]:
+        """Rows of which all is there, rows that failed (with the error), rows to read by themselves."""
+        outputs = (
+            self.plan.canvases["first_output"][first:stop],
+            self.plan.canvases["n_outputs"][first:stop],
+        )
+        good: list[int] = []
+        bad: dict[int, PatchingError] = {}
+        alone: list[int] = []
+        with self._lock:
+            for canvas, begin, count in zip(
+                range(first, stop), *map(np.ndarray.tolist, outputs), strict=True
+            ):
+                error = failed.get(canvas)
+                for place in self.plan.row[begin : begin + count].tolist():
+                    row = self._row_of[place]
+                    if error is not None and count > 1:
+                        self._alone.add(row)
+                    elif error is not None:
+                        self._bad[row] = min(
+                            (place, error), self._bad.get(row, (place, error)), key=_first
+                        )
+                    self._missing[row] -= 1
+                    if self._missing[row]:
+                        continue
+                    if row in self._bad:
+                        bad[row] = self._bad[row][1]
+                    elif row in self._alone:
+                        alone.append(row)
+                    else:
+                        good.append(row)
+        return good, bad, alone
 
 
-def _join(rows: list[Draws]) -> Draws:
-    """Rows as columns again."""
-    names = vars(rows[0])
-    return Draws(**{name: np.concatenate([getattr(row, name) for row in rows]) for name in names})
+def _first(pair: tuple[int, PatchingError]) -> int:
+    return pair[0]
+
+
+def _reason(error: PatchingError) -> str:
+    told = error.reason if isinstance(error, SlideError | StoreError) else str(error)
+    return f"{type(error).__name__}: {told}"
+
+
+def _rows(columns: Draws, rows: NDArray[np.int64]) -> Draws:
+    """Some rows of drawn columns."""
+    return Draws(**{name: column[rows] for name, column in vars(columns).items()})

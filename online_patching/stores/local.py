@@ -6,10 +6,12 @@ import contextlib
 import os
 import tempfile
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from online_patching.errors import (
     ObjectNotFoundError,
+    PatchingError,
     ShortReadError,
     StoreError,
 )
@@ -61,6 +63,18 @@ class LocalStore:
                 raise StoreError(key, f"cannot be read: {error.strerror}.") from None
         return data
 
+    @contextlib.contextmanager
+    def hold(self, keys: Iterable[str]) -> Iterator[dict[str, int | PatchingError]]:
+        """Descriptors of several files, open for as long as the block lasts; an error where one is not."""
+        with contextlib.ExitStack() as stack:
+            held: dict[str, int | PatchingError] = {}
+            for key in keys:
+                try:
+                    held[key] = stack.enter_context(self._opened(key))
+                except PatchingError as error:
+                    held[key] = error
+            yield held
+
     def close(self) -> None:
         """Close every descriptor; the store opens files again when asked."""
         with self._lock:
@@ -70,7 +84,7 @@ class LocalStore:
             self._handles.clear()
 
     @contextlib.contextmanager
-    def _opened(self, key: str):  # type: ignore[no-untyped-def]
+    def _opened(self, key: str) -> Iterator[int]:
         """A descriptor that no other thread closes meanwhile; at most 128 stay open."""
         with self._lock:
             handle = self._handles.pop(key, None)

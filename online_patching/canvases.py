@@ -1,0 +1,201 @@
+"""Runs the canvases of a BatchPlan: natively in one call, or one by one in Python with the same pixels.
+
+Which of the two is decided when the package is imported: the native decoder where it is built, the
+portable one elsewhere, or everywhere with ONLINE_PATCHING_DECODER=portable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from online_patching import decode, native
+from online_patching.batch_plan import BatchPlan
+from online_patching.corpus import Corpus
+from online_patching.decode import BadTileError, decode_tile
+from online_patching.errors import (
+    ObjectChangedError,
+    ObjectNotFoundError,
+    PatchingError,
+    ShortReadError,
+    StoreError,
+    TileDecodeError,
+)
+from online_patching.resample import OUTSIDE, resize
+from online_patching.stats import Stats
+from online_patching.stores import LocalStore, local_path
+
+DECODER = (
+    native.ABOUT if native.AVAILABLE else f"portable decoder: {decode.DECODER} ({native.ABOUT})"
+)
+
+Failed = dict[int, PatchingError]
+"""Canvases of a plan that could not be made, and why."""
+
+
+def read_local(
+    corpus: Corpus,
+    plan: BatchPlan,
+    first: int,
+    stop: int,
+    batch: NDArray[np.uint8],
+    store: LocalStore,
+    stats: Stats,
+) -> Failed:
+    """Make canvases first..stop of local slides. A slide that was deleted, cut short or changed since it
+    was indexed fails its canvases; one whose disk cannot be read raises StoreError."""
+    slides = plan.slide[first:stop]
+    keys = {int(row): local_path(corpus.uri(int(row))) for row in np.unique(slides)}
+    with store.hold(keys.values()) as held:
+        failed: Failed = {}
+        for i, row in enumerate(slides, first):
+            handle = held[keys[int(row)]]
+            if isinstance(handle, ObjectNotFoundError):
+                failed[i] = handle
+            elif isinstance(handle, PatchingError):
+                raise handle
+            else:
+                plan.canvases["fd"][i] = handle
+        for a, b in _runs(first, stop, failed):
+            if native.AVAILABLE:
+                native.read(plan.canvases, plan.tiles, plan.outputs, plan.tables, (), batch, a, b)
+            else:
+                for i in range(a, b):
+                    _portable(
+                        corpus, plan, i, batch, _from_file(corpus, plan, i, store, keys), failed
+                    )
+    if native.AVAILABLE:
+        _explain(corpus, plan, first, stop, failed)
+    _count(plan, first, stop, stats)
+    return failed
+
+
+def read_bodies(
+    corpus: Corpus, plan: BatchPlan, canvas: int, bodies: Sequence[bytes], batch: NDArray[np.uint8]
+) -> Failed:
+    """Make one canvas from its tiles' bytes, in the order of the plan; b"" for a tile that is not stored."""
+    failed: Failed = {}
+    if not native.AVAILABLE:
+        _portable(corpus, plan, canvas, batch, list(bodies), failed)
+        return failed
+    tiles = plan.tiles[plan.tiles_of(canvas)].copy()
+    tiles["body"] = np.arange(len(tiles))
+    one = plan.canvases[canvas : canvas + 1].copy()
+    one["first_tile"] = 0
+    native.read(one, tiles, plan.outputs, plan.tables, tuple(bodies), batch, 0, 1)
+    one["tile"] += plan.canvases["first_tile"][canvas]
+    plan.canvases[canvas] = one[0]
+    _explain(corpus, plan, canvas, canvas + 1, failed)
+    return failed
+
+
+def _runs(first: int, stop: int, without: Failed) -> list[tuple[int, int]]:
+    """first..stop as stretches that leave some out."""
+    cuts = [first - 1, *sorted(without), stop]
+    return [(a + 1, b) for a, b in pairwise(cuts) if b > a + 1]
+
+
+def _count(plan: BatchPlan, first: int, stop: int, stats: Stats) -> None:
+    lengths = np.concatenate(
+        [plan.tiles["length"][plan.tiles_of(i)] for i in range(first, stop)] or [np.zeros(0)]
+    )
+    size = int(lengths.sum())
+    stats.add(
+        tiles=len(lengths), requests=int((lengths > 0).sum()), bytes_wanted=size, bytes_read=size
+    )
+
+
+def _explain(corpus: Corpus, plan: BatchPlan, first: int, stop: int, failed: Failed) -> None:
+    """Errors for the statuses that the native decoder left."""
+    for i in np.flatnonzero(plan.canvases["status"][first:stop]) + first:
+        if int(i) in failed:
+            continue
+        canvas = plan.canvases[i]
+        uri, status, at = corpus.uri(int(plan.slide[i])), int(canvas["status"]), int(canvas["tile"])
+        message = canvas["message"].decode(errors="replace")
+        if status == native.BAD_TILE:
+            failed[int(i)] = _bad_tile(corpus, plan, int(i), at, message)
+        elif status == native.SHORT_READ:
+            start, length = int(plan.tiles["start"][at]), int(plan.tiles["length"][at])
+            failed[int(i)] = ShortReadError(uri, start, start + length, int(canvas["size_bytes"]))
+        elif status == native.CHANGED:
+            failed[int(i)] = ObjectChangedError(
+                uri, "changed since it was indexed. Index it again."
+            )
+        elif status == native.IO_ERROR:
+            raise StoreError(uri, "cannot be read: the disk or network drive reports an error.")
+        else:
+            raise MemoryError(
+                f"{uri}: {message} for a canvas of {canvas['width']} x {canvas['height']} px"
+            )
+
+
+def _bad_tile(corpus: Corpus, plan: BatchPlan, canvas: int, tile: int, why: str) -> TileDecodeError:
+    slide = int(plan.slide[canvas])
+    level = int(plan.level[canvas]) - int(corpus.records["first_level"][slide])
+    return TileDecodeError(corpus.uri(slide), level, int(plan.number[tile]), f"{why}.")
+
+
+def _from_file(
+    corpus: Corpus, plan: BatchPlan, canvas: int, store: LocalStore, keys: dict[int, str]
+) -> list[bytes] | PatchingError:
+    """The bytes of a canvas's tiles, or what is wrong with the slide."""
+    slide = int(plan.slide[canvas])
+    key, token = keys[slide], corpus.token(slide)
+    try:
+        if token and store.version(key)[1] != token:
+            return ObjectChangedError(
+                corpus.uri(slide), "changed since it was indexed. Index it again."
+            )
+        tiles = plan.tiles[plan.tiles_of(canvas)]
+        return [
+            store.read(key, int(t["start"]), int(t["start"] + t["length"])) if t["length"] else b""
+            for t in tiles
+        ]
+    except (ShortReadError, ObjectNotFoundError) as error:
+        return error
+
+
+def _portable(
+    corpus: Corpus,
+    plan: BatchPlan,
+    canvas: int,
+    batch: NDArray[np.uint8],
+    bodies: list[bytes] | PatchingError,
+    failed: Failed,
+) -> None:
+    """One canvas: what native.read does, in Python."""
+    if isinstance(bodies, PatchingError):
+        failed[canvas] = bodies
+        return
+    c = plan.canvases[canvas]
+    codec = plan.codecs[c["codec"]]
+    pixels = np.full((c["height"], c["width"], 3), OUTSIDE, np.uint8)
+    tiles = plan.tiles_of(canvas)
+    for at, tile, body in zip(
+        range(tiles.start, tiles.stop), plan.tiles[tiles], bodies, strict=True
+    ):
+        try:
+            whole = decode_tile(
+                codec, body or None, int(c["tile_width"]), int(c["tile_height"]), int(c["scale"])
+            )
+        except BadTileError as error:
+            failed[canvas] = _bad_tile(corpus, plan, canvas, at, str(error))
+            return
+        x, y, left, top = (int(tile[name]) for name in ("x", "y", "left", "top"))
+        w, h = int(tile["width"]), int(tile["height"])
+        pixels[y : y + h, x : x + w] = whole[top : top + h, left : left + w]
+    flat = batch.reshape(-1)
+    for o in plan.outputs[plan.outputs_of(canvas)]:
+        w, h = int(o["width"]), int(o["height"])
+        window = tuple(float(o[name]) for name in ("left", "top", "right", "bottom"))
+        if o["exact"]:
+            x, y = int(o["left"]), int(o["top"])
+            patch = pixels[y : y + h, x : x + w]
+        else:
+            patch = resize(pixels, window, (w, h))  # type: ignore[arg-type]
+        target = int(o["target"])
+        flat[target : target + patch.size] = patch.reshape(-1)

@@ -1,0 +1,88 @@
+"""The native decoder: JPEG tiles -> patches, many in one call without the GIL.
+
+`read(plan arrays)` preads tiles (or takes their bytes), decodes only the rows and columns needed, pastes
+and resamples them into the batch. Its pixels are those of the portable decoder (decode.py, resample.py),
+bit for bit; the tests compare them.
+
+The extension is optional. It is compiled without libjpeg-turbo and finds one when it is imported: the one
+inside our own wheel, else the one that Pillow ships, else the system's. `AVAILABLE` and `ABOUT` say what is active.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from online_patching.batch_plan import CANVAS, OUTPUT, TILE
+
+OK, BAD_TILE, SHORT_READ, IO_ERROR, CHANGED, NO_MEMORY = range(6)
+SWITCH = "ONLINE_PATCHING_DECODER"
+"""Set to `portable` to leave the native decoder out."""
+
+
+def read(
+    canvases: NDArray[np.void],
+    tiles: NDArray[np.void],
+    outputs: NDArray[np.void],
+    tables: Sequence[bytes],
+    bodies: Sequence[bytes],
+    batch: NDArray[np.uint8],
+    first: int,
+    stop: int,
+) -> None:
+    """Make the patches of canvases first..stop; `status` of each says how it went.
+
+    A canvas with fd -1 takes its tiles' bytes from `bodies`. Targets of canvases of one call, or of calls
+    at the same time, must not overlap. ValueError when the arrays contradict each other.
+    """
+    if _jpeg is None:
+        raise RuntimeError(ABOUT)
+    _jpeg.read(canvases, tiles, outputs, tuple(tables), tuple(bodies), batch, first, stop)
+
+
+def _candidates() -> list[tuple[str, str]]:
+    """(path, whose it is) of libjpeg-turbo builds, the one to try first in front."""
+    found = [
+        (str(p), "in this package") for p in sorted(Path(__file__).parent.glob("lib/libjpeg*"))
+    ]
+    try:
+        pillow = distribution("pillow")
+        files = [f for f in pillow.files or () if f.name.startswith("libjpeg")]
+        found += [(str(pillow.locate_file(f)), f"Pillow {pillow.version}'s") for f in files]
+    except PackageNotFoundError:  # pragma: no cover - Pillow is a dependency
+        pass
+    return [*found, ("libjpeg.so.62", "the system's"), ("libjpeg.62.dylib", "the system's")]
+
+
+def _load() -> tuple[ModuleType | Any, str]:
+    """The extension with its library, or None and why."""
+    if os.environ.get(SWITCH) == "portable":
+        return None, f"portable decoder ({SWITCH}=portable)"
+    try:
+        module = importlib.import_module("online_patching.native._jpeg")
+    except ImportError as error:
+        return None, f"the native decoder is not built ({error})"
+    sizes = (module.CANVAS_BYTES, module.TILE_BYTES, module.OUTPUT_BYTES)
+    if sizes != (CANVAS.itemsize, TILE.itemsize, OUTPUT.itemsize):
+        return None, f"the native decoder belongs to another version (records of {sizes} bytes)"
+    why = ""
+    for path, whose in _candidates():
+        try:
+            module.load(path)
+        except OSError as error:
+            why = why or str(error)
+            continue
+        return module, f"native decoder on {whose} libjpeg-turbo ({Path(path).name})"
+    return None, f"no libjpeg-turbo to load ({why})"
+
+
+_jpeg, ABOUT = _load()
+AVAILABLE = _jpeg is not None

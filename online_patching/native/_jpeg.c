@@ -1,0 +1,799 @@
+/* Patches out of JPEG tiles in one call: pread, decode only what is needed, paste, resample.
+ *
+ * The lever is that entropy decoding cannot be skipped but everything after it can: rows above a
+ * box pass through jpeg_skip_scanlines, columns beside it are cut off by jpeg_crop_scanline (16 px
+ * wider than asked, because chroma upsampling looks at neighbours), rows below are never reached.
+ * Pixels are those of a whole decode with libjpeg-turbo's accurate DCT and fancy upsampling.
+ *
+ * libjpeg-turbo is not linked: its ABI (6.2) has been frozen for decades, so the twelve functions
+ * used are looked up in whichever build the caller names (see __init__.py). jpeg_CreateDecompress
+ * refuses a library whose structures have another size.
+ *
+ * What comes in is untrusted: every marker up to the scan is checked before libjpeg sees a byte, a
+ * frame must be exactly as large as its tile, warnings are errors, and reads past the end of the
+ * data are errors. The GIL is released for the whole of read().
+ */
+
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <dlfcn.h>
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "include/jpeglib.h"
+
+#define MESSAGE_BYTES 120
+#define CROP_MARGIN_PX 16
+#define EOI_SEARCH_BYTES 1024
+#define MAX_TILE_BYTES (256 << 20)
+#define MAX_CANVAS_BYTES ((int64_t)1 << 30)
+
+/* The three records mirror numpy dtypes in __init__.py, field by field. */
+
+typedef struct {
+  int64_t size_bytes, mtime_ns; /* of the file, checked when size_bytes > 0 */
+  int32_t fd;                   /* -1: the tiles' bytes are in `bodies` */
+  int32_t first_tile, n_tiles;
+  int32_t first_output, n_outputs;
+  int32_t width, height; /* of the canvas, in decoded pixels */
+  int32_t tile_width, tile_height;
+  int32_t scale;  /* DCT scaling: 1, 2, 4, 8 */
+  int32_t codec;  /* Python's to know */
+  int32_t colour; /* 0 rgb, 1 ycbcr, 2 gray */
+  int32_t tables; /* which of the tables, -1 for none */
+  int32_t fill;
+  int32_t status; /* out: what happened */
+  int32_t tile;   /* out: the tile it happened at */
+  char message[MESSAGE_BYTES];
+} Canvas;
+
+typedef struct {
+  int64_t start, length; /* in the file; length 0: not stored */
+  int32_t body;          /* which of the bodies, when fd is -1 */
+  int32_t left, top;     /* of the seen part, within the tile, decoded pixels */
+  int32_t width, height;
+  int32_t x, y; /* where it goes on the canvas */
+  int32_t pad;
+} Tile;
+
+typedef struct {
+  double left, top, right, bottom; /* window on the canvas */
+  int64_t target;                  /* byte offset in the batch */
+  int32_t width, height;           /* of the patch */
+  int32_t exact;                   /* the window is whole pixels and as large as the patch */
+  int32_t pad;
+} Output;
+
+enum { OK = 0, BAD_TILE = 1, SHORT_READ = 2, IO_ERROR = 3, CHANGED = 4, NO_MEMORY = 5 };
+
+/* --- the library, looked up once ------------------------------------------------------------- */
+
+static struct {
+  struct jpeg_error_mgr *(*std_error)(struct jpeg_error_mgr *);
+  void (*create)(j_decompress_ptr, int, size_t);
+  void (*destroy)(j_decompress_ptr);
+  int (*read_header)(j_decompress_ptr, boolean);
+  boolean (*start)(j_decompress_ptr);
+  JDIMENSION (*read_scanlines)(j_decompress_ptr, JSAMPARRAY, JDIMENSION);
+  JDIMENSION (*skip_scanlines)(j_decompress_ptr, JDIMENSION);
+  void (*crop_scanline)(j_decompress_ptr, JDIMENSION *, JDIMENSION *);
+  boolean (*finish)(j_decompress_ptr);
+  void (*abort)(j_decompress_ptr);
+  boolean (*resync)(j_decompress_ptr, int);
+} jpeg;
+
+/* --- errors: libjpeg's, as a jump back ------------------------------------------------------- */
+
+typedef struct {
+  struct jpeg_error_mgr base;
+  jmp_buf back;
+  char message[JMSG_LENGTH_MAX];
+} Errors;
+
+static void on_error(j_common_ptr cinfo) {
+  Errors *errors = (Errors *)cinfo->err;
+  errors->base.format_message(cinfo, errors->message);
+  longjmp(errors->back, 1);
+}
+
+static void on_message(j_common_ptr cinfo, int level) {
+  if (level < 0) on_error(cinfo); /* a warning: damaged data */
+}
+
+static void no_output(j_common_ptr cinfo) { (void)cinfo; }
+
+/* --- a source that ends where its bytes end -------------------------------------------------- */
+
+static void source_begin(j_decompress_ptr cinfo) { (void)cinfo; }
+
+static boolean source_refill(j_decompress_ptr cinfo) {
+  Errors *errors = (Errors *)cinfo->err;
+  snprintf(errors->message, sizeof errors->message, "it ends before its picture does");
+  longjmp(errors->back, 1);
+}
+
+static void source_skip(j_decompress_ptr cinfo, long count) {
+  struct jpeg_source_mgr *source = cinfo->src;
+  if (count <= 0) return;
+  if ((size_t)count > source->bytes_in_buffer) source_refill(cinfo);
+  source->next_input_byte += count;
+  source->bytes_in_buffer -= (size_t)count;
+}
+
+static void source_set(struct jpeg_source_mgr *source, const uint8_t *data, size_t size) {
+  source->init_source = source_begin;
+  source->fill_input_buffer = source_refill;
+  source->skip_input_data = source_skip;
+  source->resync_to_restart = jpeg.resync;
+  source->term_source = source_begin;
+  source->next_input_byte = data;
+  source->bytes_in_buffer = size;
+}
+
+/* --- what a thread needs while it works ------------------------------------------------------ */
+
+typedef struct {
+  struct jpeg_decompress_struct cinfo;
+  Errors errors;
+  struct jpeg_source_mgr source;
+  uint8_t *file, *canvas, *middle, *row;
+  int32_t *weights;
+  size_t file_size, canvas_size, middle_size, row_size, weights_size;
+} Worker;
+
+static int grow(void *block, size_t *have, size_t want) {
+  void **place = block;
+  if (*have >= want) return 0;
+  free(*place);
+  *place = malloc(want);
+  *have = *place ? want : 0;
+  return *place ? 0 : -1;
+}
+
+static void say(Canvas *canvas, int status, const char *message) {
+  canvas->status = status;
+  snprintf(canvas->message, MESSAGE_BYTES, "%.*s", MESSAGE_BYTES - 1, message);
+}
+
+/* --- markers: what libjpeg may see ----------------------------------------------------------- */
+
+/* Walk the segments up to the scan (or the end of tables). 0 when libjpeg may have them. */
+static int check_markers(Canvas *canvas, const uint8_t *data, size_t size, int is_tables) {
+  size_t at = 2;
+  int frames = 0;
+  char text[MESSAGE_BYTES];
+  if (size < 4 || data[0] != 0xFF || data[1] != 0xD8) {
+    say(canvas, BAD_TILE, "it is not a JPEG stream");
+    return -1;
+  }
+  for (;;) {
+    if (is_tables && at + 4 > size - 2) return 0;
+    if (at + 4 > size || data[at] != 0xFF) break;
+    int marker = data[at + 1];
+    size_t length = (size_t)(data[at + 2] << 8 | data[at + 3]);
+    if (length < 2 || at + 2 + length > size) break;
+    int frame = marker >= 0xC0 && marker <= 0xCF && marker != 0xC4 && marker != 0xC8 && marker != 0xCC;
+    if (is_tables && (frame || marker == 0xDA)) {
+      say(canvas, BAD_TILE, "its JPEG tables hold a picture");
+      return -1;
+    }
+    if (frame) {
+      if (marker > 0xC2) {
+        snprintf(text, sizeof text, "its frame is of a kind (SOF%d) that slides do not use", marker - 0xC0);
+        say(canvas, BAD_TILE, text);
+        return -1;
+      }
+      if (length < 8) break;
+      int height = data[at + 5] << 8 | data[at + 6], width = data[at + 7] << 8 | data[at + 8];
+      if (width != canvas->tile_width || height != canvas->tile_height) {
+        snprintf(text, sizeof text, "its frame says %d x %d px, not %d x %d", width, height,
+                 canvas->tile_width, canvas->tile_height);
+        say(canvas, BAD_TILE, text);
+        return -1;
+      }
+      int components = data[at + 9];
+      if (components != 1 && components != 3) {
+        snprintf(text, sizeof text, "it has %d components, not 1 or 3", components);
+        say(canvas, BAD_TILE, text);
+        return -1;
+      }
+      frames++;
+    }
+    if (marker == 0xDA) {
+      if (frames == 1) return 0;
+      break;
+    }
+    at += 2 + length;
+  }
+  say(canvas, BAD_TILE, "its JPEG header is damaged");
+  return -1;
+}
+
+/* A truncated tile has lost its end marker; nothing inside a scan looks like one. */
+static int has_end_marker(const uint8_t *data, size_t size) {
+  size_t first = size > EOI_SEARCH_BYTES ? size - EOI_SEARCH_BYTES : 0;
+  for (size_t i = size; i >= first + 2; i--)
+    if (data[i - 2] == 0xFF && data[i - 1] == 0xD9) return 1;
+  return 0;
+}
+
+/* --- one tile -------------------------------------------------------------------------------- */
+
+/* Decode the seen part of a tile onto the canvas (pixels of `channels` bytes, 3 or 4). */
+static int decode_tile(Worker *w, Canvas *canvas, const Tile *tile, const uint8_t *data, size_t size,
+                       const uint8_t *tables, size_t tables_size, uint8_t *pixels, int channels) {
+  j_decompress_ptr cinfo = &w->cinfo;
+  size_t stride = (size_t)canvas->width * channels;
+  if (check_markers(canvas, data, size, 0)) return -1;
+  if (!has_end_marker(data, size)) {
+    say(canvas, BAD_TILE, "it ends before its picture does");
+    return -1;
+  }
+  if (setjmp(w->errors.back)) {
+    jpeg.abort(cinfo);
+    say(canvas, BAD_TILE, w->errors.message);
+    return -1;
+  }
+  /* Tables of the tile before must not be used by one that lost its own. */
+  for (int i = 0; i < NUM_QUANT_TBLS; i++) cinfo->quant_tbl_ptrs[i] = NULL;
+  for (int i = 0; i < NUM_HUFF_TBLS; i++)
+    cinfo->dc_huff_tbl_ptrs[i] = cinfo->ac_huff_tbl_ptrs[i] = NULL;
+  if (tables_size) {
+    source_set(&w->source, tables, tables_size);
+    if (jpeg.read_header(cinfo, FALSE) != JPEG_HEADER_TABLES_ONLY) {
+      snprintf(w->errors.message, sizeof w->errors.message, "its JPEG tables hold a picture");
+      longjmp(w->errors.back, 1);
+    }
+  }
+  source_set(&w->source, data, size);
+  jpeg.read_header(cinfo, TRUE);
+  if (cinfo->num_components == 3)
+    cinfo->jpeg_color_space = canvas->colour == 0 ? JCS_RGB : JCS_YCbCr;
+  cinfo->out_color_space = channels == 4 ? JCS_EXT_RGBX : JCS_RGB;
+  cinfo->dct_method = JDCT_ISLOW;
+  cinfo->do_fancy_upsampling = TRUE;
+  cinfo->scale_num = 1;
+  cinfo->scale_denom = (unsigned)canvas->scale;
+  jpeg.start(cinfo);
+  JDIMENSION left = 0, width = cinfo->output_width;
+  if (tile->left + tile->width > (int)cinfo->output_width ||
+      tile->top + tile->height > (int)cinfo->output_height) {
+    snprintf(w->errors.message, sizeof w->errors.message, "it is smaller than its tile");
+    longjmp(w->errors.back, 1);
+  }
+  if (tile->width + 3 * CROP_MARGIN_PX < (int)width) {
+    int from = tile->left - CROP_MARGIN_PX, to = tile->left + tile->width + CROP_MARGIN_PX;
+    left = from > 0 ? (JDIMENSION)from : 0;
+    if (to > (int)cinfo->output_width) to = (int)cinfo->output_width;
+    width = (JDIMENSION)to - left;
+    jpeg.crop_scanline(cinfo, &left, &width);
+  }
+  if (tile->top) jpeg.skip_scanlines(cinfo, (JDIMENSION)tile->top);
+  uint8_t *to = pixels + (size_t)tile->y * stride + (size_t)tile->x * channels;
+  size_t offset = (size_t)(tile->left - (int)left) * channels, bytes = (size_t)tile->width * channels;
+  size_t row_bytes = (size_t)cinfo->output_width * channels;
+  int most = cinfo->rec_outbuf_height;
+  if (grow(&w->row, &w->row_size, row_bytes * (size_t)most)) {
+    jpeg.abort(cinfo);
+    say(canvas, NO_MEMORY, "no memory");
+    return -1;
+  }
+  JSAMPROW rows[16];
+  for (int done = 0; done < tile->height;) {
+    int want = tile->height - done < most ? tile->height - done : most;
+    if (want > 16) want = 16;
+    for (int r = 0; r < want; r++) rows[r] = w->row + (size_t)r * row_bytes;
+    int got = (int)jpeg.read_scanlines(cinfo, rows, (JDIMENSION)want);
+    for (int r = 0; r < got; r++, done++, to += stride) memcpy(to, rows[r] + offset, bytes);
+  }
+  if (cinfo->output_scanline == cinfo->output_height)
+    jpeg.finish(cinfo); /* whatever is wrong up to the end marker is still seen */
+  else
+    jpeg.abort(cinfo);
+  return 0;
+}
+
+/* --- resampling: Pillow's triangle filter, in integers --------------------------------------- */
+
+#define BITS 22 /* weights are rounded to 2^-22: 8 bits of pixel and 2 of headroom fill an int32 */
+
+/* For each of `size` output pixels, the first input pixel and the weights of `taps` from there on.
+ * A window of [low, high) of an axis of `limit` pixels; the triangle's support is one pixel of the
+ * coarser of the two grids. Returns taps, the weights a pixel has room for. */
+static int taps_of(float low, float high, int size) {
+  double scale = (double)(high - low) / size;
+  return (int)ceil(scale > 1.0 ? scale : 1.0) * 2 + 2; /* even: taps are taken two at a time */
+}
+
+static void weigh(float low, float high, int size, int limit, int taps, int32_t *first,
+                  int32_t *count, int32_t *weights) {
+  double scale = (double)(high - low) / size, support = scale > 1.0 ? scale : 1.0, inverse = 1.0 / support;
+  for (int i = 0; i < size; i++) {
+    double center = low + (i + 0.5) * scale, total = 0.0, value[taps];
+    int from = (int)(center - support + 0.5), to = (int)(center + support + 0.5);
+    if (from < 0) from = 0;
+    if (to > limit) to = limit;
+    int n = to - from;
+    for (int t = 0; t < n; t++) {
+      double distance = fabs((t + from - center + 0.5) * inverse);
+      value[t] = distance < 1.0 ? 1.0 - distance : 0.0;
+      total += value[t];
+    }
+        for (int t = 0; t < taps; t++)
+      weights[i * taps + t] =
+          t < n && total != 0.0 ? (int32_t)(0.5 + value[t] / total * (1 << BITS)) : 0;
+    first[i] = from;
+    count[i] = n;
+  }
+}
+
+typedef struct {
+  int taps; /* room for weights a pixel */
+  const int32_t *first, *count, *weights;
+} Weights;
+
+/* `size` rows out of the rows in, each of `bytes`. */
+static void down_plain(const uint8_t *in, size_t stride, uint8_t *out, size_t bytes, int size, Weights w) {
+  for (int y = 0; y < size; y++) {
+    const uint8_t *from = in + (size_t)w.first[y] * stride;
+    const int32_t *k = w.weights + y * w.taps;
+    for (size_t x = 0; x < bytes; x++) {
+      int32_t sum = 1 << (BITS - 1);
+      for (int t = 0; t < w.count[y]; t++) sum += from[(size_t)t * stride + x] * k[t];
+      out[(size_t)y * bytes + x] = (uint8_t)(sum >> BITS); /* weights sum to 1: it fits */
+    }
+  }
+}
+
+/* Rows of RGBX in, rows of `size` RGB pixels out. */
+static void across_plain(const uint8_t *in, size_t stride, uint8_t *out, int rows, int size, Weights w) {
+  for (int y = 0; y < rows; y++)
+    for (int x = 0; x < size; x++, out += 3) {
+      const uint8_t *from = in + (size_t)y * stride + (size_t)w.first[x] * 4;
+      for (int c = 0; c < 3; c++) {
+        int32_t sum = 1 << (BITS - 1);
+        for (int t = 0; t < w.count[x]; t++) sum += from[4 * t + c] * w.weights[x * w.taps + t];
+        out[c] = (uint8_t)(sum >> BITS);
+      }
+    }
+}
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+/* The same sums, in the same integers, eight at a time. */
+__attribute__((target("avx2"))) static void down_avx2(const uint8_t *in, size_t stride, uint8_t *out,
+                                                      size_t bytes, int size, Weights w) {
+  const __m256i half = _mm256_set1_epi32(1 << (BITS - 1));
+  for (int y = 0; y < size; y++) {
+    const uint8_t *from = in + (size_t)w.first[y] * stride;
+    const int32_t *k = w.weights + y * w.taps;
+    uint8_t *to = out + (size_t)y * bytes;
+    int count = w.count[y];
+    for (size_t x = 0; x < bytes; x += 32) {
+      if (x + 32 > bytes) { /* the last step overlaps the one before; short rows go the plain way */
+        if (bytes < 32) {
+          Weights row = {w.taps, w.first + y, w.count + y, k};
+          down_plain(in, stride, to, bytes, 1, row);
+          break;
+        }
+        x = bytes - 32;
+      }
+      __m256i a = half, b = half, c = half, d = half;
+      for (int t = 0; t < count; t++) {
+        const uint8_t *line = from + (size_t)t * stride + x;
+        __m256i weight = _mm256_set1_epi32(k[t]);
+        __m256i p = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)line));
+        __m256i q = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(line + 8)));
+        __m256i r = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(line + 16)));
+        __m256i s = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(line + 24)));
+        a = _mm256_add_epi32(a, _mm256_mullo_epi32(p, weight));
+        b = _mm256_add_epi32(b, _mm256_mullo_epi32(q, weight));
+        c = _mm256_add_epi32(c, _mm256_mullo_epi32(r, weight));
+        d = _mm256_add_epi32(d, _mm256_mullo_epi32(s, weight));
+      }
+      /* Packing works within halves: put the eight quarters back in order. */
+      __m256i low = _mm256_packs_epi32(_mm256_srai_epi32(a, BITS), _mm256_srai_epi32(b, BITS));
+      __m256i high = _mm256_packs_epi32(_mm256_srai_epi32(c, BITS), _mm256_srai_epi32(d, BITS));
+      __m256i all = _mm256_packus_epi16(low, high);
+      all = _mm256_permutevar8x32_epi32(all, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+      _mm256_storeu_si256((__m256i *)(to + x), all);
+    }
+  }
+}
+
+/* Two taps at a time; weights past `count` are 0, and rows have eight spare bytes behind them. */
+__attribute__((target("avx2"))) static void across_avx2(const uint8_t *in, size_t stride, uint8_t *out,
+                                                        int rows, int size, Weights w) {
+  const __m256i spread = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  const __m128i half = _mm_set1_epi32(1 << (BITS - 1));
+  const __m128i pick = _mm_setr_epi8(0, 4, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  for (int y = 0; y < rows; y++) {
+    const uint8_t *line = in + (size_t)y * stride;
+    uint8_t *to = out + (size_t)y * size * 3;
+    for (int x = 0; x < size; x++, to += 3) {
+      const uint8_t *from = line + (size_t)w.first[x] * 4;
+      const int32_t *k = w.weights + x * w.taps;
+      __m256i sum = _mm256_setzero_si256();
+      for (int t = 0; t < w.count[x]; t += 2) {
+        __m256i weight = _mm256_castsi128_si256(_mm_loadl_epi64((const __m128i *)(k + t)));
+        __m256i pixels = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(from + 4 * t)));
+        weight = _mm256_permutevar8x32_epi32(weight, spread);
+        sum = _mm256_add_epi32(sum, _mm256_mullo_epi32(pixels, weight));
+      }
+      __m128i one = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+      one = _mm_shuffle_epi8(_mm_srai_epi32(_mm_add_epi32(one, half), BITS), pick);
+      int pixel = _mm_cvtsi128_si32(one);
+      if (x + 1 < size)
+        memcpy(to, &pixel, 4); /* the fourth byte is the next pixel's */
+      else
+        memcpy(to, &pixel, 3);
+    }
+  }
+}
+#endif
+
+static int use_avx2 = 0; /* set at import and by tests */
+
+static void down(const uint8_t *in, size_t stride, uint8_t *out, size_t bytes, int size, Weights w) {
+#if defined(__x86_64__)
+  if (use_avx2) {
+    down_avx2(in, stride, out, bytes, size, w);
+    return;
+  }
+#endif
+  down_plain(in, stride, out, bytes, size, w);
+}
+
+static void across(const uint8_t *in, size_t stride, uint8_t *out, int rows, int size, Weights w) {
+#if defined(__x86_64__)
+  if (use_avx2) {
+    across_avx2(in, stride, out, rows, size, w);
+    return;
+  }
+#endif
+  across_plain(in, stride, out, rows, size, w);
+}
+
+/* Down first: it works on whole rows, and leaves fewer of them for the pass that cannot. */
+static int resample(Worker *w, const Canvas *canvas, const Output *o, uint8_t *out) {
+  float left = (float)o->left, top = (float)o->top, right = (float)o->right, bottom = (float)o->bottom;
+  int tx = taps_of(left, right, o->width), ty = taps_of(top, bottom, o->height);
+  size_t nx = (size_t)o->width, ny = (size_t)o->height;
+  if (grow(&w->weights, &w->weights_size, sizeof(int32_t) * (nx * (tx + 2) + ny * (ty + 2)))) return -1;
+  int32_t *x_first = w->weights, *x_count = x_first + nx, *x_weights = x_count + nx;
+  int32_t *y_first = x_weights + nx * tx, *y_count = y_first + ny, *y_weights = y_count + ny;
+  weigh(left, right, o->width, canvas->width, tx, x_first, x_count, x_weights);
+  weigh(top, bottom, o->height, canvas->height, ty, y_first, y_count, y_weights);
+  int from = x_first[0], columns = x_first[nx - 1] + x_count[nx - 1] - from;
+  for (size_t i = 0; i < nx; i++) x_first[i] -= from;
+  size_t line = (size_t)columns * 4;
+  if (grow(&w->middle, &w->middle_size, line * ny + 8)) return -1;
+  Weights x = {tx, x_first, x_count, x_weights}, y = {ty, y_first, y_count, y_weights};
+  down(w->canvas + (size_t)from * 4, (size_t)canvas->width * 4, w->middle, line, o->height, y);
+  across(w->middle, line, out, o->height, o->width, x);
+  return 0;
+}
+
+/* --- one canvas: its tiles, then its patches ------------------------------------------------- */
+
+static int file_is_the_same(Canvas *canvas) {
+  struct stat now;
+  if (canvas->fd < 0 || canvas->size_bytes <= 0) return 1;
+  if (fstat(canvas->fd, &now)) return 0;
+#ifdef __APPLE__
+  int64_t mtime_ns = (int64_t)now.st_mtimespec.tv_sec * 1000000000 + now.st_mtimespec.tv_nsec;
+#else
+  int64_t mtime_ns = (int64_t)now.st_mtim.tv_sec * 1000000000 + now.st_mtim.tv_nsec;
+#endif
+  return now.st_size == canvas->size_bytes && (!canvas->mtime_ns || mtime_ns == canvas->mtime_ns);
+}
+
+static int pread_all(Worker *w, Canvas *canvas, const Tile *tile) {
+  if (tile->length > MAX_TILE_BYTES || grow(&w->file, &w->file_size, (size_t)tile->length)) {
+    say(canvas, NO_MEMORY, "no memory");
+    return -1;
+  }
+  for (int64_t done = 0; done < tile->length;) {
+    ssize_t got = pread(canvas->fd, w->file + done, (size_t)(tile->length - done), tile->start + done);
+    if (got < 0) {
+      say(canvas, IO_ERROR, "cannot be read");
+      return -1;
+    }
+    if (!got) {
+      say(canvas, SHORT_READ, "it ends early");
+      return -1;
+    }
+    done += got;
+  }
+  return 0;
+}
+
+static void fill(uint8_t *pixels, size_t stride, const Tile *tile, int value, int channels) {
+  for (int y = 0; y < tile->height; y++)
+    memset(pixels + (size_t)(tile->y + y) * stride + (size_t)tile->x * channels, value,
+           (size_t)tile->width * channels);
+}
+
+typedef struct {
+  const void *data;
+  Py_ssize_t size;
+} Bytes;
+
+static void read_canvas(Worker *w, Canvas *canvas, const Tile *tiles, const Output *outputs,
+                        const Bytes *tables, const Bytes *bodies, uint8_t *batch) {
+  const Output *single = outputs + canvas->first_output;
+  int direct = canvas->n_outputs == 1 && single->exact && single->left == 0 && single->top == 0 &&
+               single->width == canvas->width && single->height == canvas->height;
+  int channels = 3;
+  for (int i = 0; i < canvas->n_outputs; i++)
+    if (!single[i].exact) channels = 4;
+  size_t stride = (size_t)canvas->width * channels;
+  uint8_t *pixels = batch + single->target;
+  canvas->status = OK;
+  if (!direct) {
+    if (grow(&w->canvas, &w->canvas_size, stride * (size_t)canvas->height + 16)) {
+      say(canvas, NO_MEMORY, "no memory");
+      return;
+    }
+    pixels = w->canvas;
+  }
+  if (!file_is_the_same(canvas)) {
+    say(canvas, CHANGED, "changed since it was indexed");
+    return;
+  }
+  int64_t seen = 0;
+  for (int i = 0; i < canvas->n_tiles; i++) {
+    const Tile *tile = tiles + canvas->first_tile + i;
+    seen += (int64_t)tile->width * tile->height;
+  }
+  if (seen < (int64_t)canvas->width * canvas->height)
+    memset(pixels, 255, stride * (size_t)canvas->height); /* outside the slide is white, like glass */
+  for (int i = 0; i < canvas->n_tiles; i++) {
+    const Tile *tile = tiles + canvas->first_tile + i;
+    const uint8_t *data;
+    size_t size = (size_t)tile->length;
+    canvas->tile = canvas->first_tile + i;
+    if (!tile->length) {
+      fill(pixels, stride, tile, canvas->fill, channels);
+      continue;
+    }
+    if (canvas->fd >= 0) {
+      if (pread_all(w, canvas, tile)) return;
+      data = w->file;
+    } else {
+      data = bodies[tile->body].data;
+    }
+    const Bytes none = {NULL, 0};
+    const Bytes *own = canvas->tables >= 0 ? tables + canvas->tables : &none;
+    if (own->size && check_markers(canvas, own->data, (size_t)own->size, 1)) return;
+    if (decode_tile(w, canvas, tile, data, size, own->data, (size_t)own->size, pixels, channels)) return;
+  }
+  if (direct) return;
+  for (int i = 0; i < canvas->n_outputs; i++) {
+    const Output *o = single + i;
+    uint8_t *out = batch + o->target;
+    if (!o->exact) {
+      if (resample(w, canvas, o, out)) say(canvas, NO_MEMORY, "no memory");
+      continue;
+    }
+    for (int y = 0; y < o->height; y++) {
+      const uint8_t *from = pixels + ((size_t)o->top + y) * stride + (size_t)o->left * channels;
+      uint8_t *to = out + (size_t)y * o->width * 3;
+      if (channels == 3)
+        memcpy(to, from, (size_t)o->width * 3);
+      else
+        for (int x = 0; x < o->width; x++) memcpy(to + 3 * x, from + 4 * x, 3);
+    }
+  }
+}
+
+static void read_range(Canvas *canvases, Py_ssize_t first, Py_ssize_t stop, const Tile *tiles,
+                       const Output *outputs, const Bytes *tables, const Bytes *bodies, uint8_t *batch) {
+  Worker w;
+  memset(&w, 0, sizeof w);
+  w.cinfo.err = jpeg.std_error(&w.errors.base);
+  w.errors.base.error_exit = on_error;
+  w.errors.base.emit_message = on_message;
+  w.errors.base.output_message = no_output;
+  if (setjmp(w.errors.back)) {
+    for (Py_ssize_t i = first; i < stop; i++) say(canvases + i, NO_MEMORY, w.errors.message);
+  } else {
+    jpeg.create(&w.cinfo, JPEG_LIB_VERSION, sizeof w.cinfo);
+    w.cinfo.src = &w.source;
+    for (Py_ssize_t i = first; i < stop; i++)
+      read_canvas(&w, canvases + i, tiles, outputs, tables, bodies, batch);
+  }
+  jpeg.destroy(&w.cinfo);
+  free(w.file);
+  free(w.canvas);
+  free(w.middle);
+  free(w.row);
+  free(w.weights);
+}
+
+/* --- checks: what C may touch ----------------------------------------------------------------- */
+
+static const char *check_canvas(const Canvas *c, const Tile *tiles, Py_ssize_t n_tiles,
+                                const Output *outputs, Py_ssize_t n_outputs, Py_ssize_t n_tables,
+                                const Bytes *bodies, Py_ssize_t n_bodies, Py_ssize_t batch_size) {
+  if (c->first_tile < 0 || c->n_tiles < 0 || (Py_ssize_t)c->first_tile + c->n_tiles > n_tiles) return "tiles";
+  if (c->first_output < 0 || c->n_outputs < 1 || (Py_ssize_t)c->first_output + c->n_outputs > n_outputs)
+    return "outputs";
+  if (c->width < 1 || c->height < 1 || (int64_t)c->width * c->height * 4 > MAX_CANVAS_BYTES) return "canvas size";
+  if (c->tile_width < 1 || c->tile_height < 1 || c->tile_width > 65500 || c->tile_height > 65500)
+    return "tile size";
+  if (c->scale != 1 && c->scale != 2 && c->scale != 4 && c->scale != 8) return "scale";
+  if (c->tables < -1 || c->tables >= n_tables) return "tables";
+  for (int i = 0; i < c->n_tiles; i++) {
+    const Tile *t = tiles + c->first_tile + i;
+    if (t->length < 0 || t->start < 0) return "byte range";
+    if (t->left < 0 || t->top < 0 || t->width < 1 || t->height < 1) return "seen part";
+    if (t->x < 0 || t->y < 0 || t->x > c->width - t->width || t->y > c->height - t->height) return "paste box";
+    if (c->fd < 0 && t->length &&
+        (t->body < 0 || t->body >= n_bodies || bodies[t->body].size != t->length))
+      return "body";
+  }
+  for (int i = 0; i < c->n_outputs; i++) {
+    const Output *o = outputs + c->first_output + i;
+    if (o->width < 1 || o->height < 1 || o->width > 65536 || o->height > 65536) return "patch size";
+    if (o->target < 0 || o->target + (int64_t)o->width * o->height * 3 > batch_size) return "target";
+    if (!(o->left >= 0 && o->top >= 0 && o->right <= c->width && o->bottom <= c->height)) return "window";
+    if (!(o->right > o->left && o->bottom > o->top)) return "window";
+    if ((o->right - o->left) / o->width > 4096 || (o->bottom - o->top) / o->height > 4096) return "reduction";
+    if (o->exact && (o->left + o->width > c->width || o->top + o->height > c->height)) return "window";
+  }
+  return NULL;
+}
+
+/* --- Python ----------------------------------------------------------------------------------- */
+
+static PyObject *py_load(PyObject *self, PyObject *argument) {
+  (void)self;
+  const char *path = PyUnicode_AsUTF8AndSize(argument, NULL);
+  if (!path) return NULL;
+  void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  if (!library) {
+    PyErr_SetString(PyExc_OSError, dlerror());
+    return NULL;
+  }
+  static const struct {
+    const char *name;
+    void **place;
+  } wanted[] = {
+      {"jpeg_std_error", (void **)&jpeg.std_error},
+      {"jpeg_CreateDecompress", (void **)&jpeg.create},
+      {"jpeg_destroy_decompress", (void **)&jpeg.destroy},
+      {"jpeg_read_header", (void **)&jpeg.read_header},
+      {"jpeg_start_decompress", (void **)&jpeg.start},
+      {"jpeg_read_scanlines", (void **)&jpeg.read_scanlines},
+      {"jpeg_skip_scanlines", (void **)&jpeg.skip_scanlines},
+      {"jpeg_crop_scanline", (void **)&jpeg.crop_scanline},
+      {"jpeg_finish_decompress", (void **)&jpeg.finish},
+      {"jpeg_abort_decompress", (void **)&jpeg.abort},
+      {"jpeg_resync_to_restart", (void **)&jpeg.resync},
+  };
+  for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++) {
+    *wanted[i].place = dlsym(library, wanted[i].name);
+    if (!*wanted[i].place) {
+      jpeg.create = NULL;
+      PyErr_Format(PyExc_OSError, "%s has no %s", path, wanted[i].name);
+      dlclose(library);
+      return NULL;
+    }
+  }
+  /* A library of another ABI says so here, and not in the middle of a run. */
+  Worker w;
+  memset(&w, 0, sizeof w);
+  w.cinfo.err = jpeg.std_error(&w.errors.base);
+  w.errors.base.error_exit = on_error;
+  w.errors.base.output_message = no_output;
+  if (setjmp(w.errors.back)) {
+    jpeg.create = NULL;
+    PyErr_Format(PyExc_OSError, "%s: %s", path, w.errors.message);
+    return NULL;
+  }
+  jpeg.create(&w.cinfo, JPEG_LIB_VERSION, sizeof w.cinfo);
+  jpeg.destroy(&w.cinfo);
+  Py_RETURN_NONE;
+}
+
+/* A list or tuple of bytes as pointers; the list keeps them alive. */
+static Bytes *bytes_of(PyObject *list, Py_ssize_t *n) {
+  *n = PySequence_Size(list);
+  if (*n < 0) return NULL;
+  Bytes *out = PyMem_Calloc((size_t)*n + 1, sizeof(Bytes));
+  if (!out) return (Bytes *)PyErr_NoMemory();
+  for (Py_ssize_t i = 0; i < *n; i++) {
+    PyObject *item = PySequence_GetItem(list, i);
+    char *data;
+    if (!item) goto failed;
+    int bad = PyBytes_AsStringAndSize(item, &data, &out[i].size);
+    Py_DECREF(item); /* the sequence still holds it */
+    if (bad) goto failed;
+    out[i].data = data;
+  }
+  return out;
+failed:
+  PyMem_Free(out);
+  return NULL;
+}
+
+static PyObject *py_read(PyObject *self, PyObject *args) {
+  (void)self;
+  Py_buffer canvases, tiles, outputs, batch;
+  Py_ssize_t first, stop, n_tables = 0, n_bodies = 0;
+  PyObject *table_list, *body_list;
+  if (!PyArg_ParseTuple(args, "w*y*y*O!O!w*nn", &canvases, &tiles, &outputs, &PyTuple_Type, &table_list,
+                        &PyTuple_Type, &body_list, &batch, &first, &stop))
+    return NULL;
+  const char *wrong = NULL;
+  Bytes *tables = bytes_of(table_list, &n_tables);
+  Bytes *bodies = tables ? bytes_of(body_list, &n_bodies) : NULL;
+  if (bodies) {
+    Canvas *all = canvases.buf;
+    if (!jpeg.create) wrong = "load() was not called";
+    if (first < 0 || stop < first || stop > canvases.len / (Py_ssize_t)sizeof(Canvas)) wrong = "range";
+    for (Py_ssize_t i = first; !wrong && i < stop; i++)
+      wrong = check_canvas(all + i, tiles.buf, tiles.len / (Py_ssize_t)sizeof(Tile), outputs.buf,
+                           outputs.len / (Py_ssize_t)sizeof(Output), n_tables, bodies, n_bodies, batch.len);
+    if (wrong) {
+      PyErr_Format(PyExc_ValueError, "a read plan is inconsistent: %s", wrong);
+    } else {
+      Py_BEGIN_ALLOW_THREADS;
+      read_range(all, first, stop, tiles.buf, outputs.buf, tables, bodies, batch.buf);
+      Py_END_ALLOW_THREADS;
+    }
+  }
+  PyMem_Free(tables);
+  PyMem_Free(bodies);
+  PyBuffer_Release(&canvases);
+  PyBuffer_Release(&tiles);
+  PyBuffer_Release(&outputs);
+  PyBuffer_Release(&batch);
+  if (PyErr_Occurred()) return NULL;
+  Py_RETURN_NONE;
+}
+
+/* Tests compare the two ways. */
+static PyObject *py_simd(PyObject *self, PyObject *argument) {
+  (void)self;
+  int want = PyObject_IsTrue(argument), had = use_avx2;
+  if (want < 0) return NULL;
+#if defined(__x86_64__)
+  use_avx2 = want && __builtin_cpu_supports("avx2");
+#endif
+  return PyBool_FromLong(had);
+}
+
+static PyMethodDef methods[] = {
+    {"load", py_load, METH_O, "load(path): use the libjpeg-turbo at this path; OSError when it cannot be."},
+    {"read", py_read, METH_VARARGS,
+     "read(canvases, tiles, outputs, tables, bodies, batch, first, stop): canvases first..stop into batch."},
+    {"simd", py_simd, METH_O, "simd(wanted): use AVX2 where the CPU has it; returns what was used before."},
+    {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "online_patching.native._jpeg", "Patches out of JPEG tiles.", -1, methods,
+    NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__jpeg(void) {
+  PyObject *made = PyModule_Create(&module);
+#if defined(__x86_64__)
+  use_avx2 = __builtin_cpu_supports("avx2") != 0;
+#endif
+  if (made) {
+    PyModule_AddIntConstant(made, "CANVAS_BYTES", (long)sizeof(Canvas));
+    PyModule_AddIntConstant(made, "TILE_BYTES", (long)sizeof(Tile));
+    PyModule_AddIntConstant(made, "OUTPUT_BYTES", (long)sizeof(Output));
+  }
+  return made;
+}
