@@ -37,7 +37,7 @@ _OTHERS = "other slides"
 class Rule:
     """When a slide is quarantined; `quarantine_after` None: never."""
 
-    quarantine_after: int | None = 4
+    quarantine_after: int | None = 8
     window_draws: int = 2**16
 
     def __post_init__(self) -> None:

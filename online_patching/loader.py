@@ -65,7 +65,7 @@ class PatchLoader:
         gap_bytes: int = 16 * 2**10,
         retry: RetryPolicy | None = None,
         max_failed_fraction: float = 0.05,
-        quarantine_after: int | None = 4,
+        quarantine_after: int | None = 8,
         window_draws: int = 2**16,
         rank: int = 0,
         world_size: int = 1,

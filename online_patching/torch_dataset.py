@@ -46,8 +46,8 @@ class PatchDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         """Batches from `first_draw` to the end; TypeError when the sampler never ends."""
         end: int = len(self.sampler)  # type: ignore[arg-type]
-        step = self.batch_size * self.options.get("world_size", 1)
-        return (max(0, end - self.first_draw) + step - 1) // int(step)
+        step: int = self.batch_size * self.options.get("world_size", 1)
+        return (max(0, end - self.first_draw) + step - 1) // step
 
     def state_dict(self) -> dict[str, Any]:
         """Where the iteration under way stands (in this process): PatchLoader's state."""
