@@ -53,11 +53,14 @@ where the part lies in the tile and where it goes on the canvas (decoded pixels)
 OUTPUT = np.dtype(
     [
         ("left", "<f8"), ("top", "<f8"), ("right", "<f8"), ("bottom", "<f8"), ("target", "<i8"),
-        ("width", "<i4"), ("height", "<i4"), ("exact", "<i4"), ("pad", "<i4"),
+        ("width", "<i4"), ("height", "<i4"), ("x", "<i4"), ("y", "<i4"),
+        ("box_width", "<i4"), ("box_height", "<i4"), ("exact", "<i4"), ("pad", "<i4"),
     ],
     align=True,
 )  # fmt: skip
-"""A patch: its window on the canvas, its byte offset in the batch, its size. `exact`: copied, not resampled."""
+"""A patch: its window within its box, its byte offset in the batch, its size, its box on the canvas.
+`exact`: the patch is the box. Nothing outside the box is looked at, so that a patch has the same pixels on
+a canvas of its own and on a shared one."""
 
 COLOURS = ("rgb", "ycbcr", "gray")
 
@@ -155,11 +158,10 @@ def plan_batch(
     canvases["codec"] = at
 
     outputs = np.zeros(len(order), OUTPUT)
-    shift = (box[order, :2] - box_of[canvas, :2])[:, [0, 1, 0, 1]]
-    for name, column in zip(
-        ("left", "top", "right", "bottom"), (window[order] + shift).T, strict=True
-    ):
+    for name, column in zip(("left", "top", "right", "bottom"), window[order].T, strict=True):
         outputs[name] = column
+    outputs["x"], outputs["y"] = (box[order, :2] - box_of[canvas, :2]).T
+    outputs["box_width"], outputs["box_height"] = (box[order, 2:] - box[order, :2]).T
     outputs["target"] = targets[order] * (3 * size_px * size_px)
     outputs["width"] = outputs["height"] = size_px
     outputs["exact"] = exact[order]

@@ -192,10 +192,8 @@ def _portable(
     for o in plan.outputs[plan.outputs_of(canvas)]:
         w, h = int(o["width"]), int(o["height"])
         window = tuple(float(o[name]) for name in ("left", "top", "right", "bottom"))
-        if o["exact"]:
-            x, y = int(o["left"]), int(o["top"])
-            patch = pixels[y : y + h, x : x + w]
-        else:
-            patch = resize(pixels, window, (w, h))  # type: ignore[arg-type]
+        x, y = int(o["x"]), int(o["y"])
+        box = pixels[y : y + int(o["box_height"]), x : x + int(o["box_width"])]
+        patch = box if o["exact"] else resize(box, window, (w, h))  # type: ignore[arg-type]
         target = int(o["target"])
         flat[target : target + patch.size] = patch.reshape(-1)

@@ -65,10 +65,11 @@ typedef struct {
 } Tile;
 
 typedef struct {
-  double left, top, right, bottom; /* window on the canvas */
+  double left, top, right, bottom; /* window, within its box */
   int64_t target;                  /* byte offset in the batch */
   int32_t width, height;           /* of the patch */
-  int32_t exact;                   /* the window is whole pixels and as large as the patch */
+  int32_t x, y, box_width, box_height; /* its box on the canvas: all that its pixels depend on */
+  int32_t exact;                       /* the patch is the box */
   int32_t pad;
 } Output;
 
@@ -471,14 +472,15 @@ static int resample(Worker *w, const Canvas *canvas, const Output *o, uint8_t *o
   if (grow(&w->weights, &w->weights_size, sizeof(int32_t) * (nx * (tx + 2) + ny * (ty + 2)))) return -1;
   int32_t *x_first = w->weights, *x_count = x_first + nx, *x_weights = x_count + nx;
   int32_t *y_first = x_weights + nx * tx, *y_count = y_first + ny, *y_weights = y_count + ny;
-  weigh(left, right, o->width, canvas->width, tx, x_first, x_count, x_weights);
-  weigh(top, bottom, o->height, canvas->height, ty, y_first, y_count, y_weights);
+  weigh(left, right, o->width, o->box_width, tx, x_first, x_count, x_weights);
+  weigh(top, bottom, o->height, o->box_height, ty, y_first, y_count, y_weights);
   int from = x_first[0], columns = x_first[nx - 1] + x_count[nx - 1] - from;
   for (size_t i = 0; i < nx; i++) x_first[i] -= from;
   size_t line = (size_t)columns * 4;
   if (grow(&w->middle, &w->middle_size, line * ny + 8)) return -1;
   Weights x = {tx, x_first, x_count, x_weights}, y = {ty, y_first, y_count, y_weights};
-  down(w->canvas + (size_t)from * 4, (size_t)canvas->width * 4, w->middle, line, o->height, y);
+  const uint8_t *box = w->canvas + ((size_t)o->y * canvas->width + o->x + from) * 4;
+  down(box, (size_t)canvas->width * 4, w->middle, line, o->height, y);
   across(w->middle, line, out, o->height, o->width, x);
   return 0;
 }
@@ -531,8 +533,8 @@ typedef struct {
 static void read_canvas(Worker *w, Canvas *canvas, const Tile *tiles, const Output *outputs,
                         const Bytes *tables, const Bytes *bodies, uint8_t *batch) {
   const Output *single = outputs + canvas->first_output;
-  int direct = canvas->n_outputs == 1 && single->exact && single->left == 0 && single->top == 0 &&
-               single->width == canvas->width && single->height == canvas->height;
+  int direct = canvas->n_outputs == 1 && single->exact && single->width == canvas->width &&
+               single->height == canvas->height;
   int channels = 3;
   for (int i = 0; i < canvas->n_outputs; i++)
     if (!single[i].exact) channels = 4;
@@ -586,7 +588,7 @@ static void read_canvas(Worker *w, Canvas *canvas, const Tile *tiles, const Outp
       continue;
     }
     for (int y = 0; y < o->height; y++) {
-      const uint8_t *from = pixels + ((size_t)o->top + y) * stride + (size_t)o->left * channels;
+      const uint8_t *from = pixels + (size_t)(o->y + y) * stride + (size_t)o->x * channels;
       uint8_t *to = out + (size_t)y * o->width * 3;
       if (channels == 3)
         memcpy(to, from, (size_t)o->width * 3);
@@ -646,10 +648,14 @@ static const char *check_canvas(const Canvas *c, const Tile *tiles, Py_ssize_t n
     const Output *o = outputs + c->first_output + i;
     if (o->width < 1 || o->height < 1 || o->width > 65536 || o->height > 65536) return "patch size";
     if (o->target < 0 || o->target + (int64_t)o->width * o->height * 3 > batch_size) return "target";
-    if (!(o->left >= 0 && o->top >= 0 && o->right <= c->width && o->bottom <= c->height)) return "window";
+    if (o->x < 0 || o->y < 0 || o->box_width < 1 || o->box_height < 1 || o->x > c->width - o->box_width ||
+        o->y > c->height - o->box_height)
+      return "box";
+    if (!(o->left >= 0 && o->top >= 0 && o->right <= o->box_width && o->bottom <= o->box_height))
+      return "window";
     if (!(o->right > o->left && o->bottom > o->top)) return "window";
     if ((o->right - o->left) / o->width > 4096 || (o->bottom - o->top) / o->height > 4096) return "reduction";
-    if (o->exact && (o->left + o->width > c->width || o->top + o->height > c->height)) return "window";
+    if (o->exact && (o->width != o->box_width || o->height != o->box_height)) return "exact box";
   }
   return NULL;
 }
