@@ -215,8 +215,8 @@ def test_plans_that_contradict_themselves_are_refused():
         ("canvas", "n_tiles", 2), ("canvas", "first_tile", -1), ("canvas", "width", 0), ("canvas", "width", 2**30),
         ("canvas", "tile_width", -5), ("canvas", "scale", 3), ("canvas", "tables", 4), ("canvas", "n_outputs", 9),
         ("tile", "width", WIDTH + 1), ("tile", "x", 1), ("tile", "y", -1), ("tile", "left", -1), ("tile", "body", 1),
-        ("tile", "length", 10), ("output", "target", 1), ("output", "target", -8), ("output", "right", WIDTH + 0.5), ("output", "x", 1), ("output", "box_width", 0),
-        ("output", "box_height", HEIGHT + 1),
+        ("tile", "length", 10), ("output", "target", 1), ("output", "target", -8), ("output", "right", WIDTH + 0.5),
+        ("output", "x", 1), ("output", "box_width", 0), ("output", "box_height", HEIGHT + 1),
         ("output", "left", float("nan")), ("output", "width", 0), ("output", "height", 2**20),
     ]:  # fmt: skip
         tables = {
