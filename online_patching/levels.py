@@ -26,6 +26,7 @@ def choose_levels(corpus: Corpus, rows: ArrayLike, mpps: ArrayLike) -> NDArray[n
         )
     if not len(slide):
         return np.zeros(0, np.int64)
+    corpus.check(slide)
     first = np.asarray(corpus.records["first_level"][slide], np.int64)
     count = np.asarray(corpus.records["n_levels"][slide], np.int64)
     column = np.arange(count.max())

@@ -40,25 +40,27 @@ def philox4x32(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.
 
 
 def words(
-    seed: int, draws: ArrayLike, attempt: ArrayLike, stream: int, count: int
+    seed: int, draws: ArrayLike, attempt: ArrayLike, stream: ArrayLike, count: int
 ) -> NDArray[np.uint32]:
     """`count` random 32-bit words for each draw: shape (n, count), uint32.
 
     `draws` are non-negative 64-bit numbers, `attempt` a number or one per draw (< 2**32),
-    `stream` names the purpose (< 2**24). Equal arguments give equal words on every machine.
+    `stream` names the purpose (< 2**24; a number or one per draw). Equal arguments give equal words
+    on every machine.
     """
-    if not 0 <= stream < 2**24:
-        raise ValueError(f"stream {stream} is outside 0..{2**24 - 1}")
+    draw = np.atleast_1d(np.asarray(draws)).astype(np.uint64)
+    streams = np.asarray(stream, np.int64)
+    if streams.size and (streams.min() < 0 or streams.max() >= 2**24):
+        raise ValueError(f"stream {streams.tolist()} is outside 0..{2**24 - 1}")
     if not 0 < count <= 4 * MAX_BLOCKS:
         raise ValueError(f"count {count} is outside 1..{4 * MAX_BLOCKS}")
-    draw = np.atleast_1d(np.asarray(draws)).astype(np.uint64)
-    tries = np.broadcast_to(np.asarray(attempt, dtype=np.uint32), draw.shape)
     blocks = -(-count // 4)
     counter = np.empty((len(draw), blocks, 4), np.uint32)
     counter[:, :, 0] = (draw & _LOW)[:, None]
     counter[:, :, 1] = (draw >> _SHIFT)[:, None]
-    counter[:, :, 2] = tries[:, None]
-    counter[:, :, 3] = (stream << 8) + np.arange(blocks, dtype=np.uint32)
+    counter[:, :, 2] = np.broadcast_to(np.asarray(attempt, np.uint32), draw.shape)[:, None]
+    first_block = np.broadcast_to(streams.astype(np.uint32) << np.uint32(8), draw.shape)
+    counter[:, :, 3] = first_block[:, None] + np.arange(blocks, dtype=np.uint32)
     key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
     out = philox4x32(counter.reshape(-1, 4), key)
     return out.reshape(len(draw), 4 * blocks)[:, :count]
@@ -76,3 +78,9 @@ def integers(random_words: NDArray[np.uint32], bound: ArrayLike) -> NDArray[np.i
     """
     limit = np.asarray(bound, dtype=np.uint64)
     return ((random_words.astype(np.uint64) * limit) >> _SHIFT).astype(np.int64)
+
+
+def fine_uniform(high: NDArray[np.uint32], low: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """Two words as float64 in [0, 1) with 53 random bits: for choices among very many."""
+    bits = (high >> np.uint32(5)).astype(np.float64) * 67108864.0 + (low >> np.uint32(6))
+    return np.asarray(bits / 9007199254740992.0)

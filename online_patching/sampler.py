@@ -3,8 +3,9 @@
 `sampler[i]` is a pure function of (seed, i): the same for any number of workers or ranks, and
 for ever (raw Philox words with our own integer maps). Words of draw i, attempt a come from
 
-    stream 0         word 0, 1: the slide (alias table)   word 2: the µm/px
-    stream 16 + t    try t of the position: word 0: tissue cell, words 1, 2: the point within it
+    stream 0         words 0, 1: the slide (cumulative weights)   words 2, 3: the µm/px
+    stream 2         words 0, 1: which of a slide's patches, where `patches_per_slide` limits them
+    stream 16 + t    try t of the position: words 0, 3: tissue cell, words 1, 2: the point within it
 
 so that rejecting a position never changes the slide: the shares of slides stay as weighted.
 
@@ -19,51 +20,69 @@ is tissue. A slide serves a µm/px when its finest level needs at most 2x upscal
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from online_patching.corpus import Corpus
+from online_patching.draws import Draws as Draws
+from online_patching.draws import Sampler, check_range, whole_numbers
 from online_patching.errors import SamplerError
-from online_patching.geometry import PatchRef
+from online_patching.filters import PixelFilter
+from online_patching.magnification import Policy, Reach, policy_of
 from online_patching.mask import QUANTILE_SIDES_UM, ForegroundMask
-from online_patching.philox import integers, uniform, words
-from online_patching.plan import MAX_UPSCALE, round_half_up
-from online_patching.slide_index import MPP_SANE_RANGE, SlideIndex
+from online_patching.philox import fine_uniform, words
+from online_patching.placing import (
+    MAX_TRIES,
+    Boxes,
+    anywhere,
+    first_place,
+    neighbourhoods,
+    tile_axes,
+    within,
+)
+from online_patching.plan import MAX_UPSCALE
+from online_patching.slide_index import SlideIndex
+from online_patching.weights import SlideShares, check_weights
 
-SLIDE_STREAM, POSITION_STREAM = 0, 16
-MAX_TRIES = 256
-"""Positions tried in one attempt. At the least acceptance a slide may have (2 %), 0.6 % of draws
-run out of tries and move to their next attempt."""
-MAX_ATTEMPTS = 32
+SLIDE_STREAM, GROUP_STREAM, POOL_STREAM, POOLED_STREAM = 0, 1, 2, 3
+POSITION_STREAM, WINDOW_STREAM, MEMBER_STREAM, POOLED_POSITION_STREAM = 16, 1024, 2048, 3072
+MAX_ATTEMPTS = 256
+"""Attempts of one draw, over damage, quarantine, pixel filters and positions: a filter that keeps
+one patch in twenty fails a draw once in 500,000."""
+
+_LOG2_SIDES = np.log2(QUANTILE_SIDES_UM)
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+_Columns = tuple[Ints, Floats, Ints, Ints, Ints]
+"""slide, µm/px, x, y, tries (0: no place was found)."""
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Columns of n draws, before they are PatchRefs. `tries` counts positions looked at."""
+class PatchSampler(Sampler):
+    """Random patches of a corpus, for ever.
 
-    draw: NDArray[np.int64]
-    attempt: NDArray[np.int64]
-    slide: NDArray[np.int64]
-    mpp: NDArray[np.float64]
-    x_px0: NDArray[np.int64]
-    y_px0: NDArray[np.int64]
-    tries: NDArray[np.int64]
+    `mpp` is what is drawn: a number, a list with `mpp_weights` (equal by default), or a policy of
+    magnification.py; each slide draws from what it can serve of it. `slide_weights` are one weight
+    a slide (equal by default; weights.py makes them). `size_px` is the side of a patch at its µm/px.
 
+    `patches_per_read=k`: draws g*k .. g*k+k-1 come from one slide, at one µm/px, from one window of
+    n x n tiles of the level that is read, n the least with n tiles >= 1.5 patch sides. The window is
+    uniform among those that hold a uniform tissue point; origins are uniform in it (whole level-0
+    pixels at which a read stays in the window), kept when `min_foreground` of the patch is tissue.
+    So k patches cost the tiles of about one, but they overlap, and a batch sees 1/k as many
+    places: benchmarks/sampling_diversity.py prints by how much. Over many groups a slide's centres
+    follow its tissue as at k = 1, smeared over a window. A redraw (attempt > 0) is an independent
+    patch.
 
-class PatchSampler:
-    """Random patches of a corpus.
+    `context=(4.0,)`: each draw also has a view of the same centre at 4 times its µm/px (`expand`).
+    `patches_per_slide=N`: a slide ever yields at most N different patches, the same for every
+    larger N; draws choose among them uniformly. `filters` are pixel filters (filters.py) that a
+    loader applies: what they refuse moves to its next attempt.
 
-    `mpp` are the magnifications asked for, `mpp_weights` their weights (equal by default; each
-    slide draws among those it can serve). `slide_weights` are one weight a slide (equal by
-    default). `size_px` is the side of a patch at its µm/px. Raises SamplerError when no slide
-    can serve anything.
+    Raises SamplerError when no slide can serve anything.
     """
 
     def __init__(
@@ -72,234 +91,210 @@ class PatchSampler:
         masks: Sequence[ForegroundMask] | None = None,
         *,
         size_px: int = 256,
-        mpp: float | Sequence[float] = (0.25, 0.5, 1.0, 2.0),
+        mpp: float | Sequence[float] | Policy = (0.25, 0.5, 1.0, 2.0),
         mpp_weights: Sequence[float] | None = None,
-        slide_weights: Sequence[float] | None = None,
+        slide_weights: ArrayLike | None = None,
         min_foreground: float = 0.4,
         seed: int = 0,
+        patches_per_read: int = 1,
+        context: Sequence[float] = (),
+        patches_per_slide: int | None = None,
+        filters: Sequence[PixelFilter] = (),
     ) -> None:
-        self.corpus = (
-            slides if isinstance(slides, Corpus) else Corpus.from_slides(slides, masks or ())
+        corpus = slides if isinstance(slides, Corpus) else Corpus.from_slides(slides, masks or ())
+        super().__init__(corpus, size_px, min_foreground, seed, context)
+        self.policy = policy_of(mpp, mpp_weights)
+        check_range(*self.policy.range)
+        self.patches_per_read, self.patches_per_slide = patches_per_read, patches_per_slide
+        self.filters = tuple(filters)
+        self._check_limits()
+        weights = None if slide_weights is None else check_weights(slide_weights, len(corpus))
+        self._weights_digest = (
+            "" if weights is None else hashlib.sha256(weights.tobytes()).hexdigest()[:16]
         )
-        self.size_px, self.seed, self.min_foreground = size_px, seed, min_foreground
-        self.mpps = np.atleast_1d(np.asarray(mpp, np.float64))
-        self.mpp_weights = (
-            np.ones(len(self.mpps)) if mpp_weights is None else np.asarray(mpp_weights, np.float64)
-        )
-        self._check()
-        self._serves = self._served_mpps()
-        weights = (
-            np.ones(len(self.corpus))
-            if slide_weights is None
-            else np.asarray(slide_weights, np.float64)
-        )
-        if (
-            weights.shape != (len(self.corpus),)
-            or not (np.isfinite(weights) & (weights >= 0)).all()
-        ):
-            raise SamplerError(
-                f"{len(self.corpus)} slides need as many weights >= 0, not {weights.shape}."
-            )
-        weights = weights * self._serves.any(axis=1)
-        if not weights.sum():
+        drawable = self._servable() if weights is None else self._servable() * weights
+        if not drawable.any():
             raise SamplerError(self._why_nothing())
-        self._weights_digest = hashlib.sha256(weights.tobytes()).hexdigest()
-        self._accept, self._alias = alias_table(weights)
-        mix = np.cumsum(self._serves * self.mpp_weights, axis=1)
-        self._mpp_cdf = mix / np.maximum(mix[:, -1:], 1e-300)
+        self._shares = SlideShares(drawable)
 
-    def __getitem__(self, draw: int) -> PatchRef:
-        """The patch of one draw number."""
-        return self.refs(self.draw_batch([draw]))[0]
-
-    def draw_batch(self, draws: ArrayLike, attempt: ArrayLike = 0) -> Draws:
-        """Columns for many draw numbers; `attempt` is where to start (the redraw of a bad one)."""
-        number = np.atleast_1d(np.asarray(draws, np.int64))
-        tried = np.broadcast_to(np.asarray(attempt, np.int64), number.shape).copy()
+    def draw_batch(
+        self, draws: ArrayLike, attempt: ArrayLike = 0, barred: Mapping[int, int] | None = None
+    ) -> Draws:
+        """Columns for many draw numbers; see Sampler.draw_batch."""
+        number, tried = whole_numbers(draws, attempt)
         n = len(number)
-        slide, choice = np.zeros(n, np.int64), np.zeros(n, np.int64)
+        slide, mpp = np.zeros(n, np.int64), np.zeros(n)
         x, y, tries = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64)
         todo = np.arange(n)
         while len(todo):
-            over = tried[todo] >= MAX_ATTEMPTS
-            if over.any():
-                raise SamplerError(
-                    f"draw {number[todo][over][0]} found no patch in {MAX_ATTEMPTS} attempts of {MAX_TRIES} "
-                    f"positions with {self.min_foreground:.0%} foreground. Lower min_foreground or check the masks."
-                )
-            slide[todo], choice[todo] = self._slide_and_mpp(number[todo], tried[todo])
-            left = self._positions(todo, number, tried, slide, choice, x, y, tries)
-            tried[left] += 1
-            todo = left
-        return Draws(number, tried, slide, self.mpps[choice], x, y, tries)
-
-    def refs(self, draws: Draws) -> list[PatchRef]:
-        """PatchRefs of drawn columns."""
-        out = []
-        for i in range(len(draws.draw)):
-            row, mpp = int(draws.slide[i]), float(draws.mpp[i])
-            width, height = self._box_px0(row, mpp)
-            out.append(
-                PatchRef(
-                    int(draws.draw[i]), int(draws.attempt[i]), row, self.corpus.index(row).slide_id,
-                    int(draws.x_px0[i]), int(draws.y_px0[i]), width, height, mpp, self.size_px,
-                )
-            )  # fmt: skip
-        return out
+            self._check_attempts(number[todo], tried[todo], barred)
+            columns = self._attempt(number[todo], tried[todo])
+            for out, column in zip((slide, mpp, x, y), columns, strict=False):
+                out[todo] = column
+            looked = columns[-1]
+            tries[todo] += np.where(looked, looked, MAX_TRIES)
+            again = (looked == 0) | _barred(columns[0], number[todo], barred)
+            todo = todo[again]
+            tried[todo] += 1
+        return Draws(number, tried, slide, mpp, x, y, tries)
 
     @property
-    def servable(self) -> dict[str, list[float]]:
-        """For each slide id, the µm/px it can serve (possibly none)."""
-        ids = self.corpus.slide_ids
-        return {ids[i]: [float(m) for m in self.mpps[self._serves[i]]] for i in range(len(ids))}
+    def servable(self) -> dict[str, list[Any]]:
+        """For each slide id the µm/px, or the intervals of them, it can serve (possibly none)."""
+        served = self.policy.served(self._reach(slice(None)))
+        return dict(zip(self.corpus.slide_ids, served, strict=True))
 
     @property
     def config(self) -> dict[str, Any]:
         """Everything that decides the stream besides the corpus, as JSON types."""
         return {
-            "size_px": self.size_px,
-            "mpp": self.mpps.tolist(),
-            "mpp_weights": self.mpp_weights.tolist(),
-            "min_foreground": self.min_foreground,
-            "seed": self.seed,
-            "slide_weights": self._weights_digest[:16],
+            **super().config,
+            "mpp": self.policy.config,
+            "slide_weights": self._weights_digest,
+            "patches_per_read": self.patches_per_read,
+            "patches_per_slide": self.patches_per_slide,
         }
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of `config`."""
-        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+    def _attempt(self, number: Ints, tried: Ints) -> _Columns:
+        """One attempt of each draw."""
+        if self.patches_per_slide is not None:
+            return self._pooled(number, tried)
+        if self.patches_per_read == 1:
+            return self._alone(number, tried)
+        alone = tried > 0
+        if alone.all():
+            return self._alone(number, tried)
+        together = self._in_groups(number[~alone])
+        if not alone.any():
+            return together
+        out = tuple(np.empty(len(number), column.dtype) for column in together)
+        for column, grouped, single in zip(
+            out, together, self._alone(number[alone], tried[alone]), strict=True
+        ):
+            column[~alone], column[alone] = grouped, single
+        return out  # type: ignore[return-value]
 
-    def mix(self, refs: Sequence[PatchRef]) -> dict[str, dict[float, int]]:
-        """Realised counts: slide id -> µm/px -> patches."""
-        out: dict[str, Counter[float]] = {}
-        for ref in refs:
-            out.setdefault(ref.slide_id, Counter())[ref.mpp] += 1
-        return {k: dict(v) for k, v in out.items()}
+    def _alone(self, number: Ints, tried: Ints) -> _Columns:
+        """Slide, µm/px and place of each draw, independent of all others."""
+        w = words(self.seed, number, tried, SLIDE_STREAM, 4)
+        slide = self._shares.pick(fine_uniform(w[:, 0], w[:, 1]))
+        mpp = self.policy.draw(fine_uniform(w[:, 2], w[:, 3]), self._reach(slide))
+        place = anywhere(self.corpus, self._boxes(slide, mpp), self.min_foreground)
+        return slide, mpp, *first_place(place, self.seed, number, tried, POSITION_STREAM)
 
-    def _slide_and_mpp(
-        self, draws: NDArray[np.int64], attempts: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        w = words(self.seed, draws, attempts, SLIDE_STREAM, 3)
-        column = integers(w[:, 0], len(self.corpus))
-        slide = np.where(uniform(w[:, 1]) < self._accept[column], column, self._alias[column])
-        choice = (uniform(w[:, 2])[:, None] >= self._mpp_cdf[slide]).sum(axis=1)
-        return slide, choice
-
-    def _positions(
-        self,
-        todo: NDArray[np.int64],
-        number: NDArray[np.int64],
-        tried: NDArray[np.int64],
-        slide: NDArray[np.int64],
-        choice: NDArray[np.int64],
-        x: NDArray[np.int64],
-        y: NDArray[np.int64],
-        tries: NDArray[np.int64],
-    ) -> NDArray[np.int64]:
-        """Fill in x, y for `todo`; return those for which every try was refused."""
-        for t in range(MAX_TRIES):
-            w = words(self.seed, number[todo], tried[todo], POSITION_STREAM + t, 3)
-            point = uniform(w[:, 1:])
-            refused = []
-            for k, i in enumerate(todo):
-                row, mpp = int(slide[i]), float(self.mpps[choice[i]])
-                found = self._place(row, mpp, w[k, :1], point[k, 0], point[k, 1])
-                tries[i] += 1
-                if found is None:
-                    refused.append(i)
-                else:
-                    x[i], y[i] = found
-            todo = np.asarray(refused, np.int64)
-            if not refused:
-                break
-        return todo
-
-    def _place(
-        self, row: int, mpp: float, cell_word: NDArray[np.uint32], u: float, v: float
-    ) -> tuple[int, int] | None:
-        """The origin of a patch centred on a random tissue point, or None when too little is tissue."""
-        mask = self.corpus.mask(row)
-        cx, cy = mask.tissue_point(int(integers(cell_word, mask.tissue_cells)[0]), u, v)
-        width, height = self._box_px0(row, mpp)
-        w0, h0 = mask.size_px0
-        x, y = origin_inside(cx, width, w0), origin_inside(cy, height, h0)
-        return (x, y) if mask.fraction(x, y, width, height) >= self.min_foreground else None
-
-    def _box_px0(self, row: int, mpp: float) -> tuple[float, float]:
-        record = self.corpus.records[row]
-        return self.size_px * mpp / float(record["mpp_x"]), self.size_px * mpp / float(
-            record["mpp_y"]
+    def _in_groups(self, number: Ints) -> _Columns:
+        """The same for draws that share a read neighbourhood with the others of their group."""
+        group, of = np.unique(number // self.patches_per_read, return_inverse=True)
+        first = np.zeros_like(group)
+        w = words(self.seed, group, first, GROUP_STREAM, 4)
+        slide = self._shares.pick(fine_uniform(w[:, 0], w[:, 1]))
+        mpp = self.policy.draw(fine_uniform(w[:, 2], w[:, 3]), self._reach(slide))
+        boxes = self._boxes(slide, mpp)
+        axes = tile_axes(self.corpus, boxes, mpp, self.size_px)
+        window = neighbourhoods(self.corpus, boxes, axes, self.min_foreground)
+        column, row, found = first_place(window, self.seed, group, first, WINDOW_STREAM, 6)
+        tries = np.zeros(len(number), np.int64)
+        x, y = np.zeros_like(tries), np.zeros_like(tries)
+        live = np.flatnonzero(found[of])
+        of_live = of[live]
+        place = within(
+            self.corpus, boxes.take(of_live), (axes[0].take(of_live), axes[1].take(of_live)),
+            column[of_live], row[of_live], self.min_foreground,
+        )  # fmt: skip
+        x[live], y[live], tries[live] = first_place(
+            place, self.seed, number[live], np.zeros_like(live), MEMBER_STREAM
         )
+        return slide[of], mpp[of], x, y, tries
 
-    def _served_mpps(self) -> NDArray[np.bool_]:
-        """(slides, mpps): fine enough, and with boxes tissue-rich enough."""
+    def _pooled(self, number: Ints, tried: Ints) -> _Columns:
+        """One of the slide's `patches_per_slide` patches: patch p of slide s is a function of
+        (seed, s, p), the first attempt of it that finds a place."""
+        w = words(self.seed, number, tried, SLIDE_STREAM, 2)
+        slide = self._shares.pick(fine_uniform(w[:, 0], w[:, 1]))
+        w = words(self.seed, number, tried, POOL_STREAM, 2)
+        patch = (fine_uniform(w[:, 0], w[:, 1]) * (self.patches_per_slide or 1)).astype(np.int64)
+        key = (slide << 32) | patch
+        mpp, x, y = np.zeros(len(key)), np.zeros(len(key), np.int64), np.zeros(len(key), np.int64)
+        tries, turn, todo = np.zeros_like(x), np.zeros_like(x), np.arange(len(key))
+        while len(todo) and int(turn[todo[0]]) < MAX_ATTEMPTS:
+            w = words(self.seed, key[todo], turn[todo], POOLED_STREAM, 2)
+            some = slide[todo]
+            mpp[todo] = self.policy.draw(fine_uniform(w[:, 0], w[:, 1]), self._reach(some))
+            place = anywhere(self.corpus, self._boxes(some, mpp[todo]), self.min_foreground)
+            x[todo], y[todo], tries[todo] = first_place(
+                place, self.seed, key[todo], turn[todo], POOLED_POSITION_STREAM
+            )
+            turn[todo] += 1
+            todo = todo[tries[todo] == 0]
+        return slide, mpp, x, y, tries
+
+    def _boxes(self, slide: Ints, mpp: Floats) -> Boxes:
         records = self.corpus.records
-        finest = (records["mpp_x"] + records["mpp_y"]) / 2
-        fine = finest[:, None] <= MAX_UPSCALE * self.mpps[None, :] * (1 + 1e-9)
-        sides = np.log2(QUANTILE_SIDES_UM)
-        asked = np.log2(self.size_px * self.mpps)
-        rich = np.stack([np.interp(asked, sides, row) for row in records["rich_fractions"]])
-        return np.asarray(fine & (rich >= self.min_foreground - 1e-6))
+        limits = (np.asarray(records[f"{name}_px0"][slide]) for name in ("width", "height"))
+        return Boxes(slide, *self.box_px0(slide, mpp), *limits)
+
+    def _reach(self, rows: Any) -> Reach:
+        """What some slides can serve; context views finer than the draw count."""
+        return self._reach_of(self.corpus.records[rows])
+
+    def _reach_of(self, found: NDArray[np.void]) -> Reach:
+        finest = (found["mpp_x"] + found["mpp_y"]) / 2
+        least = finest / (MAX_UPSCALE * (1 + 1e-9)) / min((1.0, *self.context))
+        rich = found["rich_fractions"]
+        return Reach(least, rich, _LOG2_SIDES, self.size_px, self.min_foreground)
+
+    def _servable(self) -> Floats:
+        """1.0 for every slide that can serve something, else 0.0."""
+        out = np.zeros(len(self.corpus))
+        for start, found in self.corpus.blocks():
+            out[start : start + len(found)] = self.policy.servable(self._reach_of(found))
+        return out
+
+    def _check_attempts(self, number: Ints, tried: Ints, barred: Mapping[int, int] | None) -> None:
+        over = tried >= MAX_ATTEMPTS
+        if over.any():
+            raise SamplerError(
+                f"draw {number[over][0]} found no patch in {MAX_ATTEMPTS} attempts of {MAX_TRIES} "
+                f"positions with {self.min_foreground:.0%} foreground"
+                + (f" and {len(barred)} slide(s) in quarantine" if barred else "")
+                + ". Lower min_foreground, loosen the filters, or check the masks."
+            )
 
     def _why_nothing(self) -> str:
-        finest = float(((self.corpus.records["mpp_x"] + self.corpus.records["mpp_y"]) / 2).min())
-        if finest > MAX_UPSCALE * self.mpps.max():
+        records = self.corpus.records
+        finest = float(((records["mpp_x"] + records["mpp_y"]) / 2).min())
+        low, high = self.policy.range
+        asked = getattr(self.policy, "mpps", (low, high))
+        if finest > MAX_UPSCALE * high:
             return (
-                f"no slide can serve {self.mpps.tolist()} µm/px: the finest has {finest:g}, and patches are "
+                f"no slide can serve {list(asked)} µm/px: the finest has {finest:g}, and patches are "
                 f"upscaled at most {MAX_UPSCALE:g}x. Ask for coarser patches."
             )
         return (
-            f"no box of {self.size_px} px at {self.mpps.tolist()} µm/px is {self.min_foreground:.0%} tissue on any of "
-            f"{len(self.corpus)} slide(s). Lower min_foreground, ask for finer patches, or check the masks."
+            f"no box of {self.size_px} px at {list(asked)} µm/px is {self.min_foreground:.0%} tissue on any of "
+            f"{len(self.corpus)} slide(s) with a weight. Lower min_foreground, ask for finer patches, or check "
+            "the masks."
         )
 
-    def _check(self) -> None:
-        low, high = MPP_SANE_RANGE
-        if not len(self.mpps) or not ((self.mpps >= low) & (self.mpps <= high)).all():
+    def _check_limits(self) -> None:
+        if not 1 <= self.patches_per_read < 2**20:
+            raise SamplerError(f"patches_per_read {self.patches_per_read} must be at least 1.")
+        if self.patches_per_slide is None:
+            return
+        if not 1 <= self.patches_per_slide < 2**32:
+            raise SamplerError(f"patches_per_slide {self.patches_per_slide} must be at least 1.")
+        if self.patches_per_read > 1:
             raise SamplerError(
-                f"mpp {self.mpps.tolist()}: each must lie in {low:g} to {high:g} µm/px."
+                "patches_per_slide and patches_per_read do not go together: a slide's few patches are "
+                "drawn one by one."
             )
-        if self.mpp_weights.shape != self.mpps.shape or (self.mpp_weights <= 0).any():
-            raise SamplerError(
-                f"{len(self.mpps)} µm/px need as many weights > 0, not {self.mpp_weights.tolist()}."
-            )
-        if not 0 <= self.min_foreground <= 1:
-            raise SamplerError(
-                f"min_foreground {self.min_foreground:g} is not a share between 0 and 1."
-            )
-        if not 0 <= self.seed < 2**64:
-            raise SamplerError(f"seed {self.seed} is not a 64-bit number >= 0.")
-        if self.size_px < 1:
-            raise SamplerError(f"size_px {self.size_px} is not a size.")
 
 
-def origin_inside(center_px0: float, side_px0: float, limit_px0: int) -> int:
-    """The whole-pixel origin of a box around a centre, pushed inside [0, limit); a box larger than
-    the slide is centred on it."""
-    if side_px0 >= limit_px0:
-        return round_half_up((limit_px0 - side_px0) / 2)
-    return min(max(round_half_up(center_px0 - side_px0 / 2), 0), math.floor(limit_px0 - side_px0))
-
-
-def alias_table(weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Walker's alias table by Vose's method: O(1) weighted draws of a row.
-
-    Returns (accept, alias): column c, uniform, stays c with probability accept[c], else alias[c].
-    """
-    n = len(weights)
-    accept, alias = weights * (n / weights.sum()), np.arange(n)
-    small = [int(i) for i in np.flatnonzero(accept < 1)]
-    large = [int(i) for i in np.flatnonzero(accept >= 1)]
-    while small and large:
-        low, high = small.pop(), large[-1]
-        alias[low] = high
-        accept[high] -= 1 - accept[low]
-        if accept[high] < 1:
-            small.append(large.pop())
-    # What is left is 1 up to rounding, and must not lead to a row of weight 0.
-    for i in small + large:
-        accept[i] = 1.0 if weights[i] > 0 else 0.0
-        if weights[i] <= 0:
-            alias[i] = int(np.argmax(weights))
-    return accept, alias
+def _barred(slide: Ints, number: Ints, barred: Mapping[int, int] | None) -> NDArray[np.bool_]:
+    """Which draws lie on a slide that is in quarantine for them."""
+    if not barred:
+        return np.zeros(len(slide), bool)
+    rows = np.asarray(sorted(barred), np.int64)
+    since = np.asarray([barred[row] for row in rows.tolist()], np.int64)
+    at = np.minimum(np.searchsorted(rows, slide), len(rows) - 1)
+    return np.asarray((rows[at] == slide) & (number >= since[at]))
