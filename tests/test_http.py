@@ -18,7 +18,7 @@ from online_patching import (
     read_slide_index,
     threads,
 )
-from online_patching.fetch import ByteBudget, fetch_remote
+from online_patching.fetch import ByteBudget, fetch_ranges
 from online_patching.stores import RetryPolicy, Stores, redact
 from online_patching.testing import SyntheticSlide, write_tiff
 from tests.servers import Faults
@@ -137,7 +137,7 @@ def test_a_slide_replaced_in_mid_run_is_noticed_and_never_mixed(
         assert {ref.slide for ref in first.refs} == {0, 1}
         fault_server.etag = '"two"'
         batches = [loader.next_batch() for _ in range(4)]
-    assert any("ObjectChangedError" in reason for b in batches for _, _, reason in b.failures)
+    assert any("ObjectChangedError" in reason for b in batches for *_, reason in b.failures)
     assert all(ref.slide == 1 for ref in batches[-1].refs)
 
 
@@ -213,22 +213,22 @@ def test_what_is_held_stays_within_the_budget_until_it_is_decoded(
     shutil.copy(small_slides[0], fault_server.root / "a.svs")
     remote = read_slide_index(f"{fault_server.url}/a.svs")
     held, most = [0], [0]
-    right = threads.finish  # type: ignore[attr-defined]
+    right = threads.read_bodies  # type: ignore[attr-defined]
 
     async def counted(*args):
-        data = await fetch_remote(*args)
-        held[0] += sum(len(body) for body in data if body)
+        data = await fetch_ranges(*args)
+        held[0] += sum(len(body) for body in data)
         most[0] = max(most[0], held[0])
         return data
 
-    def slow(index, plan, pieces, data):
+    def slow(corpus, plan, canvas, data, out):
         time.sleep(0.01)
-        out = right(index, plan, pieces, data)
-        held[0] -= sum(len(body) for body in data if body)
-        return out
+        failed = right(corpus, plan, canvas, data, out)
+        held[0] -= sum(len(body) for body in data)
+        return failed
 
-    monkeypatch.setattr(threads, "fetch_remote", counted)
-    monkeypatch.setattr(threads, "finish", slow)
+    monkeypatch.setattr(threads, "fetch_ranges", counted)
+    monkeypatch.setattr(threads, "read_bodies", slow)
     sampler = PatchSampler([remote], [ForegroundMask.everything(remote)], size_px=64, mpp=[0.5])
     with PatchLoader(sampler, 32, bytes_in_flight=100_000) as loader:
         take(loader, 1)

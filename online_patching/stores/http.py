@@ -1,29 +1,17 @@
-"""http(s):// by range requests, with aiohttp."""
+"""http(s):// by range requests: a small client for plain ones, aiohttp for everything else."""
 
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
-import aiohttp
-
-from online_patching.errors import (
-    ObjectChangedError,
-    ObjectNotFoundError,
-    RangeIgnoredError,
-    ShortReadError,
-    StoreError,
-    redact,
-)
+from online_patching.errors import StoreError, redact
+from online_patching.stores.http_answer import UnusualAnswerError
+from online_patching.stores.http_full import FullClient
+from online_patching.stores.http_target import Origin, Target, target_of
+from online_patching.stores.range_client import DEFAULT_CONNECTIONS, RangeClient
+from online_patching.stores.range_connection import Done, Get
 from online_patching.stores.retry import RetryPolicy, TransientError, with_retries
-
-T = TypeVar("T")
-
-_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-MAX_OBJECT_BYTES = 256 * 2**20
-"""The largest tile, chunk or metadata document that is read whole."""
 
 
 class HttpStore:
@@ -31,155 +19,196 @@ class HttpStore:
 
     A 200 answer to a Range request is aborted before its body: it would be the whole slide. A
     changed ETag raises ObjectChangedError. Credentials and queries never appear in messages.
+
+    Ranges go through a RangeClient. Whole objects, versions, URLs with credentials, proxies from
+    the environment and hosts that once answered in an unusual way (a redirect, a chunked body) go
+    through aiohttp, at three times the CPU a request (docs/decisions/0010-range-client.md).
     """
 
-    def __init__(self, policy: RetryPolicy | None = None, connections: int = 64) -> None:
+    def __init__(
+        self, policy: RetryPolicy | None = None, connections: int = DEFAULT_CONNECTIONS
+    ) -> None:
         self.policy = policy or RetryPolicy()
+        self.connections = connections
         self.retries = 0
-        self._slots = asyncio.Semaphore(connections)
-        self._session: aiohttp.ClientSession | None = None
+        self.full = FullClient(self.policy)
+        self.active: set[RangeRead] = set()
+        self._stale = 0
+        self._ranges: RangeClient | None = None
+        self._unusual: set[Origin] = set()
+
+    @property
+    def stale(self) -> int:
+        """Requests sent again, not counted as retries, because a kept connection had been closed."""
+        return self._stale + (self._ranges.stale if self._ranges else 0)
 
     async def version(self, key: str) -> tuple[int, str]:
         """Size in bytes and the ETag (or Last-Modified): from a one-byte range request."""
-
-        async def once() -> tuple[int, str]:
-            async with self._get(key, {"Range": "bytes=0-0"}) as answer:
-                _check_range_answer(key, answer, 0, 1)
-                size = _content_range(key, answer)[2]
-                token = answer.headers.get("ETag") or answer.headers.get("Last-Modified", "")
-                return size, token
-
-        return await self._retry(key, once)
+        return await with_retries(
+            self.policy, redact(key), lambda: self.full.version(key), self.count_retry
+        )
 
     async def read(self, key: str, start: int, stop: int | None, token: str = "") -> bytes:
         """Bytes start..stop of an object, or all of it when stop is None.
 
         `token` is the ETag seen when the slide was indexed; another one raises.
         """
-        headers = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
-        if token.startswith('"'):  # weak ETags (W/...) may not be used with If-Match
-            headers["If-Match"] = token
+        if stop is not None:
+            return (await self.read_many([(key, start, stop, token)]))[0]
+        return await with_retries(
+            self.policy,
+            redact(key),
+            lambda: self.full.read(key, start, None, token),
+            self.count_retry,
+        )
 
-        async def once() -> bytes:
-            async with self._get(key, headers) as answer:
-                _check_token(key, answer, token)
-                if stop is None:
-                    return await _whole_body(key, answer)
-                _check_range_answer(key, answer, start, stop)
-                body = await _body(key, answer, stop - start)
-                if len(body) != stop - start:
-                    raise TransientError(
-                        f"{len(body):,} bytes where {stop - start:,} were promised"
-                    )
-                return body
+    async def read_many(self, ranges: Sequence[tuple[str, int, int, str]]) -> list[bytes]:
+        """Bytes of several (key, start, stop, token), asked for at once and in this order.
 
-        return await self._retry(key, once)
+        The first error is raised and ends the rest. One future serves all: a task each would cost
+        as much as the requests.
+        """
+        found: list[bytes] = [b""] * len(ranges)
+        left = len(ranges)
+        ended = asyncio.get_running_loop().create_future()
+
+        def done_for(number: int) -> Done:
+            def done(body: bytes | None, error: Exception | None) -> None:
+                nonlocal left
+                left -= 1
+                if body is not None:
+                    found[number] = body
+                if ended.done():
+                    return
+                if error is not None:
+                    ended.set_exception(error)
+                elif left == 0:
+                    ended.set_result(None)
+
+            return done
+
+        reads = [self.start(*wanted, done_for(i)) for i, wanted in enumerate(ranges)]
+        try:
+            if reads:
+                await ended
+        finally:
+            if left:
+                for read in reads:
+                    read.cancel()
+        return found
+
+    def start(self, key: str, start: int, stop: int, token: str, done: Done) -> RangeRead:
+        """Begin to read bytes start..stop; for callers that count answers rather than await them.
+
+        `done(body, None)` or `done(None, error)` is called on this loop, later and once, unless the
+        read is cancelled. Call it on the loop's thread.
+        """
+        return RangeRead(self, key, start, stop, token, done)
 
     async def close(self) -> None:
-        """Close the session and its connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        """Close every connection; reads under way end with an error."""
+        for read in list(self.active):
+            read.cut_off()
+        ranges, self._ranges = self._ranges, None
+        if ranges is not None:
+            self._stale += ranges.stale
+            await ranges.close()
+        await self.full.close()
 
-    async def _retry(self, key: str, once: Callable[[], Awaitable[T]]) -> T:
-        async def guarded() -> T:
-            try:
-                async with self._slots:  # a try's clock starts when it has a connection to itself
-                    return await once()
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-                raise TransientError(type(error).__name__) from None
-            except TimeoutError:
-                raise TransientError(f"no answer within {self.policy.timeout_s:g} s") from None
-            except aiohttp.ClientError as error:
-                raise StoreError(redact(key), f"{type(error).__name__}.") from None
+    def plain(self, key: str) -> Target | None:
+        """Where a URL's ranges are asked for, if the small client may do it."""
+        target = target_of(key)
+        return None if target is None or target.origin in self._unusual else target
 
-        return await with_retries(self.policy, redact(key), guarded, self._count_retry)
+    def client(self) -> RangeClient:
+        """The small client, made when first used."""
+        if self._ranges is None:
+            self._ranges = RangeClient(self.policy, self.connections)
+        return self._ranges
 
-    def _count_retry(self) -> None:
+    def leave_to_aiohttp(self, key: str) -> None:
+        """This host answers in a way that needs a complete client: ask it with one from now on."""
+        target = target_of(key)
+        if target is not None:
+            self._unusual.add(target.origin)
+
+    def count_retry(self) -> None:
+        """One more try."""
         self.retries += 1
 
-    def _get(self, key: str, headers: dict[str, str]) -> Any:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
-                timeout=aiohttp.ClientTimeout(
-                    total=self.policy.timeout_s, sock_connect=self.policy.connect_timeout_s
-                ),
-                headers={"Accept-Encoding": "identity"},
-                auto_decompress=False,
-            )
-        return self._session.get(key, headers=headers, max_redirects=5)
 
+class RangeRead:
+    """One range on its way, through all its tries; made by `HttpStore.start`."""
 
-def _check_range_answer(key: str, answer: aiohttp.ClientResponse, start: int, stop: int) -> None:
-    name = redact(key)
-    status = answer.status
-    if status == 206:
-        first, last, size = _content_range(key, answer)
-        if first == start and last == stop - 1:
+    __slots__ = ("_done", "_failed", "_step", "_store", "_wanted")
+
+    def __init__(
+        self, store: HttpStore, key: str, start: int, stop: int, token: str, done: Done
+    ) -> None:
+        self._store, self._wanted = store, (key, start, stop, token)
+        self._done: Done | None = done
+        self._failed = 0
+        self._step: Get | asyncio.Handle | asyncio.Task[None] | None = None
+        store.active.add(self)
+        if start < stop:
+            self._try()
+        else:
+            self._step = asyncio.get_running_loop().call_soon(self._end, b"", None)
+
+    def cancel(self) -> None:
+        """Let go of it: `done` is not called any more."""
+        if self._done is not None:
+            self._done = None
+            self._store.active.discard(self)
+            self._drop_step()
+
+    def cut_off(self) -> None:
+        """End it with an error, because its store is closed."""
+        if self._done is not None:
+            self._drop_step()
+            key = redact(self._wanted[0])
+            self._end(None, StoreError(key, "was being read when its store was closed."))
+
+    def _drop_step(self) -> None:
+        if isinstance(self._step, Get):
+            self._store.client().cancel(self._step)
+        elif self._step is not None:
+            self._step.cancel()
+
+    def _try(self) -> None:
+        target = self._store.plain(self._wanted[0])
+        if target is not None:
+            self._step = self._store.client().start(target, *self._wanted, self._answered)
+        else:
+            self._step = asyncio.get_running_loop().create_task(self._ask_aiohttp())
+
+    async def _ask_aiohttp(self) -> None:
+        try:
+            body = await self._store.full.read(*self._wanted)
+        except Exception as error:
+            self._answered(None, error)
+        else:
+            self._answered(body, None)
+
+    def _answered(self, body: bytes | None, error: Exception | None) -> None:
+        policy, key = self._store.policy, self._wanted[0]
+        if self._done is None:
             return
-        if first == start and last == size - 1 < stop - 1:
-            raise ShortReadError(name, start, stop, size)
-        raise RangeIgnoredError(name, f"asked for bytes {start}-{stop - 1}, got {first}-{last}.")
-    if status == 200:
-        answer.close()
-        raise RangeIgnoredError(
-            name,
-            "the server ignores byte ranges (200 to a Range request); reading patches would download "
-            "the whole slide each time. Use a server that answers 206, or copy the slide.",
-        )
-    if status == 416:
-        raise ShortReadError(name, start, stop, max(0, _content_range(key, answer)[2]))
-    _raise_for_status(name, status)
+        if isinstance(error, UnusualAnswerError):
+            self._store.leave_to_aiohttp(key)
+            self._try()
+        elif not isinstance(error, TransientError):
+            self._end(body, error)
+        elif self._failed + 1 >= policy.attempts:
+            self._end(None, policy.given_up(redact(key), error))
+        else:
+            self._failed += 1
+            self._store.count_retry()
+            loop = asyncio.get_running_loop()
+            self._step = loop.call_later(policy.delay_s(self._failed), self._try)
 
-
-def _raise_for_status(name: str, status: int) -> None:
-    if status in (404, 410):
-        raise ObjectNotFoundError(name, f"HTTP {status}: there is no such object. Check the URL.")
-    if status in (401, 403):
-        raise StoreError(name, f"HTTP {status}: access refused. Check the credentials.")
-    if status == 412:
-        raise ObjectChangedError(name, "changed since it was indexed (HTTP 412). Index it again.")
-    if status in _RETRIED:
-        raise TransientError(f"HTTP {status}")
-    if status != 200:
-        raise StoreError(name, f"HTTP {status}, which is no answer to this request.")
-
-
-def _content_range(key: str, answer: aiohttp.ClientResponse) -> tuple[int, int, int]:
-    """First and last byte and the object's size; -1 for what a 416 or an error does not say."""
-    match = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)", answer.headers.get("Content-Range", ""))
-    if match:
-        first, last, size = (int(part) if part else -1 for part in match.groups())
-        return first, last, size
-    if answer.status == 206:
-        value = answer.headers.get("Content-Range", "")
-        raise RangeIgnoredError(
-            redact(key), f"the server's Content-Range {value[:60]!r} is not one."
-        )
-    return -1, -1, -1
-
-
-def _check_token(key: str, answer: aiohttp.ClientResponse, token: str) -> None:
-    now = answer.headers.get("ETag") or answer.headers.get("Last-Modified", "")
-    if token and now and answer.status in (200, 206) and now != token:
-        answer.close()
-        raise ObjectChangedError(
-            redact(key), "changed since it was indexed (ETag). Index it again."
-        )
-
-
-async def _whole_body(key: str, answer: aiohttp.ClientResponse) -> bytes:
-    _raise_for_status(redact(key), answer.status)
-    return await _body(key, answer, MAX_OBJECT_BYTES)
-
-
-async def _body(key: str, answer: aiohttp.ClientResponse, limit: int) -> bytes:
-    """At most `limit` bytes: a server that sends more is cut off, not buffered."""
-    body = bytearray()
-    async for piece in answer.content.iter_chunked(1 << 18):
-        body += piece
-        if len(body) > limit:
-            answer.close()
-            raise RangeIgnoredError(redact(key), f"sent more than the {limit:,} bytes asked for.")
-    return bytes(body)
+    def _end(self, body: bytes | None, error: Exception | None) -> None:
+        done, self._done = self._done, None
+        self._store.active.discard(self)
+        if done is not None:
+            done(body, error)

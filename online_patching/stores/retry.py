@@ -22,7 +22,9 @@ class RetryPolicy:
     """`attempts` tries in all, waiting `first_delay_s` doubling up to `max_delay_s` between them.
 
     Each delay is drawn from the upper half of its range, so that a thousand readers that failed
-    together do not come back together. `timeout_s` bounds one try from start to last byte.
+    together do not come back together. `timeout_s` bounds one try from its request to its last byte,
+    `first_byte_timeout_s` the wait for the answer to begin, `connect_timeout_s` a connection (with
+    its TLS handshake).
     """
 
     attempts: int = 5
@@ -30,25 +32,33 @@ class RetryPolicy:
     max_delay_s: float = 5.0
     timeout_s: float = 30.0
     connect_timeout_s: float = 10.0
+    first_byte_timeout_s: float = 15.0
+
+    def delay_s(self, failed: int) -> float:
+        """How long to wait after the `failed`-th failure (1 is the first)."""
+        most = min(self.first_delay_s * 2.0 ** min(failed - 1, 60), self.max_delay_s)
+        # Jitter is about spreading load, not about randomness anyone reproduces or guards.
+        return most * (0.5 + random.random() / 2)  # noqa: S311
+
+    def given_up(self, key: str, last: TransientError) -> StoreUnavailableError:
+        """The error after the last attempt."""
+        return StoreUnavailableError(
+            key,
+            f"failed {self.attempts} times, last with: {last}. "
+            "Check the server; the run can be resumed.",
+        )
 
 
 async def with_retries(
     policy: RetryPolicy, key: str, once: Callable[[], Awaitable[T]], on_retry: Callable[[], None]
 ) -> T:
     """Run `once` until it succeeds; TransientError is retried, everything else passes."""
-    delay_s = policy.first_delay_s
     for attempt in range(1, policy.attempts + 1):
         try:
             return await once()
         except TransientError as error:
             if attempt == policy.attempts:
-                raise StoreUnavailableError(
-                    key,
-                    f"failed {attempt} times, last with: {error}. "
-                    "Check the server; the run can be resumed.",
-                ) from None
+                raise policy.given_up(key, error) from None
         on_retry()
-        # Jitter is about spreading load, not about randomness anyone reproduces or guards.
-        await asyncio.sleep(delay_s * (0.5 + random.random() / 2))  # noqa: S311
-        delay_s = min(2 * delay_s, policy.max_delay_s)
+        await asyncio.sleep(policy.delay_s(attempt))
     raise AssertionError("unreachable: the last attempt returns or raises")

@@ -1,0 +1,167 @@
+"""The head of an HTTP answer: parsed strictly, and checked against the range that was asked for.
+
+Pure functions, no sockets. What a plain file server or object store never says to a range request
+(chunked bodies, redirects, folded headers, HTTP/1.0) is `UnusualAnswerError`: somebody with a
+complete HTTP client should ask again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from online_patching.errors import (
+    ObjectChangedError,
+    ObjectNotFoundError,
+    RangeIgnoredError,
+    ShortReadError,
+    StoreError,
+    redact,
+)
+from online_patching.stores.retry import TransientError
+
+MAX_HEAD_BYTES = 16 * 2**10
+"""The longest head that is read; S3's have 400 to 1,000 bytes."""
+
+_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+_HEAD = re.compile(
+    r"HTTP/1\.1 ([1-9]\d\d)(?: [^\r\n\0]*)?((?:\r\n[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*)*)"
+)
+_FIELDS = re.compile(
+    r"\r\n(connection|content-length|content-range|etag|last-modified|transfer-encoding):([^\r]*)",
+    re.IGNORECASE,
+)
+_CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18})")
+
+
+class UnusualAnswerError(Exception):
+    """An answer that is not a plain one to a range request; `why` says what was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What an answer's head says about its object: '' or -1 for what it does not say.
+
+    `length` is Content-Length in bytes, `token` the ETag (or else Last-Modified), `keep` whether
+    the connection may carry another request.
+    """
+
+    status: int
+    content_range: str = ""
+    token: str = ""
+    length: int = -1
+    keep: bool = True
+
+    @classmethod
+    def of(cls, status: int, headers: Mapping[str, str]) -> Head:
+        """The same from another client's parsed answer, whose body that client counts."""
+        token = headers.get("ETag") or headers.get("Last-Modified", "")
+        return cls(status, headers.get("Content-Range", ""), token)
+
+
+def parse_head(data: bytes) -> Head:
+    """The head of a response, given without its closing blank line.
+
+    Raises UnusualAnswerError for anything that RFC 9112 lets a recipient refuse, and for what only
+    a complete client should handle: redirects, interim answers, transfer encodings.
+    """
+    text = data.decode("latin-1")
+    match = _HEAD.fullmatch(text)
+    if match is None:
+        raise UnusualAnswerError(f"a head that begins {text[:40]!r}")
+    fields = _FIELDS.findall(match[2])
+    kept = {name.lower(): value.strip(" \t") for name, value in fields}
+    if len(kept) != len(fields):
+        raise UnusualAnswerError("a header twice")
+    return _head(int(match[1]), kept)
+
+
+def _head(status: int, kept: dict[str, str]) -> Head:
+    if status < 200 or 300 <= status < 400:
+        raise UnusualAnswerError(f"HTTP {status}")
+    if "transfer-encoding" in kept:
+        raise UnusualAnswerError("a transfer encoding")
+    length = kept.get("content-length", "")
+    if length and not (length.isascii() and length.isdigit() and len(length) <= 18):
+        raise UnusualAnswerError(f"Content-Length {length[:40]!r}")
+    if status == 206 and not length:
+        raise UnusualAnswerError("no Content-Length")
+    return Head(
+        status,
+        kept.get("content-range", ""),
+        kept.get("etag") or kept.get("last-modified", ""),
+        int(length) if length else -1,
+        kept.get("connection", "keep-alive").lower() == "keep-alive",
+    )
+
+
+def check_token(key: str, head: Head, token: str) -> None:
+    """ObjectChangedError when the answer is about another version than `token` ('' : any)."""
+    if token and head.token and head.status in (200, 206) and head.token != token:
+        raise ObjectChangedError(
+            redact(key), "changed since it was indexed (ETag). Index it again."
+        )
+
+
+def check_range(key: str, head: Head, start: int, stop: int) -> None:
+    """Returns when the answer holds exactly the bytes start..stop; raises what it is otherwise."""
+    if head.status == 206:
+        first, last, size = content_range(key, head)
+        if first == start and last == stop - 1:
+            return check_length(key, head, stop - start)
+        if first == start and last == size - 1 < stop - 1:
+            raise ShortReadError(redact(key), start, stop, size)
+        raise RangeIgnoredError(
+            redact(key), f"asked for bytes {start}-{stop - 1}, got {first}-{last}."
+        )
+    if head.status == 200:
+        raise RangeIgnoredError(
+            redact(key),
+            "the server ignores byte ranges (200 to a Range request); reading patches would download "
+            "the whole slide each time. Use a server that answers 206, or copy the slide.",
+        )
+    if head.status == 416:
+        raise ShortReadError(redact(key), start, stop, max(0, content_range(key, head)[2]))
+    return raise_for_status(key, head.status)
+
+
+def check_length(key: str, head: Head, wanted: int) -> None:
+    """Whether the body will have the `wanted` bytes, where the head says how many it has."""
+    if head.length > wanted:
+        raise sent_more(key, wanted)
+    if 0 <= head.length < wanted:
+        raise TransientError(f"{head.length:,} bytes where {wanted:,} were promised")
+
+
+def sent_more(key: str, limit: int) -> RangeIgnoredError:
+    """The error for a body larger than what was asked for."""
+    return RangeIgnoredError(redact(key), f"sent more than the {limit:,} bytes asked for.")
+
+
+def raise_for_status(key: str, status: int) -> None:
+    """Returns for 200 only."""
+    name = redact(key)
+    if status in (404, 410):
+        raise ObjectNotFoundError(name, f"HTTP {status}: there is no such object. Check the URL.")
+    if status in (401, 403):
+        raise StoreError(name, f"HTTP {status}: access refused. Check the credentials.")
+    if status == 412:
+        raise ObjectChangedError(name, "changed since it was indexed (HTTP 412). Index it again.")
+    if status in _RETRIED:
+        raise TransientError(f"HTTP {status}")
+    if status != 200:
+        raise StoreError(name, f"HTTP {status}, which is no answer to this request.")
+
+
+def content_range(key: str, head: Head) -> tuple[int, int, int]:
+    """First and last byte and the object's size; -1 for what a 416 or an error does not say."""
+    match = _CONTENT_RANGE.fullmatch(head.content_range)
+    if match:
+        first, last, size = (int(part) if part else -1 for part in match.groups())
+        return first, last, size
+    if head.status == 206:
+        raise RangeIgnoredError(
+            redact(key), f"the server's Content-Range {head.content_range[:60]!r} is not one."
+        )
+    return -1, -1, -1

@@ -1,0 +1,116 @@
+"""http(s) with a complete client, aiohttp: redirects, credentials in URLs, proxies, chunked bodies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+from yarl import URL
+
+from online_patching.errors import StoreError, redact
+from online_patching.stores.http_answer import (
+    Head,
+    check_range,
+    check_token,
+    content_range,
+    raise_for_status,
+    sent_more,
+)
+from online_patching.stores.http_target import if_match, proxy_for
+from online_patching.stores.retry import RetryPolicy, TransientError
+
+MAX_OBJECT_BYTES = 256 * 2**20
+"""The largest tile, chunk or metadata document that is read whole."""
+
+
+class FullClient:
+    """One try of a read each: TransientError is worth another, everything else is final.
+
+    At most `slots` requests at once; a try's clock starts when it has a slot.
+    """
+
+    def __init__(self, policy: RetryPolicy, slots: int = 64) -> None:
+        self.policy = policy
+        self._slots = asyncio.Semaphore(slots)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def version(self, key: str) -> tuple[int, str]:
+        """Size in bytes and the ETag (or Last-Modified): from a one-byte range request."""
+        async with self._get(key, {"Range": "bytes=0-0"}) as answer:
+            head = Head.of(answer.status, answer.headers)
+            _checked(answer, check_range, key, head, 0, 1)
+            return content_range(key, head)[2], head.token
+
+    async def read(self, key: str, start: int, stop: int | None, token: str) -> bytes:
+        """Bytes start..stop of an object, or all of it when stop is None."""
+        headers = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
+        if if_match(token):
+            headers["If-Match"] = token
+        async with self._get(key, headers) as answer:
+            head = Head.of(answer.status, answer.headers)
+            _checked(answer, check_token, key, head, token)
+            if stop is None:
+                raise_for_status(key, head.status)
+                return await _body(key, answer, MAX_OBJECT_BYTES)
+            _checked(answer, check_range, key, head, start, stop)
+            body = await _body(key, answer, stop - start)
+            if len(body) != stop - start:
+                raise TransientError(f"{len(body):,} bytes where {stop - start:,} were promised")
+            return body
+
+    async def close(self) -> None:
+        """Close the session and its connections."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    @asynccontextmanager
+    async def _get(
+        self, key: str, headers: dict[str, str]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(
+                    total=self.policy.timeout_s, sock_connect=self.policy.connect_timeout_s
+                ),
+                headers={"Accept-Encoding": "identity"},
+                auto_decompress=False,
+            )
+        url = URL(key)
+        proxy = proxy_for(url.scheme, url.host or "")
+        try:
+            async with (
+                self._slots,
+                self._session.get(url, headers=headers, max_redirects=5, proxy=proxy) as answer,
+            ):
+                yield answer
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            raise TransientError(type(error).__name__) from None
+        except TimeoutError:
+            raise TransientError(f"no answer within {self.policy.timeout_s:g} s") from None
+        except aiohttp.ClientError as error:
+            raise StoreError(redact(key), f"{type(error).__name__}.") from None
+
+
+def _checked(answer: aiohttp.ClientResponse, check: Callable[..., None], *args: Any) -> None:
+    """Run a check; drop the connection at once when it fails, before a body arrives."""
+    try:
+        check(*args)
+    except Exception:
+        answer.close()
+        raise
+
+
+async def _body(key: str, answer: aiohttp.ClientResponse, limit: int) -> bytes:
+    """At most `limit` bytes: a server that sends more is cut off, not buffered."""
+    body = bytearray()
+    async for piece in answer.content.iter_chunked(1 << 18):
+        body += piece
+        if len(body) > limit:
+            answer.close()
+            raise sent_more(key, limit)
+    return bytes(body)

@@ -1,0 +1,193 @@
+"""One keep-alive connection that carries one range request at a time.
+
+The socket is read into a fixed buffer until the head has ended, then straight into the body, which
+is exactly as large as the range that was asked for: nothing that a server sends makes it grow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol, cast
+
+from online_patching.errors import PatchingError
+from online_patching.stores.http_answer import (
+    MAX_HEAD_BYTES,
+    Head,
+    UnusualAnswerError,
+    check_range,
+    check_token,
+    parse_head,
+)
+from online_patching.stores.http_target import Origin
+from online_patching.stores.retry import TransientError
+
+Done = Callable[[bytes | None, Exception | None], None]
+"""Called once on the loop with the body, or with what went wrong."""
+
+
+class Get:
+    """One range wanted: bytes `start`..`stop` of `key`, by the bytes of its `request`."""
+
+    __slots__ = (
+        "connection",
+        "done",
+        "key",
+        "origin",
+        "request",
+        "reused",
+        "start",
+        "stop",
+        "token",
+    )
+
+    def __init__(
+        self,
+        key: str,
+        origin: Origin,
+        request: bytes,
+        start: int,
+        stop: int,
+        token: str,
+        done: Done,
+    ) -> None:
+        self.key, self.origin, self.request = key, origin, request
+        self.start, self.stop, self.token, self.done = start, stop, token, done
+        self.connection: Connection | None = None
+        self.reused = False  # whether a stale connection has swallowed it already
+
+
+class Owner(Protocol):
+    """What a connection tells its pool."""
+
+    def free(self, connection: Connection) -> None:
+        """It can carry the next request."""
+
+    def lost(self, connection: Connection) -> None:
+        """It is gone."""
+
+    def again(self, get: Get) -> None:
+        """A request that a stale connection swallowed: send it on another."""
+
+
+class Connection(asyncio.BufferedProtocol):
+    """Sends `Get`s one after another and calls each one's `done`."""
+
+    def __init__(self, owner: Owner, origin: Origin) -> None:
+        self.owner, self.origin = owner, origin
+        self.get: Get | None = None
+        self.sent_at = self.deadline = 0.0
+        self.answers = 0
+        self._transport: asyncio.Transport | None = None
+        self._head = bytearray(MAX_HEAD_BYTES)
+        self._view = memoryview(self._head)
+        self._filled = 0
+        self._body: memoryview | None = None
+        self._got = 0
+
+    def send(self, get: Get, now: float, deadline: float) -> None:
+        """Ask for a range; the connection must be free and usable."""
+        assert self.get is None and self._transport is not None
+        self.get, get.connection = get, self
+        self.sent_at, self.deadline = now, deadline
+        self._transport.write(get.request)
+
+    @property
+    def usable(self) -> bool:
+        """Whether another request can be sent on it."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def answering(self) -> bool:
+        """Whether the head of the answer is there."""
+        return self._body is not None
+
+    def abort(self) -> None:
+        """Drop the connection at once, with whatever is on it."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def fail(self, error: Exception) -> None:
+        """Give up the request on the way, and the connection with it."""
+        get, self.get = self.get, None
+        self.abort()
+        if get is not None:
+            get.connection = None
+            get.done(None, error)
+
+    # --- what asyncio calls -------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Part of asyncio's protocol."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the next bytes go: never past the head's limit or the body's end."""
+        if self._body is None:
+            return self._view[self._filled :]
+        return self._body[self._got :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take in `nbytes` that were written into the buffer."""
+        get = self.get
+        if get is None:  # nobody asked: whatever it is, it must not answer the next request
+            self.abort()
+        elif self._body is not None:
+            self._got += nbytes
+            if self._got == len(self._body):
+                self._finish(get, bytes(self._body))
+        else:
+            self._filled += nbytes
+            end = self._head.find(b"\r\n\r\n", max(0, self._filled - nbytes - 3), self._filled)
+            if end >= 0:
+                self._take_head(get, end)
+            elif self._filled == MAX_HEAD_BYTES:
+                self.fail(UnusualAnswerError(f"a head of more than {MAX_HEAD_BYTES:,} bytes"))
+
+    def eof_received(self) -> None:
+        """Close: an answer cannot be whole any more."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Say so, and let the request be sent again where the connection had gone stale."""
+        self.owner.lost(self)
+        get, self.get = self.get, None
+        if get is None:
+            return
+        get.connection = None
+        if self.answers and not self._filled and not get.reused:
+            get.reused = True
+            self.owner.again(get)
+            return
+        what = type(exc).__name__ if exc else "the connection ended"
+        got = f" after {self._got:,} of {get.stop - get.start:,} bytes" if self.answering else ""
+        get.done(None, TransientError(what + got))
+
+    # --- answers ------------------------------------------------------------------------------
+
+    def _take_head(self, get: Get, end: int) -> None:
+        try:
+            head = parse_head(bytes(self._view[:end]))
+            check_token(get.key, head, get.token)
+            check_range(get.key, head, get.start, get.stop)
+        except (PatchingError, TransientError, UnusualAnswerError) as error:
+            return self.fail(error)  # with the connection: its body is not wanted
+        return self._begin_body(get, head, end + 4)
+
+    def _begin_body(self, get: Get, head: Head, at: int) -> None:
+        wanted, have = get.stop - get.start, self._filled - at
+        self._keep = head.keep and have <= wanted  # more than the body is nobody's answer
+        if have >= wanted:
+            return self._finish(get, bytes(self._view[at : at + wanted]))
+        self._body, self._got = memoryview(bytearray(wanted)), have
+        self._body[:have] = self._view[at : self._filled]
+        return None
+
+    def _finish(self, get: Get, body: bytes) -> None:
+        self.get = get.connection = self._body = None
+        self._filled = self._got = 0
+        self.answers += 1
+        if self._keep:
+            self.owner.free(self)  # first: the next request is on its way while this one is used
+        else:
+            self.abort()
+        get.done(body, None)
