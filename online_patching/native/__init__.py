@@ -51,7 +51,7 @@ def read(
 def _candidates() -> list[tuple[str, str]]:
     """(path, whose it is) of libjpeg-turbo builds, the one to try first in front."""
     found = [
-        (str(p), "in this package") for p in sorted(Path(__file__).parent.glob("lib/libjpeg*"))
+        (str(p), "this package's own") for p in sorted(Path(__file__).parent.glob("lib/libjpeg*"))
     ]
     try:
         pillow = distribution("pillow")
