@@ -78,8 +78,8 @@ class ProcessEngine:
         self._pending: deque[_Asked] = deque()
         self._next = 0
         n_slots = workers * options.prefetch + 1
-        self._slots = [Slot(number) for number in range(n_slots)]
         self._ring = Ring.create(n_slots, batch_shape(source, batch_size))
+        self._slots = [Slot(number) for number in range(n_slots)]
         self._workers: list[_Worker] = []
         # Not __del__: this also runs when the interpreter ends, and never twice.
         self._end = weakref.finalize(self, _end_workers, self._workers, os.getpid())
