@@ -47,18 +47,17 @@ def read_local(
 ) -> Failed:
     """Make canvases first..stop of local slides. A slide that was deleted, cut short or changed since it
     was indexed fails its canvases; one whose disk cannot be read raises StoreError."""
-    slides = plan.slide[first:stop]
-    keys = {int(row): local_path(corpus.uri(int(row))) for row in np.unique(slides)}
+    slides = plan.slide[first:stop].tolist()
+    keys = {row: local_path(corpus.uri(row)) for row in set(slides)}
     with store.hold(keys.values()) as held:
         failed: Failed = {}
-        for i, row in enumerate(slides, first):
-            handle = held[keys[int(row)]]
+        handles = [held[keys[row]] for row in slides]
+        for i, handle in enumerate(handles, first):
             if isinstance(handle, ObjectNotFoundError):
                 failed[i] = handle
             elif isinstance(handle, PatchingError):
                 raise handle
-            else:
-                plan.canvases["fd"][i] = handle
+        plan.canvases["fd"][first:stop] = [h if isinstance(h, int) else -1 for h in handles]
         for a, b in _runs(first, stop, failed):
             if native.AVAILABLE:
                 native.read(plan.canvases, plan.tiles, plan.outputs, plan.tables, (), batch, a, b)
@@ -99,13 +98,11 @@ def _runs(first: int, stop: int, without: Failed) -> list[tuple[int, int]]:
 
 
 def _count(plan: BatchPlan, first: int, stop: int, stats: Stats) -> None:
-    lengths = np.concatenate(
-        [plan.tiles["length"][plan.tiles_of(i)] for i in range(first, stop)] or [np.zeros(0)]
-    )
-    size = int(lengths.sum())
-    stats.add(
-        tiles=len(lengths), requests=int((lengths > 0).sum()), bytes_wanted=size, bytes_read=size
-    )
+    # Canvases are numbered in the order of their tiles.
+    tiles = slice(plan.tiles_of(first).start, plan.tiles_of(stop - 1).stop)
+    lengths = plan.tiles["length"][tiles]
+    size, stored = int(lengths.sum()), int(np.count_nonzero(lengths))
+    stats.add(tiles=len(lengths), requests=stored, bytes_wanted=size, bytes_read=size)
 
 
 def _explain(corpus: Corpus, plan: BatchPlan, first: int, stop: int, failed: Failed) -> None:

@@ -32,6 +32,7 @@
 
 #define MESSAGE_BYTES 120
 #define CROP_MARGIN_PX 16
+#define ROWS 16 /* asked for at once: what an MCU row may hold */
 #define EOI_SEARCH_BYTES 1024
 #define MAX_TILE_BYTES (256 << 20)
 #define MAX_CANVAS_BYTES ((int64_t)1 << 30)
@@ -148,6 +149,7 @@ typedef struct {
   uint8_t *file, *canvas, *middle, *row;
   int32_t *weights;
   size_t file_size, canvas_size, middle_size, row_size, weights_size;
+  const uint8_t *loaded; /* the tables that cinfo holds and no tile has touched since */
 } Worker;
 
 static int grow(void *block, size_t *have, size_t want) {
@@ -166,8 +168,28 @@ static void say(Canvas *canvas, int status, const char *message) {
 
 /* --- markers: what libjpeg may see ----------------------------------------------------------- */
 
+/* Tables as bits: 4 for quantisation, 4 for DC and 4 for AC codes. */
+typedef struct {
+  unsigned defined, needed;
+} Tables;
+
+static void note_tables(Tables *tables, int marker, const uint8_t *at, const uint8_t *end) {
+  while (at < end) {
+    if (marker == 0xDB) { /* precision and number, 64 values of one or two bytes */
+      tables->defined |= 1u << (*at & 3);
+      at += 1 + (*at >> 4 ? 128 : 64);
+    } else { /* class and number, 16 counts, as many values */
+      if (at + 17 > end) return;
+      tables->defined |= 16u << ((*at & 0x10 ? 4 : 0) + (*at & 3));
+      int values = 0;
+      for (int i = 1; i <= 16; i++) values += at[i];
+      at += 17 + values;
+    }
+  }
+}
+
 /* Walk the segments up to the scan (or the end of tables). 0 when libjpeg may have them. */
-static int check_markers(Canvas *canvas, const uint8_t *data, size_t size, int is_tables) {
+static int check_markers(Canvas *canvas, const uint8_t *data, size_t size, int is_tables, Tables *tables) {
   size_t at = 2;
   int frames = 0;
   char text[MESSAGE_BYTES];
@@ -206,9 +228,19 @@ static int check_markers(Canvas *canvas, const uint8_t *data, size_t size, int i
         say(canvas, BAD_TILE, text);
         return -1;
       }
+      if (length < 8 + 3 * (size_t)components) break;
+      for (int i = 0; i < components; i++) tables->needed |= 1u << (data[at + 12 + 3 * i] & 3);
+      if (marker == 0xC2) tables->needed = ~0u; /* progressive: tables come between its scans */
       frames++;
     }
+    if (marker == 0xC4 || marker == 0xDB) note_tables(tables, marker, data + at + 4, data + at + 2 + length);
     if (marker == 0xDA) {
+      int scanned = data[at + 4];
+      if (length < 6 + 2 * (size_t)scanned) break;
+      for (int i = 0; i < scanned; i++) {
+        int numbers = data[at + 6 + 2 * i];
+        tables->needed |= 16u << (numbers >> 4 & 3) | 256u << (numbers & 3);
+      }
       if (frames == 1) return 0;
       break;
     }
@@ -230,30 +262,38 @@ static int has_end_marker(const uint8_t *data, size_t size) {
 
 /* Decode the seen part of a tile onto the canvas (pixels of `channels` bytes, 3 or 4). */
 static int decode_tile(Worker *w, Canvas *canvas, const Tile *tile, const uint8_t *data, size_t size,
-                       const uint8_t *tables, size_t tables_size, uint8_t *pixels, int channels) {
+                       const uint8_t *tables, size_t tables_size, unsigned shared, uint8_t *pixels,
+                       int channels) {
   j_decompress_ptr cinfo = &w->cinfo;
   size_t stride = (size_t)canvas->width * channels;
-  if (check_markers(canvas, data, size, 0)) return -1;
+  Tables own = {0, 0};
+  if (check_markers(canvas, data, size, 0, &own)) return -1;
   if (!has_end_marker(data, size)) {
     say(canvas, BAD_TILE, "it ends before its picture does");
     return -1;
   }
   if (setjmp(w->errors.back)) {
     jpeg.abort(cinfo);
+    w->loaded = NULL;
     say(canvas, BAD_TILE, w->errors.message);
     return -1;
   }
-  /* Tables of the tile before must not be used by one that lost its own. */
-  for (int i = 0; i < NUM_QUANT_TBLS; i++) cinfo->quant_tbl_ptrs[i] = NULL;
-  for (int i = 0; i < NUM_HUFF_TBLS; i++)
-    cinfo->dc_huff_tbl_ptrs[i] = cinfo->ac_huff_tbl_ptrs[i] = NULL;
-  if (tables_size) {
+  if (own.needed & ~(own.defined | shared)) {
+    /* Tables of the tile before must not be used by one that lost its own. Elsewhere they stay: libjpeg
+     * would allocate them anew for every tile, at a tenth of the whole cost. */
+    w->loaded = NULL;
+    for (int i = 0; i < NUM_QUANT_TBLS; i++) cinfo->quant_tbl_ptrs[i] = NULL;
+    for (int i = 0; i < NUM_HUFF_TBLS; i++)
+      cinfo->dc_huff_tbl_ptrs[i] = cinfo->ac_huff_tbl_ptrs[i] = NULL;
+  }
+  if (tables_size && w->loaded != tables) {
     source_set(&w->source, tables, tables_size);
     if (jpeg.read_header(cinfo, FALSE) != JPEG_HEADER_TABLES_ONLY) {
       snprintf(w->errors.message, sizeof w->errors.message, "its JPEG tables hold a picture");
       longjmp(w->errors.back, 1);
     }
   }
+  w->loaded = own.defined ? NULL : tables;
   source_set(&w->source, data, size);
   jpeg.read_header(cinfo, TRUE);
   if (cinfo->num_components == 3)
@@ -270,30 +310,29 @@ static int decode_tile(Worker *w, Canvas *canvas, const Tile *tile, const uint8_
     snprintf(w->errors.message, sizeof w->errors.message, "it is smaller than its tile");
     longjmp(w->errors.back, 1);
   }
-  if (tile->width + 3 * CROP_MARGIN_PX < (int)width) {
-    int from = tile->left - CROP_MARGIN_PX, to = tile->left + tile->width + CROP_MARGIN_PX;
-    left = from > 0 ? (JDIMENSION)from : 0;
-    if (to > (int)cinfo->output_width) to = (int)cinfo->output_width;
-    width = (JDIMENSION)to - left;
+  int from = tile->left - CROP_MARGIN_PX, to = tile->left + tile->width + CROP_MARGIN_PX;
+  if (from < 0) from = 0;
+  if (to > (int)cinfo->output_width) to = (int)cinfo->output_width;
+  if (to - from < (int)width) {
+    left = (JDIMENSION)from;
+    width = (JDIMENSION)(to - from);
     jpeg.crop_scanline(cinfo, &left, &width);
   }
   if (tile->top) jpeg.skip_scanlines(cinfo, (JDIMENSION)tile->top);
-  uint8_t *to = pixels + (size_t)tile->y * stride + (size_t)tile->x * channels;
+  uint8_t *out = pixels + (size_t)tile->y * stride + (size_t)tile->x * channels;
   size_t offset = (size_t)(tile->left - (int)left) * channels, bytes = (size_t)tile->width * channels;
   size_t row_bytes = (size_t)cinfo->output_width * channels;
-  int most = cinfo->rec_outbuf_height;
-  if (grow(&w->row, &w->row_size, row_bytes * (size_t)most)) {
+  if (grow(&w->row, &w->row_size, row_bytes * ROWS)) {
     jpeg.abort(cinfo);
     say(canvas, NO_MEMORY, "no memory");
     return -1;
   }
-  JSAMPROW rows[16];
+  JSAMPROW rows[ROWS];
+  for (int r = 0; r < ROWS; r++) rows[r] = w->row + (size_t)r * row_bytes;
   for (int done = 0; done < tile->height;) {
-    int want = tile->height - done < most ? tile->height - done : most;
-    if (want > 16) want = 16;
-    for (int r = 0; r < want; r++) rows[r] = w->row + (size_t)r * row_bytes;
+    int want = tile->height - done < ROWS ? tile->height - done : ROWS;
     int got = (int)jpeg.read_scanlines(cinfo, rows, (JDIMENSION)want);
-    for (int r = 0; r < got; r++, done++, to += stride) memcpy(to, rows[r] + offset, bytes);
+    for (int r = 0; r < got; r++, done++, out += stride) memcpy(out, rows[r] + offset, bytes);
   }
   if (cinfo->output_scanline == cinfo->output_height)
     jpeg.finish(cinfo); /* whatever is wrong up to the end marker is still seen */
@@ -576,8 +615,10 @@ static void read_canvas(Worker *w, Canvas *canvas, const Tile *tiles, const Outp
     }
     const Bytes none = {NULL, 0};
     const Bytes *own = canvas->tables >= 0 ? tables + canvas->tables : &none;
-    if (own->size && check_markers(canvas, own->data, (size_t)own->size, 1)) return;
-    if (decode_tile(w, canvas, tile, data, size, own->data, (size_t)own->size, pixels, channels)) return;
+    Tables shared = {0, 0};
+    if (own->size && check_markers(canvas, own->data, (size_t)own->size, 1, &shared)) return;
+    if (decode_tile(w, canvas, tile, data, size, own->data, (size_t)own->size, shared.defined, pixels, channels))
+      return;
   }
   if (direct) return;
   for (int i = 0; i < canvas->n_outputs; i++) {
