@@ -10,13 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from online_patching.errors import (
-    DamagedSlideError,
-    NotASlideError,
-    ObjectNotFoundError,
-    ShortReadError,
-    UnsupportedSlideError,
-)
+from online_patching.errors import NotASlideError, ObjectNotFoundError, UnsupportedSlideError
 from online_patching.formats import fallback, tiff, zarr
 from online_patching.formats.vendors import Mpp
 from online_patching.slide_index import SlideIndex
@@ -48,7 +42,8 @@ def read_slide_index(
 ) -> SlideIndex:
     """The SlideIndex of one slide, from its headers alone.
 
-    `mpp` overrides the µm/px that the file carries (one value, or x and y). Raises a SlideError
+    `mpp` overrides the µm/px that the file carries: one value, or (mpp_x, mpp_y), which may differ
+    as much as they do (what the file says may not, beyond 5 %). Raises a SlideError
     that says why the slide cannot or should not be used: not a slide, damaged, fluorescence or
     multiplex, no µm/px; or a StoreError when its bytes cannot be read.
     """
@@ -74,14 +69,8 @@ def _read(uri: str, override: Mpp | None, stores: Stores) -> SlideIndex:
         )
     size, token = stores.version(uri)
     head = stores.read(uri, 0, min(size, 16), token) if size else b""
-    damage: DamagedSlideError | None = None
-    if tiff.is_tiff(head):
-        try:
-            found = tiff.read_index(uri, slide_id, override, stores, size, token)
-        except ShortReadError:
-            raise
-        except DamagedSlideError as error:  # tags that tifffile cannot read, OpenSlide may
-            found, damage = None, error
+    if tiff.is_tiff(head):  # what it calls damaged is: others would read such headers without end
+        found = tiff.read_index(uri, slide_id, override, stores, size, token)
         if found is not None:
             return replace(found, size_bytes=size, token=token)
     if is_remote(uri):
@@ -89,10 +78,7 @@ def _read(uri: str, override: Mpp | None, stores: Stores) -> SlideIndex:
             redact(uri),
             "only tiled TIFF/SVS and OME-Zarr are read remotely; copy this slide to disk.",
         )
-    try:
-        return replace(fallback.read_index(uri, slide_id, override), size_bytes=size, token=token)
-    except NotASlideError as error:
-        raise (damage or error) from None
+    return replace(fallback.read_index(uri, slide_id, override), size_bytes=size, token=token)
 
 
 def find_slides(root: str) -> list[str]:

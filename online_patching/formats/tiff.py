@@ -20,7 +20,13 @@ from online_patching.errors import (
     UnsupportedSlideError,
 )
 from online_patching.formats import vendors
-from online_patching.formats.tiff_tags import BadTagError, Directory, PastEndError, TiffTags
+from online_patching.formats.tiff_tags import (
+    BadTagError,
+    Directory,
+    FarOffsetsError,
+    PastEndError,
+    TiffTags,
+)
 from online_patching.formats.vendors import Mpp
 from online_patching.slide_index import CODEC_KINDS, Codec, Level, SlideIndex, pack_rows
 from online_patching.stores import Stores, redact
@@ -31,7 +37,7 @@ _MAX_SIDE_PX = 2**22
 """A glass slide is 75 mm long: 1.5 million pixels at 0.05 µm."""
 _MAX_TILE_PX = 2**24
 _MAX_SUB_DIRECTORIES = 64
-_MAX_TEXT_BYTES = 4 * 2**20
+_MAX_TEXT_BYTES = 2**20
 _MAX_TABLES_BYTES = 64 * 2**10
 _MAX_LARGE_TILES = 4096
 _COMPRESSIONS = {
@@ -52,7 +58,7 @@ def is_tiff(head: bytes) -> bool:
 def read_index(
     uri: str, slide_id: str, override: Mpp | None, stores: Stores, size: int, token: str
 ) -> SlideIndex | None:
-    """The index of a tiled 8-bit RGB TIFF; None when it needs a fallback reader.
+    """The index of a tiled 8-bit RGB TIFF; None when it needs a fallback reader (an NDPI, strips, ...).
 
     Takes at most about 64 MiB and a second whatever the file says, and over a network at most
     `tiff_tags.MAX_REQUESTS` requests.
@@ -60,6 +66,8 @@ def read_index(
     try:
         tags = TiffTags(partial(_fetch, uri, stores, token), size)
         return _from_tags(tags, uri, slide_id, override)
+    except FarOffsetsError:
+        return None
     except PastEndError as error:
         raise ShortReadError(redact(uri), error.start, error.stop, size) from None
     except BadTagError as error:

@@ -34,6 +34,7 @@ _NUMBERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q", 6: "B", 8: "H", 9
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
           16: 8, 17: 8, 18: 8}  # fmt: skip
 _RATIONAL = 5
+_SUB_DIRECTORIES = 330
 
 
 class BadTagError(Exception):
@@ -46,6 +47,10 @@ class PastEndError(BadTagError):
     def __init__(self, start: int, stop: int) -> None:
         super().__init__(f"bytes {start:,}-{stop:,} of its headers lie past its end")
         self.start, self.stop = start, stop
+
+
+class FarOffsetsError(BadTagError):
+    """A classic TIFF larger than 4 GiB: its 32-bit offsets mean something of a vendor's own (NDPI)."""
 
 
 class HeaderReader:
@@ -212,7 +217,7 @@ class TiffTags:
             raise BadTagError("it does not start as a TIFF does")
         self.big = version == 43
         if not self.big and size_bytes > 2**32:
-            raise BadTagError("its 32-bit offsets do not reach its end: perhaps an NDPI")
+            raise FarOffsetsError("its 32-bit offsets do not reach its end")
         if self.big and struct.unpack(f"{self._order}HH", head[4:8]) != (8, 0):
             raise BadTagError("a BigTIFF whose offsets are not of 8 bytes")
         count, kind, offset = ("Q", "Q", 8) if self.big else ("H", "I", 4)
@@ -222,8 +227,12 @@ class TiffTags:
         self.directories = self._chain(self._next.unpack_from(head, offset)[0])
 
     def sub_directories(self, directory: Directory, most: int) -> list[Directory]:
-        """The first `most` SubIFDs (tag 330) of a directory; their own chains are not followed."""
-        return [self._directory(offset)[0] for offset in directory.numbers(330, most) if offset]
+        """The first `most` SubIFDs of a directory; their own chains are not followed."""
+        return [
+            self._directory(offset)[0]
+            for offset in directory.numbers(_SUB_DIRECTORIES, most)
+            if offset
+        ]
 
     def _chain(self, offset: int) -> list[Directory]:
         found = []
@@ -254,6 +263,8 @@ class TiffTags:
             if size is not None and tag not in entries:
                 here = start + number * width + value_at
                 entries[tag] = Entry(kind, values, here if values * size <= inline else where)
+        if _SUB_DIRECTORIES in entries and entries[_SUB_DIRECTORIES].count > MAX_DIRECTORIES:
+            raise BadTagError(f"it holds more than {MAX_DIRECTORIES} images: a stack, not a slide")
         return Directory(self.reader, self._order, entries), self._next.unpack_from(
             data, count * width
         )[0]

@@ -22,7 +22,7 @@ _MICRONS = {
     "cm": 1e4,
     "m": 1e6,
 }
-_MAX_ELEMENTS = 10_000  # OME-XML names its pixels within the first hundred
+_MAX_ELEMENTS, _MAX_XML_CHARS = 10_000, 2**20  # OME-XML names its pixels near its start
 _UNIT_UM = {2: 25_400.0, 3: 10_000.0}
 """TIFF ResolutionUnit: 2 inch, 3 centimetre; 1 means that the numbers carry no unit."""
 
@@ -69,8 +69,7 @@ def ome_mpp(description: str) -> Mpp | None:
     pixels = _FirstPixels()
     parser = DefusedXMLParser(target=pixels, forbid_dtd=True)
     try:
-        parser.feed(description)
-        parser.close()
+        parser.feed(description[:_MAX_XML_CHARS])
     except _StopReadingError:
         pass
     except (ParseError, DefusedXmlException, ValueError, LookupError):
@@ -102,9 +101,6 @@ class _FirstPixels:
         elif self._left:
             return
         raise _StopReadingError
-
-    def close(self) -> None:
-        """The document has ended."""
 
 
 def require_mpp(uri: str, *candidates: Mpp | None) -> Mpp:
