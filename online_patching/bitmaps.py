@@ -6,7 +6,7 @@ the same bits alone, in any batch and on any machine. Rows of bits are read eigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +25,15 @@ _FROM = np.array([(2**64 - 1) >> n for n in range(65)], np.uint64)
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Ask = Callable[[Ints, Any], None]
+"""Told which byte ranges of the packed rows (first byte, bytes; one a draw) are about to be read."""
+
+_NEARBY_BYTES = 4096
+"""A look at a cell is followed by one at the box around it: that much before and behind it."""
+
+
+def nobody(start: Ints, n_bytes: Any) -> None:
+    """Does not care."""
 
 
 class Bitmaps(NamedTuple):
@@ -48,7 +57,13 @@ class Bitmaps(NamedTuple):
 
 
 def tissue_points(
-    counts: Ints, packed: NDArray[np.uint8], at: Bitmaps, cells: Ints, u: Floats, v: Floats
+    counts: Ints,
+    packed: NDArray[np.uint8],
+    at: Bitmaps,
+    cells: Ints,
+    u: Floats,
+    v: Floats,
+    ask: Ask = nobody,
 ) -> tuple[Floats, Floats]:
     """Level-0 x and y of the point (u, v) in [0, 1) within the `cells`-th set cell (row-major).
 
@@ -58,6 +73,8 @@ def tissue_points(
     rank = cells - counts[at.counts + row]
     column = np.empty(len(cells), np.int64)
     n_words = (at.width + 63) >> 6
+    row_bytes = (at.width + 7) >> 3
+    ask(at.bits + row * row_bytes - _NEARBY_BYTES, row_bytes + 2 * _NEARBY_BYTES)
     for some in _pieces(n_words):
         column[some] = _column_of(
             packed, at.take(some), n_words[some], row[some], rank[some], cells[some]
@@ -72,6 +89,7 @@ def tissue_fractions(
     y_px0: Floats,
     w_px0: Floats,
     h_px0: Floats,
+    ask: Ask = nobody,
 ) -> Floats:
     """The set share of boxes in level-0 pixels: exact, cells at their edges by the part covered.
 
@@ -84,6 +102,8 @@ def tissue_fractions(
     if len(live) < len(out):
         at, across, down = at.take(live), across.take(live), down.take(live)
     n_words = ((across.stop + 7) >> 3) - (across.first >> 3) + 7 >> 3
+    row_bytes = (at.width + 7) >> 3
+    ask(at.bits + down.first * row_bytes + (across.first >> 3), down.cells * row_bytes)
     for some in _pieces(down.cells * n_words):
         out[live[some]] = _shares(
             packed, at.take(some), n_words[some], across.take(some), down.take(some)

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import io
 import json
-import mmap
-import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
@@ -31,6 +29,7 @@ from online_patching import bitmaps
 from online_patching.errors import CorpusError, MaskError
 from online_patching.mask import ForegroundMask
 from online_patching.packing import FILES, LEFT_OUT, VERSION, Packer, pack_folder
+from online_patching.paging import MappedFile, Paging
 from online_patching.records import (
     KINDS,
     SLIDE_RECORD,
@@ -43,6 +42,15 @@ from online_patching.records import (
 from online_patching.slide_index import Codec, SlideIndex
 
 _BLOCK_ROWS = 32_768
+_GRAIN_BYTES = {
+    "slides": 0,
+    "levels": 2**16,
+    "codecs": 0,
+    "text": 4096,
+    "tiles": 4096,
+    "masks": 4096,
+}
+"""See MappedFile. A sampler reads all slides when it is made, and draws soon touch every 64 KiB of levels."""
 
 
 class Corpus:
@@ -61,13 +69,17 @@ class Corpus:
         digest: str,
         folder: Path | None = None,
         generation: Path | None = None,
+        files: dict[str, MappedFile] | None = None,
     ) -> None:
-        self.records, self.levels, self.tiles = packed.slides, packed.levels, packed.tiles
+        self.records, self.levels = packed.slides, packed.levels
+        self._files = files or {}
+        self._paging = Paging(self._files.values())
+        self.tiles = TileRows(packed.tiles, self._asking("tiles"))
         self.digest, self.folder = digest, folder
         self.codecs: Sequence[Codec] = _Codecs(packed)
         self._packed, self._generation = packed, generation
         self._counts = packed.masks[: len(packed.masks) // 8 * 8].view("<i8")
-        self._checked = np.zeros(len(packed.slides), bool)
+        self._checked, self._counted = np.zeros((2, len(packed.slides)), bool)
         # Bounded: a row's SlideIndex holds views, but is made of parsed JSON.
         self.index = lru_cache(maxsize=512)(self._index)
         self.mask = lru_cache(maxsize=512)(self._mask)
@@ -111,9 +123,13 @@ class Corpus:
             if not re.fullmatch("[0-9a-f]{32}", about["generation"]):
                 raise ValueError("the generation it names is none")
             packed = root / "packed" / about["generation"]
-            arrays = Packed(
-                *(_map(packed / FILES[name], KINDS[name], about["bytes"][name]) for name in KINDS)
-            )
+            files = {
+                name: MappedFile(
+                    packed / FILES[name], kind, about["bytes"][name], _GRAIN_BYTES[name]
+                )
+                for name, kind in KINDS.items()
+            }
+            arrays = Packed(*(file.array for file in files.values()))
             if len(arrays.slides) != about["slides"] or not len(arrays.slides):
                 raise ValueError("it does not hold as many slides as corpus.json says")
             digest = str(about["digest"])
@@ -126,7 +142,7 @@ class Corpus:
             raise CorpusError(
                 f"{root}: corpus.json cannot be used ({error}). Run `pathfm foreground` again."
             ) from None
-        return cls(arrays, digest, root, packed)
+        return cls(arrays, digest, root, packed, files)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -188,6 +204,8 @@ class Corpus:
             raise CorpusError(f"the corpus has rows 0 to {len(self) - 1}, not {asked.tolist()[:5]}")
         new = asked[~self._checked[asked]]
         if len(new):
+            found, size = self.records[new], self.levels.itemsize
+            self._asking("levels")(found["first_level"] * size, found["n_levels"] * size)
             check(self._packed, new)
             self._checked[new] = True
 
@@ -199,11 +217,16 @@ class Corpus:
         Arrays of one length. The same bits as one call a draw. CorpusError for a cell that a mask
         does not have.
         """
-        at = self._bitmaps(np.asarray(rows, np.int64))
+        row = np.asarray(rows, np.int64)
+        at = self._bitmaps(row)
+        ask = self._asking("masks")
+        fresh = np.flatnonzero(~self._counted[row])
+        ask(8 * at.counts[fresh], 8 * at.height[fresh])
+        self._counted[row] = True
         cell = np.asarray(cells, np.int64)
         point = np.asarray(u, np.float64), np.asarray(v, np.float64)
         try:
-            return bitmaps.tissue_points(self._counts, self._packed.masks, at, cell, *point)
+            return bitmaps.tissue_points(self._counts, self._packed.masks, at, cell, *point, ask)
         except MaskError as error:
             raise CorpusError(f"{self.folder or 'a corpus in memory'}: {error}") from None
 
@@ -220,8 +243,16 @@ class Corpus:
         Arrays of one length. The same bits as one call a box.
         """
         at = self._bitmaps(np.asarray(rows, np.int64))
-        box = (np.asarray(values, np.float64) for values in (x_px0, y_px0, w_px0, h_px0))
-        return bitmaps.tissue_fractions(self._packed.masks, at, *box)
+        x, y, w, h = (np.asarray(value, np.float64) for value in (x_px0, y_px0, w_px0, h_px0))
+        ask = self._asking("masks")
+        return bitmaps.tissue_fractions(self._packed.masks, at, x, y, w, h, ask)
+
+    def _asking(self, name: str) -> bitmaps.Ask:
+        """Has pages of a file read before a look-up needs them, where that pays."""
+        file = self._files.get(name)
+        if file is None:
+            return bitmaps.nobody
+        return lambda start, n_bytes: file.ask(start, n_bytes) if self._paging.pays() else None
 
     def _bitmaps(self, rows: NDArray[np.int64]) -> bitmaps.Bitmaps:
         self.check(rows)
@@ -265,6 +296,22 @@ class Corpus:
         return (Corpus, (self._packed, self.digest))
 
 
+class TileRows:
+    """The tile rows of all slides, by position: give arrays of positions, get uint64 rows."""
+
+    def __init__(self, rows: NDArray[np.uint64], ask: bitmaps.Ask) -> None:
+        self._rows, self._ask = rows, ask
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, where: Any) -> Any:
+        """Rows at a position, at many, or of a slice (a view)."""
+        if isinstance(where, np.ndarray) and where.dtype.kind == "i":
+            self._ask(where.ravel() * 8, 8)
+        return self._rows[where]
+
+
 class _Codecs(Sequence[Codec]):
     """The distinct codecs of a corpus by number, each parsed when it is first asked for."""
 
@@ -288,19 +335,6 @@ def _reopen(folder: Path, digest: str) -> Corpus:
             f"{folder}: was rebuilt meanwhile ({digest[:12]} is now {corpus.digest[:12]})."
         )
     return corpus
-
-
-def _map(path: Path, kind: np.dtype[Any], n_bytes: int) -> NDArray[Any]:
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size != n_bytes or n_bytes % kind.itemsize:
-            raise ValueError(f"{path.name} is not as large as corpus.json says")
-        if not n_bytes:  # an empty file cannot be mapped
-            return np.empty(0, kind)
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    # A draw wants a few bytes here and there: reading ahead would fetch 30 times as much.
-    if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, kind)
 
 
 def _array(data: memoryview, kind: np.dtype[Any]) -> NDArray[Any]:
