@@ -111,12 +111,16 @@ def can_plan(corpus: Corpus, slides: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def plan_batch(
-    corpus: Corpus, draws: Draws, size_px: int, targets: NDArray[np.int64], share: bool = False
+    corpus: Corpus,
+    draws: Draws,
+    size_px: int,
+    targets: NDArray[np.int64],
+    patches_per_read: int = 1,
 ) -> BatchPlan:
     """The reads of `draws`, patch r going to patch `targets[r]` of a batch.
 
     Canvases come slide by slide and in the order of their bytes, so that a thread has few files
-    open and reads forward. With `share`, neighbouring draws that look at the same level share one.
+    open and reads forward. `patches_per_read` draws in a row that look at the same level share one.
     """
     records, levels = corpus.records, corpus.levels
     slide = draws.slide
@@ -130,9 +134,10 @@ def plan_batch(
     limit = -(-_pair(levels, "width_px", "height_px", level) // scale[:, None])
     box, window, exact = _boxes(origin / downsample, sides / downsample, size_px)
 
-    order = np.lexsort((np.arange(len(slide)), level, slide))
-    key = (slide[order], level[order], scale[order])
-    canvas, box_of = _canvases(key, box[order], size_px, share)
+    group = draws.draw // patches_per_read
+    order = np.lexsort((np.arange(len(slide)), group, level, slide))
+    key = (slide[order], level[order], scale[order], group[order])
+    canvas, box_of = _canvases(key, box[order], patches_per_read > 1)
     first = np.flatnonzero(np.diff(canvas, prepend=-1))
     some = order[first]  # one row of each canvas
 
@@ -204,7 +209,7 @@ def _boxes(
 
 
 def _canvases(
-    key: tuple[NDArray[np.int64], ...], box: NDArray[np.int64], size_px: int, share: bool
+    key: tuple[NDArray[np.int64], ...], box: NDArray[np.int64], share: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(canvas of each ordered patch, box of each canvas). Neighbours in order with one key may share."""
     n = len(box)

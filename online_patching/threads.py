@@ -96,7 +96,7 @@ class ThreadEngine:
         self.stores = Stores(options.retry)
         self.budget = ByteBudget(options.bytes_in_flight)
         self._views = 1 + len(getattr(sampler, "context", ()))
-        self._share = getattr(sampler, "patches_per_read", 1) > 1
+        self._per_read = int(getattr(sampler, "patches_per_read", 1))
         self._filters = tuple(getattr(sampler, "filters", ()))
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="patch-plan")
         self._pool = ThreadPoolExecutor(options.threads, thread_name_prefix="patch-decode")
@@ -143,9 +143,9 @@ class ThreadEngine:
         batch.left = len(draws)
         if not len(draws):
             batch.done.set_result(None)
-        self._read(batch, np.arange(len(draws)), self._share)
+        self._read(batch, np.arange(len(draws)), self._per_read)
 
-    def _read(self, batch: _Batch, rows: NDArray[np.int64], share: bool = False) -> None:
+    def _read(self, batch: _Batch, rows: NDArray[np.int64], per_read: int = 1) -> None:
         """Plan these rows of a batch and start reading them."""
         corpus = self.sampler.corpus
         columns = _rows(batch.drawn(), rows)
@@ -154,17 +154,17 @@ class ThreadEngine:
         for away in (False, True):
             chosen = np.flatnonzero(planned & (remote == away))
             if len(chosen):
-                self._read_planned(batch, rows[chosen], _rows(columns, chosen), away, share)
+                self._read_planned(batch, rows[chosen], _rows(columns, chosen), away, per_read)
         for k in np.flatnonzero(~planned):
             self._read_single(batch, int(rows[k]), bool(remote[k]))
 
     def _read_planned(
-        self, batch: _Batch, rows: NDArray[np.int64], columns: Draws, remote: bool, share: bool
+        self, batch: _Batch, rows: NDArray[np.int64], columns: Draws, remote: bool, per_read: int
     ) -> None:
         """Rows of JPEG slides: many canvases a piece where they are local, one where they are not."""
         views = self._expand(columns)
         places = (rows[:, None] * self._views + np.arange(self._views)).reshape(-1)
-        plan = plan_batch(self.sampler.corpus, views, self.sampler.size_px, places, share)
+        plan = plan_batch(self.sampler.corpus, views, self.sampler.size_px, places, per_read)
         turn = _Turn(batch, plan, places, self._views)
         if remote:
             for canvas in range(len(plan)):

@@ -82,17 +82,17 @@ one_draw = st.tuples(
 )
 
 
-@given(st.lists(one_draw, min_size=1, max_size=12), st.booleans())
+@given(st.lists(one_draw, min_size=1, max_size=12), st.sampled_from([1, 2, 5]))
 @settings(max_examples=300, deadline=None)
-def test_a_batch_is_planned_as_its_patches_are_one_by_one(rows, share):
+def test_a_batch_is_planned_as_its_patches_are_one_by_one(rows, per_read):
     columns = draws(rows)
     places = np.arange(len(rows))[::-1].copy()
-    plan = plan_batch(CORPUS, columns, SIZE, places, share)
+    plan = plan_batch(CORPUS, columns, SIZE, places, per_read)
     assert sorted(plan.row) == list(range(len(rows)))
     for canvas in range(len(plan)):
         c = plan.canvases[canvas]
         outputs = plan.outputs_of(canvas)
-        assert share or outputs.stop - outputs.start == 1
+        assert per_read > 1 or outputs.stop - outputs.start == 1
         tiles = {}
         for t, number in zip(
             plan.tiles[plan.tiles_of(canvas)], plan.number[plan.tiles_of(canvas)], strict=True
@@ -128,9 +128,9 @@ def test_a_batch_is_planned_as_its_patches_are_one_by_one(rows, share):
                 assert tuple(output[n] for n in ("left", "top", "right", "bottom")) == window
                 assert output["x"] + left == expected.box.left
                 assert output["y"] + top == expected.box.top
-                if not share:
+                if per_read == 1:
                     assert (left, top) == (expected.box.left, expected.box.top)
-            if not share:
+            if per_read == 1:
                 assert (c["width"], c["height"]) == (expected.box.width, expected.box.height)
                 assert set(tiles) == {tile.number for tile in expected.tiles}
             assert 0 <= output["x"] <= c["width"] - output["box_width"]
@@ -146,13 +146,13 @@ def test_a_batch_is_planned_as_its_patches_are_one_by_one(rows, share):
 
 def test_neighbours_share_a_canvas_and_its_tiles():
     columns = draws([(0, 0.25, 100, 100), (0, 0.25, 140, 120), (0, 0.25, 2500, 2000)])
-    together = plan_batch(CORPUS, columns, SIZE, np.arange(3), share=True)
-    apart = plan_batch(CORPUS, columns, SIZE, np.arange(3), share=False)
+    together = plan_batch(CORPUS, columns, SIZE, np.arange(3), 3)
+    apart = plan_batch(CORPUS, columns, SIZE, np.arange(3), 1)
     assert len(apart) == 3
     # The third is far off: a canvas over all three would be mostly waste.
     assert len(together) in (2, 3)
     near = plan_batch(
-        CORPUS, draws([(0, 0.25, 100, 100), (0, 0.25, 140, 120)]), SIZE, np.arange(2), True
+        CORPUS, draws([(0, 0.25, 100, 100), (0, 0.25, 140, 120)]), SIZE, np.arange(2), 2
     )
     assert len(near) == 1
     assert len(near.tiles) == 1
