@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import about_this_run, write_out
 from numpy.typing import NDArray
+from simulated_corpus import MASKS, simulate, write_tiles
 
-from benchmarks.common import about_this_run, write_out
-from benchmarks.simulated_corpus import MASKS, simulate, write_tiles
 from online_patching import Corpus, PatchSampler
 from online_patching.batch_plan import BatchPlan, plan_batch
 
@@ -73,7 +73,7 @@ def one_size(folder: Path, slides: int, repeats: int) -> dict[str, float]:
 
 def in_process(step: str, folder: Path) -> dict[str, float]:
     """A step in a fresh process: nothing of this one maps the corpus, so that it can be dropped."""
-    command = [sys.executable, "-m", "benchmarks.corpus_scale", "--step", step, str(folder)]
+    command = [sys.executable, __file__, "--step", step, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
