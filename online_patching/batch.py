@@ -57,8 +57,11 @@ class DrawSource(Protocol):
     def digest(self) -> str:
         """SHA-256 of `config`."""
 
-    def draw_batch(self, draws: ArrayLike, attempt: ArrayLike = 0) -> Draws:
-        """Columns for many draw numbers; `attempt` is where to start."""
+    def draw_batch(
+        self, draws: ArrayLike, attempt: ArrayLike = 0, barred: Mapping[int, int] | None = None
+    ) -> Draws:
+        """Columns for many draw numbers; `attempt` is where to start. `barred` maps corpus rows of
+        quarantined slides to the first draw that may not use them: it moves to its next attempt."""
 
     def refs(self, draws: Draws) -> list[PatchRef]:
         """PatchRefs of drawn columns."""
@@ -144,14 +147,11 @@ def draw_with(
     attempt: ArrayLike = 0,
     barred: Mapping[int, int] | None = None,
 ) -> Draws:
-    """`source.draw_batch`, with `barred` handed on only where there is any (sources may lack it)."""
-    if not barred:
-        return source.draw_batch(draws, attempt)
-    return source.draw_batch(draws, attempt, barred=barred)  # type: ignore[call-arg]
+    """`source.draw_batch`."""
+    return source.draw_batch(draws, attempt, barred)
 
 
 def no_patches(source: DrawSource) -> PatchBatch:
     """A batch of no patches: what a rank gets of a last step that others fill."""
-    one = vars(source.draw_batch([0]))
-    columns = Draws(**{name: column[:0] for name, column in one.items()})
+    columns = source.draw_batch([0]).take(slice(0))
     return PatchBatch(np.empty(batch_shape(source, 0), np.uint8), columns, source, [])

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from online_patching.batch import DrawSource, Failure, draw_with
+from online_patching.batch import DrawSource, Failure
 from online_patching.errors import FailureBudgetError, LoaderError
 
 MAX_NAMED = 64
@@ -196,7 +196,7 @@ class Ledger:
         chosen: Counter[int] = Counter()
         for first in range(start, stop, _CHUNK):
             draws = np.arange(first, min(first + _CHUNK, stop))
-            rows = draw_with(source, draws, 0, self.barred).slide
+            rows = source.draw_batch(draws, 0, self.barred).slide
             chosen.update(
                 dict(zip(*(a.tolist() for a in np.unique(rows, return_counts=True)), strict=True))
             )

@@ -112,6 +112,9 @@ class PatchLoader:
         step = self.batch_size * self.world_size
         return (self._n_draws + step - 1) // step
 
+    def __bool__(self) -> bool:
+        return True  # also where there is no length
+
     @property
     def next_draw(self) -> int:
         """The global draw at which the next step begins."""

@@ -51,7 +51,8 @@ class PatchDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the iteration under way stands (in this process): PatchLoader's state."""
-        return (self._loader or self._new_loader()).state_dict()
+        loader = self._new_loader() if self._loader is None else self._loader
+        return loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next iteration continues there instead of at `first_draw`."""

@@ -1,18 +1,16 @@
-"""Ranks of a distributed run as threads that meet in a gather, and a sampler that bars slides."""
+"""Ranks of a distributed run as threads that meet in a gather."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from online_patching import PatchLoader, PatchSampler
-from online_patching.sampler import Draws
 
 T = TypeVar("T")
 
@@ -79,21 +77,3 @@ def stream(
     batches = [ranks[r][0][s] for s in range(steps) for r in range(world_size)]
     pixels = np.concatenate([b.pixels for b in batches])
     return pixels, [ref for b in batches for ref in b.refs], states[0]
-
-
-class Barring(PatchSampler):
-    """A sampler whose barred draws move on one attempt at a time: the plainest reading of the rule."""
-
-    def draw_batch(
-        self, draws: ArrayLike, attempt: ArrayLike = 0, barred: Mapping[int, int] | None = None
-    ) -> Draws:
-        drawn = super().draw_batch(draws, attempt)
-        while barred:
-            starts = np.array([barred.get(int(row), 2**62) for row in drawn.slide])
-            hit = np.flatnonzero(drawn.draw >= starts)
-            if not len(hit):
-                break
-            again = super().draw_batch(drawn.draw[hit], drawn.attempt[hit] + 1)
-            for name, column in vars(again).items():
-                getattr(drawn, name)[hit] = column
-        return drawn

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch.utils.data import DataLoader
 
 from online_patching import (
     ForegroundMask,
@@ -26,8 +24,8 @@ from online_patching import (
     open_slide,
     read_slide_index,
 )
+from online_patching.plan import plan_patch
 from online_patching.testing import SyntheticSlide, write_ome_zarr, write_tiff
-from online_patching.torch_dataset import PatchDataset
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +125,6 @@ def test_another_stream_is_refused_with_both_values(sampler, small_indexes):
     state = PatchLoader(sampler, 6).state_dict()
     with pytest.raises(errors.StateMismatchError, match=r"'seed': 3.*'seed': 4"):
         PatchLoader(other, 6).load_state_dict(state)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_torch_sees_the_same_stream(sampler, reference, num_workers):
-    data = DataLoader(PatchDataset(sampler, 6), batch_size=None, num_workers=num_workers)
-    batches = iter(data)
-    for k in range(5):
-        pixels, draws = next(batches)
-        assert torch.equal(pixels, torch.from_numpy(reference[k]))
-        assert draws.tolist() == list(range(6 * k, 6 * k + 6))
-    del batches
 
 
 @pytest.fixture
@@ -266,7 +253,7 @@ def test_views_of_shared_memory_must_be_released(sampler, reference):
             np.testing.assert_array_equal(batch.pixels, reference[k])
             batch.release()
         held = [loader.next_batch() for _ in range(3)]
-        with pytest.raises(errors.LoaderError, match="all 3 buffers are held.*release"):
+        with pytest.raises(errors.LoaderError, match=r"all 3 buffers are held.*release"):
             loader.next_batch()
         # Views outlive the loader, and what was not delivered comes again.
         assert_same_pixels([b.pixels for b in held], reference[5:8])
@@ -300,3 +287,131 @@ def test_the_package_needs_neither_torch_nor_mlflow():
 def test_senseless_options_are_refused(sampler, bad):
     with pytest.raises(errors.LoaderError):
         PatchLoader(sampler, **{"batch_size": 4, **bad})
+
+
+class Finite(PatchSampler):
+    """The first draws of an endless stream."""
+
+    def __len__(self) -> int:
+        return 44
+
+
+@pytest.fixture(scope="module")
+def finite(small_indexes: list[SlideIndex]) -> Finite:
+    masks = [ForegroundMask.everything(index) for index in small_indexes]
+    return Finite(small_indexes, masks, size_px=80, mpp=[0.3, 0.5, 1.0], seed=3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sampler_that_ends_ends_the_stream(finite, workers):
+    with PatchLoader(finite, 6, workers=workers, prefetch=3) as loader:
+        assert len(loader) == 8
+        batches = list(loader)
+        assert [len(b.draws) for b in batches] == [6] * 7 + [2]
+        assert batches[-1].pixels.shape == (2, 80, 80, 3)
+        assert loader.finished and list(loader) == []
+        with pytest.raises(StopIteration):
+            next(loader)
+        with pytest.raises(errors.LoaderError, match="all 44 draws were delivered"):
+            loader.next_batch()
+        assert loader.state_dict()["next_draw"] == 44
+    with PatchLoader(finite, 7) as other:
+        assert_same_pixels(
+            [np.concatenate([b.pixels for b in batches])],
+            [np.concatenate([b.pixels for b in other])],
+        )
+
+
+def test_ranks_of_a_stream_that_ends_take_as_many_batches_and_no_patch_twice(finite):
+    ranks = [PatchLoader(finite, 4, rank=r, world_size=4) for r in range(4)]
+    batches = [list(rank) for rank in ranks]
+    assert [len(some) for some in batches] == [len(rank) for rank in ranks] == [3] * 4
+    assert [len(some[-1].draws) for some in batches] == [4, 4, 4, 0]
+    assert batches[3][-1].pixels.shape == (0, 80, 80, 3) and batches[3][-1].refs == []
+    draws = np.concatenate([batches[r][s].draws for s in range(3) for r in range(4)])
+    assert draws.tolist() == list(range(44))
+
+
+def test_a_stream_that_ends_can_be_resumed_with_another_batch_size(finite):
+    with PatchLoader(finite, 6) as whole:
+        everything = np.concatenate([b.pixels for b in whole])
+    with PatchLoader(finite, 5, prefetch=4) as first:
+        some = take(first, 6)
+        state = json.loads(json.dumps(first.state_dict()))
+    with PatchLoader(finite, 9) as rest:
+        rest.load_state_dict(state)
+        np.testing.assert_array_equal(
+            np.concatenate([*some, *(b.pixels for b in rest)]), everything
+        )
+
+
+def test_an_endless_loader_has_no_length(sampler):
+    with pytest.raises(TypeError, match="never ends"):
+        len(PatchLoader(sampler, 4))
+
+
+def test_a_stream_may_begin_anywhere(sampler, reference):
+    with PatchLoader(sampler, 6, first_draw=18) as loader:
+        assert_same_pixels(take(loader, 2), reference[3:5])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_patches_of_one_read_stay_in_one_batch(small_indexes, workers):
+    masks = [ForegroundMask.everything(index) for index in small_indexes]
+    sampler = PatchSampler(small_indexes, masks, size_px=64, mpp=[0.5], patches_per_read=4)
+    with pytest.raises(errors.LoaderError, match=r"batch_size 6 .*patches_per_read 4.*Use 4 or 8"):
+        PatchLoader(sampler, 6)
+    with pytest.raises(errors.LoaderError, match="Use 4 or 8"):
+        PatchLoader(sampler, 2)
+    with PatchLoader(sampler, 16, workers=workers) as whole, PatchLoader(sampler, 4) as parts:
+        for _ in range(2):
+            batch = whole.next_batch()
+            for slide in batch.columns.slide.reshape(4, 4):
+                assert len(set(slide)) == 1
+            np.testing.assert_array_equal(batch.pixels, np.concatenate(take(parts, 4)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_context_views_come_with_each_patch(small_indexes, workers):
+    masks = [ForegroundMask.everything(index) for index in small_indexes]
+    sampler = PatchSampler(small_indexes, masks, size_px=64, mpp=[0.5], context=(2.0, 4.0))
+    with PatchLoader(sampler, 5, workers=workers) as loader:
+        batch = loader.next_batch()
+    assert batch.pixels.shape == (5, 3, 64, 64, 3)
+    assert len(batch.refs) == len(batch.draws) == 5
+    views = sampler.refs(sampler.expand(batch.columns))
+    for pixels, ref in zip(batch.pixels.reshape(15, 64, 64, 3), views, strict=True):
+        with open_slide(small_indexes[ref.slide]) as slide:
+            again = slide.read_plan(plan_patch(slide.index, ref))
+        np.testing.assert_array_equal(pixels, again)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_filter_refuses_is_replaced_and_counted_apart(small_indexes, workers):
+    masks = [ForegroundMask.everything(index) for index in small_indexes]
+    options = {"size_px": 64, "mpp": [0.5], "seed": 2}
+    plain = PatchSampler(small_indexes, masks, **options)
+    picky = PatchSampler(small_indexes, masks, filters=[Odd()], **options)
+    with PatchLoader(picky, 16, workers=workers, max_failed_fraction=0.0) as loader:
+        batch = loader.next_batch()
+        refused = [failure for failure in batch.failures if failure.filtered]
+        assert refused == batch.failures and len(refused) > 3
+        assert loader.stats.filtered == {"filter: odd": len(refused)}
+        assert not loader.stats.failures
+        assert loader.state_dict()["filtered"] == {"filter: odd": len(refused)}
+    assert (batch.pixels[:, 0, 0, 0] % 2 == 0).all()
+    with PatchLoader(plain, 16) as other:
+        kept = other.next_batch()
+    same = (kept.pixels[:, 0, 0, 0] % 2) == 0
+    np.testing.assert_array_equal(batch.pixels[same], kept.pixels[same])
+    assert {failure.draw for failure in refused} == set(np.flatnonzero(~same).tolist())
+
+
+class Odd:
+    """Refuses a patch whose first sample is odd."""
+
+    name = "odd"
+    config = ("odd",)
+
+    def keep(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels[:, 0, 0, 0] % 2 == 0

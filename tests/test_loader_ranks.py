@@ -14,13 +14,14 @@ from online_patching import (
     ForegroundMask,
     PatchLoader,
     PatchRef,
+    PatchSampler,
     SlideIndex,
     errors,
     open_slide,
     read_slide_index,
 )
 from online_patching.testing import SyntheticSlide, write_tiff
-from tests.ranks import Barring, World, stream
+from tests.ranks import World, stream
 
 WINDOW = 48
 RULE = {"window_draws": WINDOW, "quarantine_after": 4, "max_failed_fraction": 1.0}
@@ -46,13 +47,13 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> list[SlideIndex]:
 
 
 @pytest.fixture(scope="module")
-def sampler(slides: list[SlideIndex]) -> Barring:
+def sampler(slides: list[SlideIndex]) -> PatchSampler:
     masks = [ForegroundMask.everything(index) for index in slides]
-    return Barring(slides, masks, size_px=48, mpp=[0.25], seed=5)
+    return PatchSampler(slides, masks, size_px=48, mpp=[0.25], seed=5)
 
 
 @pytest.fixture(scope="module")
-def reference(sampler: Barring) -> tuple[np.ndarray, list[PatchRef]]:
+def reference(sampler: PatchSampler) -> tuple[np.ndarray, list[PatchRef]]:
     with PatchLoader(sampler, 1, threads=1, prefetch=1, **RULE) as loader:
         batches = [loader.next_batch() for _ in range(DRAWS)]
         assert loader.quarantined == {"dead": 2 * WINDOW}
@@ -187,7 +188,9 @@ def test_ranks_that_cannot_agree_quarantine_nothing_and_their_states_merge(sampl
 def test_past_the_budget_all_ranks_stop_at_the_same_step_with_the_whole_list(slides):
     """Ranks see different failures, and stop for all of them together."""
     masks = [ForegroundMask.everything(index) for index in slides]
-    sampler = Barring(slides, masks, size_px=48, mpp=[0.25], slide_weights=[2, 1, 0, 0], seed=1)
+    sampler = PatchSampler(
+        slides, masks, size_px=48, mpp=[0.25], slide_weights=[2, 1, 0, 0], seed=1
+    )
     delivered: list[list[int]] = [[], [], []]
     own: list[list[str]] = [[], [], []]
     afterwards: list[dict] = [{}, {}, {}]
