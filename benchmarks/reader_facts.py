@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+from common import about_this_run
 from numpy.typing import NDArray
-from patches_per_second import about_this_run
 
 from online_patching import ForegroundMask, PatchSampler, Slide, read_slide_index
 from online_patching.geometry import Box
