@@ -35,8 +35,8 @@ from online_patching.stats import Stats
 from online_patching.threads import ThreadEngine
 
 START_METHODS = ("spawn", "fork", "forkserver")
-_PATIENCE_S = 5.0
-"""How long a worker may take to end before it is killed."""
+_PATIENCE_S = 1.0
+"""How long workers may take to end before they are killed: a read may hang, and they hold nothing."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class ProcessEngine:
                 asked.worker.pipe.send((slot.number, asked.draws, asked.barred))
 
     def _died(self, worker: _Worker) -> WorkerDiedError:
-        worker.process.join(timeout=_PATIENCE_S)
+        worker.process.join(timeout=5.0)
         number = self._workers.index(worker)
         return WorkerDiedError(
             f"loader process {number} ended with exit code {worker.process.exitcode}. Killed for memory: "

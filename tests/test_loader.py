@@ -411,7 +411,10 @@ class Odd:
     """Refuses a patch whose first sample is odd."""
 
     name = "odd"
-    config = ("odd",)
+
+    @property
+    def config(self) -> dict[str, str]:
+        return {"of": "sample 0"}
 
     def keep(self, pixels: np.ndarray) -> np.ndarray:
         return pixels[:, 0, 0, 0] % 2 == 0
