@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from online_patching.errors import ObjectNotFoundError
@@ -46,6 +47,9 @@ def pieces_of(index: SlideIndex, plan: ReadPlan) -> list[Piece]:
                 out.append(Piece(tile, part, index.uri, start, stop))
     return out
 
+
+Range = tuple[int, int]
+"""First byte, and the one past the last."""
 
 Body = bytes | None
 """A piece's bytes; None where the container says that nothing is stored (it is all fill value)."""
@@ -104,8 +108,8 @@ async def fetch_remote(
 async def fetch_ranges(
     uri: str,
     token: str,
-    pieces: list[tuple[int, int]],
-    ranges: list[tuple[int, int]],
+    pieces: list[Range],
+    ranges: list[Range],
     stores: Stores,
     stats: Stats,
 ) -> list[bytes]:
@@ -120,12 +124,22 @@ async def fetch_ranges(
     else:
         reads = (store.read(uri, start, stop, token) for start, stop in ranges)
         bodies = list(await asyncio.gather(*reads))
+    count_fetched(pieces, ranges, stats)
+    return cut(pieces, ranges, bodies)
+
+
+def count_fetched(pieces: Sequence[Range], ranges: Sequence[Range], stats: Stats) -> None:
+    """Count one request a range and the pieces' own bytes."""
     stats.add(
         tiles=len(pieces),
         requests=len(ranges),
         bytes_wanted=sum(stop - start for start, stop in merge_ranges(pieces, 0)),
         bytes_read=sum(stop - start for start, stop in ranges),
     )
+
+
+def cut(pieces: Sequence[Range], ranges: Sequence[Range], bodies: Sequence[bytes]) -> list[bytes]:
+    """The bytes of each piece out of those of the ranges, b"" for an empty piece."""
     out = []
     for start, stop in pieces:
         if start == stop:

@@ -44,6 +44,9 @@ from online_patching.errors import (
 )
 from online_patching.fetch import (
     ByteBudget,
+    Range,
+    count_fetched,
+    cut,
     fetch_local,
     fetch_ranges,
     fetch_remote,
@@ -56,6 +59,7 @@ from online_patching.slide import check_unchanged, finish, finish_fallback
 from online_patching.slide_index import SlideIndex
 from online_patching.stats import Stats
 from online_patching.stores import Stores, is_remote
+from online_patching.stores.feed import Feed, Group
 
 _REPLACED = (SlideError, ObjectNotFoundError, ObjectChangedError)
 """Failures of one slide, for which a draw moves to its next attempt. Other store errors stop."""
@@ -103,6 +107,8 @@ class ThreadEngine:
         self._pending: deque[_Batch] = deque()
         self._checked: set[str] = set()
         self._retries_seen = 0
+        self._feed: Feed | None = None
+        self._lock = threading.Lock()
 
     def request(
         self,
@@ -128,6 +134,8 @@ class ThreadEngine:
 
     def close(self) -> None:
         """Cancel what has not started, wait for what has, close clients."""
+        if self._feed is not None:
+            self.stores.loop.call(self._feed.close)
         self.stores.cancel_all()
         self._planner.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -167,8 +175,7 @@ class ThreadEngine:
         plan = plan_batch(self.sampler.corpus, views, self.sampler.size_px, places, per_read)
         turn = _Turn(batch, plan, places, self._views)
         if remote:
-            for canvas in range(len(plan)):
-                self._on_loop(batch, self._remote_canvas(turn, canvas))
+            self._read_remote(turn)
             return
         # Even pieces, at least one a thread.
         pieces = max(-(-len(plan) // _PIECE), min(self.options.threads, len(plan)))
@@ -188,16 +195,60 @@ class ThreadEngine:
         )
         self._arrived(turn, first, stop, failed)
 
-    async def _remote_canvas(self, turn: _Turn, canvas: int) -> None:
+    def _read_remote(self, turn: _Turn) -> None:
+        """Canvases over HTTP go through the feed, without a task for any; others are awaited."""
         corpus, plan = self.sampler.corpus, turn.plan
-        slide = int(plan.slide[canvas])
+        groups = []
+        for canvas, slide in enumerate(plan.slide.tolist()):
+            uri, token = corpus.uri(slide), corpus.token(slide)
+            tiles = plan.tiles[plan.tiles_of(canvas)]
+            starts = tiles["start"].tolist()
+            pieces = list(zip(starts, (tiles["start"] + tiles["length"]).tolist(), strict=True))
+            ranges = merge_ranges(pieces, self.options.gap_bytes)
+            if uri.startswith("http"):
+                groups.append(Group(uri, token, ranges, (turn, canvas, pieces)))
+            else:
+                self._on_loop(turn.batch, self._remote_canvas(turn, canvas, pieces, ranges))
+        if groups:
+            self._fed().ask(groups)
+
+    def _fed(self) -> Feed:
+        """The feed of decode threads over HTTP, made when first needed."""
+        with self._lock:
+            if self._feed is None:
+                self._feed = Feed(
+                    self.stores.http(),
+                    self.stores.loop.loop,
+                    self._pool.submit,
+                    self._take_groups,
+                    threads=self.options.threads,
+                    limit_bytes=self.options.bytes_in_flight,
+                )
+            return self._feed
+
+    def _take_groups(self, groups: list[Group]) -> None:
+        """Decode what the feed hands over; errors belong to the batches."""
+        for group in groups:
+            turn, canvas, pieces = group.tag
+            try:
+                if isinstance(group.error, _REPLACED):
+                    self._arrived(turn, canvas, canvas + 1, {canvas: group.error})
+                elif group.error is not None:
+                    raise group.error
+                else:
+                    count_fetched(pieces, group.ranges, self.stats)
+                    self._remote_bodies(turn, canvas, cut(pieces, group.ranges, group.bodies))
+            except BaseException as error:
+                turn.batch.fail(error)
+
+    async def _remote_canvas(
+        self, turn: _Turn, canvas: int, pieces: list[Range], ranges: list[Range]
+    ) -> None:
+        corpus = self.sampler.corpus
+        slide = int(turn.plan.slide[canvas])
         uri, token = corpus.uri(slide), corpus.token(slide)
-        tiles = plan.tiles[plan.tiles_of(canvas)]
-        starts = tiles["start"].tolist()
-        pieces = list(zip(starts, (tiles["start"] + tiles["length"]).tolist(), strict=True))
-        ranges = merge_ranges(pieces, self.options.gap_bytes)
         try:
-            if uri not in self._checked and not uri.startswith("http"):
+            if uri not in self._checked:
                 # Off the loop, and not in the decode pool: this thread waits for the loop.
                 await asyncio.to_thread(self._check, corpus.index(slide))
             async with self.budget.reserve(sum(stop - start for start, stop in ranges)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,6 +82,14 @@ class LoopThread:
         """Run a coroutine on the loop and wait for its result."""
         return self.submit(work).result()
 
+    def call(self, work: Callable[[], None]) -> None:
+        """Call a plain function on the loop and wait until it is done."""
+
+        async def once() -> None:
+            work()
+
+        self.run(once())
+
     def cancel_all(self) -> None:
         """Cancel every coroutine that still runs, and wait for their ends."""
         self.submit(_cancel_others()).result(timeout=10)
@@ -137,6 +145,12 @@ class Stores:
                     HttpStore(self.policy) if kind == "http" else FsspecStore(self.policy)
                 )
             return self._remote[kind]
+
+    def http(self) -> HttpStore:
+        """The client for http(s) itself: it also starts ranges without awaiting them."""
+        store = self.remote("http://")
+        assert isinstance(store, HttpStore)
+        return store
 
     def version(self, uri: str) -> tuple[int, str]:
         """Size and version token of an object, waiting for the answer."""
