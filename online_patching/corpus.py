@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,10 @@ class Corpus:
         self.records, self.levels = packed.slides, packed.levels
         self._files = files or {}
         self._paging = Paging(self._files.values())
-        self.tiles = TileRows(packed.tiles, self._asking("tiles"))
+        self.tiles = TileRows(lambda: self._view("tiles"), self._asking("tiles"))
         self.digest, self.folder = digest, folder
         self.codecs: Sequence[Codec] = _Codecs(packed)
         self._packed, self._generation = packed, generation
-        self._counts = packed.masks[: len(packed.masks) // 8 * 8].view("<i8")
         self._checked, self._counted = np.zeros((2, len(packed.slides)), bool)
         # Bounded: a row's SlideIndex holds views, but is made of parsed JSON.
         self.index = lru_cache(maxsize=512)(self._index)
@@ -223,10 +222,12 @@ class Corpus:
         fresh = np.flatnonzero(~self._counted[row])
         ask(8 * at.counts[fresh], 8 * at.height[fresh])
         self._counted[row] = True
+        masks = self._view("masks")
+        counts = masks[: len(masks) // 8 * 8].view("<i8")
         cell = np.asarray(cells, np.int64)
         point = np.asarray(u, np.float64), np.asarray(v, np.float64)
         try:
-            return bitmaps.tissue_points(self._counts, self._packed.masks, at, cell, *point, ask)
+            return bitmaps.tissue_points(counts, masks, at, cell, *point, ask)
         except MaskError as error:
             raise CorpusError(f"{self.folder or 'a corpus in memory'}: {error}") from None
 
@@ -245,14 +246,25 @@ class Corpus:
         at = self._bitmaps(np.asarray(rows, np.int64))
         x, y, w, h = (np.asarray(value, np.float64) for value in (x_px0, y_px0, w_px0, h_px0))
         ask = self._asking("masks")
-        return bitmaps.tissue_fractions(self._packed.masks, at, x, y, w, h, ask)
+        return bitmaps.tissue_fractions(self._view("masks"), at, x, y, w, h, ask)
+
+    def _view(self, name: str) -> NDArray[Any]:
+        """An array to look things up in, here and there."""
+        file = self._files.get(name)
+        return getattr(self._packed, name) if file is None else file.view()
 
     def _asking(self, name: str) -> bitmaps.Ask:
         """Has pages of a file read before a look-up needs them, where that pays."""
         file = self._files.get(name)
         if file is None:
             return bitmaps.nobody
-        return lambda start, n_bytes: file.ask(start, n_bytes) if self._paging.pays() else None
+
+        def ask(start: NDArray[np.int64], n_bytes: Any) -> None:
+            file.will_look(len(start))
+            if self._paging.pays(len(start)):
+                file.ask(start, n_bytes)
+
+        return ask
 
     def _bitmaps(self, rows: NDArray[np.int64]) -> bitmaps.Bitmaps:
         self.check(rows)
@@ -299,17 +311,17 @@ class Corpus:
 class TileRows:
     """The tile rows of all slides, by position: give arrays of positions, get uint64 rows."""
 
-    def __init__(self, rows: NDArray[np.uint64], ask: bitmaps.Ask) -> None:
-        self._rows, self._ask = rows, ask
+    def __init__(self, view: Callable[[], NDArray[np.uint64]], ask: bitmaps.Ask) -> None:
+        self._view, self._ask = view, ask
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._view())
 
     def __getitem__(self, where: Any) -> Any:
         """Rows at a position, at many, or of a slice (a view)."""
         if isinstance(where, np.ndarray) and where.dtype.kind == "i":
             self._ask(where.ravel() * 8, 8)
-        return self._rows[where]
+        return self._view()[where]
 
 
 class _Codecs(Sequence[Codec]):
