@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from online_patching.corpus import Corpus
 from online_patching.levels import choose_levels
 from online_patching.philox import fine_uniform, uniform, words
-from online_patching.plan import EXACT_WITHIN_PX
+from online_patching.plan import DCT_SCALES, EXACT_WITHIN_PX, LEVEL_TOLERANCE
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -165,23 +165,40 @@ def tile_axes(corpus: Corpus, boxes: Boxes, mpp: Floats, size_px: int) -> tuple[
     """The tile grids, across and down, of the levels that boxes at `mpp` are read from."""
     level = corpus.levels[choose_levels(corpus, boxes.slide, mpp)]
     wide = boxes.width / level["downsample_x"], boxes.height / level["downsample_y"]
-    exact = np.ones(len(mpp), bool)
-    for side in wide:
-        exact &= np.abs(side - size_px) < EXACT_WITHIN_PX
+    before, after = _margins(wide, size_px)
     axes = []
-    for name, long, side, side_px0, limit in (
-        ("x", "width", wide[0], boxes.width, boxes.slide_width),
-        ("y", "height", wide[1], boxes.height, boxes.slide_height),
+    for axis, (name, long, side_px0, limit) in enumerate(
+        (
+            ("x", "width", boxes.width, boxes.slide_width),
+            ("y", "height", boxes.height, boxes.slide_height),
+        )
     ):
         tile = np.asarray(level[f"tile_{long}_px"], np.int64)
         tiles = -(-np.asarray(level[f"{long}_px"], np.int64) // tile)
-        n = np.minimum(np.ceil(NEIGHBOURHOOD * side / tile).astype(np.int64), tiles)
-        # plan.plan_window reads this much more when it resamples; a rounded origin needs 1 px.
-        filtered = np.ceil(np.maximum(1.0, side / size_px)) + 1
-        before, after = np.where(exact, 0.0, filtered), np.where(exact, 1.0, filtered)
+        n = np.minimum(np.ceil(NEIGHBOURHOOD * wide[axis] / tile).astype(np.int64), tiles)
         scale = np.asarray(level[f"downsample_{name}"], np.float64)
-        axes.append(Axis(n, tiles, tile.astype(np.float64), scale, before, after, side_px0, limit))
+        edges = before[axis], after[axis]
+        axes.append(Axis(n, tiles, tile.astype(np.float64), scale, *edges, side_px0, limit))
     return axes[0], axes[1]
+
+
+def _margins(wide: tuple[Floats, Floats], size_px: int) -> tuple[list[Floats], list[Floats]]:
+    """How many level pixels plan.plan_window may read before and after boxes `wide` level pixels
+    across and down, whether or not their tiles are decoded smaller (choose_scale)."""
+    reduction = np.minimum(*wide) / size_px * (1 + LEVEL_TOLERANCE)
+    whole, smaller = np.ones_like(reduction), np.ones_like(reduction)
+    for scale in sorted(DCT_SCALES):
+        smaller = np.where(scale <= reduction, scale, smaller)
+    before, after = [0 * whole, 0 * whole], [0 * whole, 0 * whole]
+    for step in (whole, smaller):
+        exact = np.ones(len(reduction), bool)
+        for side in wide:
+            exact &= np.abs(side / step - size_px) < EXACT_WITHIN_PX
+        for axis, side in enumerate(wide):
+            filtered = (np.ceil(np.maximum(1.0, side / step / size_px)) + 1) * step
+            before[axis] = np.maximum(before[axis], np.where(exact, 0.0, filtered))
+            after[axis] = np.maximum(after[axis], np.where(exact, step, filtered))
+    return before, after
 
 
 def neighbourhoods(corpus: Corpus, boxes: Boxes, axes: tuple[Axis, Axis], least: float) -> Place:

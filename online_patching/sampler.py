@@ -71,7 +71,8 @@ class PatchSampler(Sampler):
     `patches_per_read=k`: draws g*k .. g*k+k-1 come from one slide, at one µm/px, from one window of
     n x n tiles of the level that is read, n the least with n tiles >= 1.5 patch sides. The window is
     uniform among those that hold a uniform tissue point; origins are uniform in it (whole level-0
-    pixels at which a read stays in the window), kept when `min_foreground` of the patch is tissue.
+    pixels at which a read stays in the window; by the last, narrower row and column of tiles it may
+    reach one tile further), kept when `min_foreground` of the patch is tissue.
     So k patches cost the tiles of about one, but they overlap, and a batch sees 1/k as many
     places: benchmarks/sampling_diversity.py prints by how much. Over many groups a slide's centres
     follow its tissue as at k = 1, smeared over a window. A redraw (attempt > 0) is an independent
