@@ -7,8 +7,8 @@ equally often from a tenth of the slides.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -112,9 +112,12 @@ def share_of_slides(
         raise SamplerError(f"{len(ids)} slides need as many groups, not {len(names)}.")
     if not names:
         raise SamplerError("there are no slides to take a share of.")
-    key = seed.to_bytes(8, "little")
-    units = sorted(set(names), key=lambda n: (_hash(key, n), n))
-    kept = set(units[: max(1, int(share * len(units) + 0.5))])
+    if not 0 <= seed < 2**64:
+        raise SamplerError(f"seed {seed} is not a 64-bit number >= 0.")
+    key, units = seed.to_bytes(8, "little"), sorted(set(names))
+    digests = b"".join(blake2b(name.encode(), key=key, digest_size=8).digest() for name in units)
+    order = np.argsort(np.frombuffer(digests, "<u8"), kind="stable")
+    kept = {units[i] for i in order[: max(1, int(share * len(units) + 0.5))].tolist()}
     return np.asarray([name in kept for name in names])
 
 
@@ -190,7 +193,3 @@ def _children(outer: NDArray[np.int64], inner: NDArray[np.int64]) -> NDArray[np.
     parent = np.zeros(int(inner.max()) + 1, np.int64)
     parent[inner] = outer
     return np.asarray(np.bincount(parent, minlength=int(outer.max()) + 1))
-
-
-def _hash(key: bytes, name: str) -> bytes:
-    return hashlib.blake2b(name.encode(), key=key, digest_size=8).digest()
