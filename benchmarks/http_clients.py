@@ -14,23 +14,22 @@ import argparse
 import asyncio
 import importlib.util
 import os
-import random
 import ssl
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from http_nginx import Served, nginx
 
 NAME = "object.bin"
 SIZE = 64 * 2**20
-BLOCK = 1500
+BLOCK = 1200
 AT_ONCE = 32
 OURS = "range client"
 Read = Callable[[int, int], Awaitable[Any]]
@@ -47,23 +46,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as own:
         (Path(scratch) / NAME).write_bytes(os.urandom(SIZE))
         with nginx(Path(scratch), Path(own)) as served:
-            os.environ["SSL_CERT_FILE"] = served.certificate
+            os.environ["SSL_CERT_FILE"] = served.certificate  # before aiohttp is imported
+            from common import write_out
+
             lines = [about(args)]
             for tls in (False, True):
                 lines += ["", "https" if tls else "http"]
                 lines += run(args, measure(served, tls, args.kb * 1024, args.blocks))
-    text = "\n".join(lines)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    write_out(lines, args.out)
 
 
-def run(args: argparse.Namespace, work: Any) -> list[str]:
-    if not args.uvloop:
-        return asyncio.run(work)
-    import uvloop
-
-    return uvloop.run(work)
+def run(args: argparse.Namespace, work: Coroutine[Any, Any, list[str]]) -> list[str]:
+    """On asyncio's own loop, or uvloop's."""
+    factory = importlib.import_module("uvloop").new_event_loop if args.uvloop else None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(work)
 
 
 async def measure(served: Served, tls: bool, size: int, blocks: int) -> list[str]:
@@ -93,7 +90,7 @@ async def measure(served: Served, tls: bool, size: int, blocks: int) -> list[str
 
 async def block(read: Read, size: int, seed: int) -> float:
     """CPU seconds a GET, over BLOCK ranges, AT_ONCE of them in flight."""
-    starts = iter(random.Random(seed).choices(range(SIZE - size), k=BLOCK))
+    starts = iter(np.random.default_rng(seed).integers(0, SIZE - size, BLOCK).tolist())
 
     async def lane() -> None:
         for start in starts:
@@ -121,7 +118,7 @@ async def ours_by_aiohttp(url: str, stack: AsyncExitStack, certificate: str) -> 
     store = HttpStore()
     stack.push_async_callback(store.close)
     token = (await store.version(url))[1]
-    return lambda start, stop: store._read_by_aiohttp(url, start, stop, token)
+    return lambda start, stop: store.full.read(url, start, stop, token)
 
 
 async def aiohttp(url: str, stack: AsyncExitStack, certificate: str) -> Read:
@@ -137,13 +134,12 @@ async def aiohttp(url: str, stack: AsyncExitStack, certificate: str) -> Read:
 
 
 async def httpx(url: str, stack: AsyncExitStack, certificate: str) -> Read:
-    import httpx
-
+    httpx = importlib.import_module("httpx")
     context = ssl.create_default_context(cafile=certificate)
     limits = httpx.Limits(max_connections=AT_ONCE, max_keepalive_connections=AT_ONCE)
     client = await stack.enter_async_context(httpx.AsyncClient(verify=context, limits=limits))
 
-    async def read(start: int, stop: int) -> bytes:
+    async def read(start: int, stop: int) -> Any:
         answer = await client.get(url, headers={"Range": f"bytes={start}-{stop - 1}"})
         return answer.content
 
@@ -151,11 +147,10 @@ async def httpx(url: str, stack: AsyncExitStack, certificate: str) -> Read:
 
 
 async def obstore(url: str, stack: AsyncExitStack, certificate: str) -> Read:
-    from obstore.store import HTTPStore
-
     base, _, name = url.rpartition("/")
     options = {"allow_http": True, "allow_invalid_certificates": True}  # it ignores SSL_CERT_FILE
-    store = HTTPStore.from_url(base, client_options=options)
+    http_store = importlib.import_module("obstore.store").HTTPStore
+    store = http_store.from_url(base, client_options=options)
 
     async def read(start: int, stop: int) -> Any:
         return await store.get_range_async(name, start=start, end=stop)
@@ -174,17 +169,12 @@ MAKERS = {
 
 def about(args: argparse.Namespace) -> str:
     """Date, commit, machine and versions."""
-    from datetime import UTC, datetime
-    from importlib.metadata import version
+    from common import about_this_run
 
-    from patches_per_second import commit, cpu
-
-    names = [n for n in ("aiohttp", "httpx", "obstore", "uvloop") if importlib.util.find_spec(n)]
     told = subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=False).stderr
     return (
-        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit()}, {cpu()}, Python {sys.version.split()[0]}, "
-        f"{told.strip().removeprefix('nginx version: ')}, {', '.join(f'{n} {version(n)}' for n in names)}; "
-        f"ranges of {args.kb} KiB, {AT_ONCE} in flight, {'uvloop' if args.uvloop else 'asyncio'}"
+        f"{about_this_run('aiohttp', 'httpx', 'obstore', 'uvloop')}, {told.strip().split(': ')[-1]}; ranges of "
+        f"{args.kb} KiB, {AT_ONCE} in flight, {'uvloop' if args.uvloop else 'asyncio'}"
     )
 
 

@@ -62,6 +62,7 @@ class Served:
     pid: int
 
     def url(self, name: str, ms: int = 0, tls: bool = False) -> str:
+        """Where it is."""
         return f"{self.tls_base if tls else self.base}/{ms}ms/{name}"
 
 
@@ -99,7 +100,7 @@ def make_certificate(folder: Path) -> None:
     """A self-signed certificate for 127.0.0.1."""
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost".split()
     names = ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
-    files = ["-keyout", folder / "key.pem", "-out", folder / "cert.pem"]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
     subprocess.run([*command, *names, *files], check=True, capture_output=True)
 
 

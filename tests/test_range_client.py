@@ -488,6 +488,9 @@ def test_https_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             store = HttpStore(QUICK)
             with pytest.raises(errors.StoreError, match="certificate not trusted"):
                 await read(store, address, scheme="https")
+            with pytest.raises(errors.StoreError, match="certificate not trusted"):
+                await store.version(f"https://{address}/a")
+            assert store.retries == 0
             await store.close()
             monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "c"))
             store = HttpStore(QUICK)

@@ -88,6 +88,8 @@ class FullClient:
                 self._session.get(url, headers=headers, max_redirects=5, proxy=proxy) as answer,
             ):
                 yield answer
+        except aiohttp.ClientConnectorCertificateError:
+            raise StoreError(redact(key), "certificate not trusted.") from None
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             raise TransientError(type(error).__name__) from None
         except TimeoutError:
