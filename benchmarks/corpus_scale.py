@@ -6,7 +6,11 @@ simulated_corpus.py says what the corpora are. Each is measured in fresh process
 were dropped from the page cache (fsync, then posix_fadvise DONTNEED; the kernel's cachestat call
 tells that nothing of them is left). A process opens the corpus, makes a PatchSampler, draws and
 plans a batch of 256, and then as many as make 20,480 draws: all that a loader does but reading
-pixels. No other process has the files mapped, so every page it touches counts as its own.
+pixels ("cold"); and these twice again, when all they need is in memory ("warm").
+
+Memory is what no other process shares, while a second worker is there that has looked at every slide
+as workers do in time: "dirty" is written to, "clean" are pages of the index mapped by this process
+alone (page cache, which the system may drop), "tables" the page tables that mapping them takes.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +55,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.step:
         step, folder = args.step
-        print(json.dumps({"prepare": prepare, "measure": measure}[step](Path(folder))))
+        print(
+            json.dumps(
+                {"prepare": prepare, "measure": measure, "accompany": accompany}[step](Path(folder))
+            )
+        )
         return
     found = {}
     for slides in args.slides:
@@ -138,7 +148,7 @@ class _Counts:
             self.mask_bytes += int((np.ceil(across / 8) * 8 * down).sum())
             return fractions(rows, *box)
 
-        corpus.tissue_points, corpus.tissue_fractions = counted_points, counted_fractions  # type: ignore[method-assign]
+        corpus.tissue_points, corpus.tissue_fractions = counted_points, counted_fractions  # type: ignore[method-assign, assignment]
 
 
 def measure(folder: Path) -> dict[str, float]:
@@ -160,31 +170,48 @@ def measure(folder: Path) -> dict[str, float]:
         "first batch, CPU ms": (time.process_time() - cpu) * 1e3,
         "read to construct, MiB": (read_made - read) / _KIB**2,
     }
-    most = constructed
     for name in ("cold", "again", "warm"):
-        facts, seen = one_pass(sampler)
-        most = {key: max(most[key], seen[key]) for key in most} if name == "cold" else most
-        if name != "again":  # it still maps pages that are in memory by then
+        facts = one_pass(sampler)
+        if name == "cold":
+            with second_worker(folder):
+                drawn = memory()
+        if name != "again":  # still learns that asking for pages does not pay
             out |= {f"{name}: {key}": value for key, value in facts.items()}
-    for when, now in (("constructed", constructed), ("cold pass, most", most)):
-        for name in ("dirty", "clean"):
+    for when, now in (("constructed", constructed), ("after cold", drawn)):
+        for name in now:
             out[f"{when}: {name} MiB"] = (now[name] - start[name]) / _KIB**2
     return out
 
 
-def one_pass(sampler: PatchSampler) -> tuple[dict[str, float], dict[str, int]]:
-    """Batches 1 to BATCHES - 1: costs a draw, and the most memory seen."""
-    n, most = BATCH * (BATCHES - 1), memory()
-    spent = np.zeros(5)
+@contextmanager
+def second_worker(folder: Path) -> Iterator[None]:
+    """While it lasts, another process has looked at every slide."""
+    command = [sys.executable, __file__, "--step", "accompany", str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        yield
+        other.communicate()
+
+
+def accompany(folder: Path) -> dict[str, float]:
+    """Looks at every slide and level, says so, and waits to be let go."""
+    corpus = Corpus.open(folder)
+    for start in range(0, len(corpus), 2**16):
+        corpus.check(np.arange(start, min(start + 2**16, len(corpus))))
+    print("ready", flush=True)
+    sys.stdin.read()
+    return {}
+
+
+def one_pass(sampler: PatchSampler) -> dict[str, float]:
+    """Batches 1 to BATCHES - 1: costs a draw."""
+    before = _clocks()
     for batch in range(1, BATCHES):
-        before = _clocks()
         work(sampler, batch)
-        spent += _clocks() - before
-        if batch % 8 == 7:
-            now = memory()
-            most = {name: max(most[name], now[name]) for name in most}
+    spent = (_clocks() - before) / (BATCH * (BATCHES - 1))
     names = ("user CPU, µs", "system CPU, µs", "time, µs", "waits for a page", "KiB from disk")
-    return dict(zip(names, (spent / n).tolist(), strict=True)), most
+    return dict(zip(names, spent.tolist(), strict=True))
 
 
 def _clocks() -> NDArray[np.float64]:
@@ -201,12 +228,14 @@ def _clocks() -> NDArray[np.float64]:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process that no other shares: dirty (its own), clean (mapped page cache)."""
+    """Bytes that only this process has: see above."""
     fields = {}
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
-        name, value = line.split()[:2]
-        fields[name.rstrip(":")] = int(value) * _KIB
-    return {"dirty": fields["Private_Dirty"], "clean": fields["Private_Clean"]}
+    for path in ("/proc/self/smaps_rollup", "/proc/self/status"):
+        for line in Path(path).read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields[name] = value.split()
+    names = {"dirty": "Private_Dirty", "clean": "Private_Clean", "tables": "VmPTE"}
+    return {name: int(fields[key][0]) * _KIB for name, key in names.items()}
 
 
 def storage_read() -> int:
