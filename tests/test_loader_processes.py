@@ -266,6 +266,7 @@ def test_a_killed_parent_ends_workers_that_wait_for_a_hanging_store(
     process.kill()
     process.communicate()
     assert eventually(lambda: not any(alive(pid) for pid in workers))
+    assert fault_server.concurrent > 0  # they did not wait for it
 
 
 @pytest.mark.slow

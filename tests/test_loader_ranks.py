@@ -30,10 +30,13 @@ DRAWS = 240
 
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory: pytest.TempPathFactory) -> list[SlideIndex]:
-    """Two good slides, one of which every tile is damaged, one with every ninth tile damaged."""
+    """Two good slides, one with every second tile damaged, one with every ninth.
+
+    A slide of which nothing can be read would do less: its draws move on with and without quarantine.
+    """
     folder = tmp_path_factory.mktemp("failing")
     indexes = []
-    for k, (name, every) in enumerate({"good": 0, "dead": 1, "fine": 0, "worn": 9}.items()):
+    for k, (name, every) in enumerate({"good": 0, "torn": 2, "fine": 0, "worn": 9}.items()):
         path = write_tiff(folder / f"{name}.svs", SyntheticSlide(k, 1500, 900, mpp=0.25))
         index = read_slide_index(str(path))
         stat, data = path.stat(), bytearray(path.read_bytes())
@@ -56,7 +59,7 @@ def sampler(slides: list[SlideIndex]) -> PatchSampler:
 def reference(sampler: PatchSampler) -> tuple[np.ndarray, list[PatchRef]]:
     with PatchLoader(sampler, 1, threads=1, prefetch=1, **RULE) as loader:
         batches = [loader.next_batch() for _ in range(DRAWS)]
-        assert loader.quarantined == {"dead": 2 * WINDOW}
+        assert loader.quarantined == {"torn": 2 * WINDOW}
     return np.concatenate([b.pixels for b in batches]), [b.refs[0] for b in batches]
 
 
@@ -100,7 +103,8 @@ def test_the_stream_is_what_the_rule_says_draw_by_draw(slides, sampler, referenc
     for handle in handles:
         handle.close()
     assert start[1] == 2 * WINDOW
-    assert failed[4, 3] > 0 and start[3] == 2**62  # worn, not dead
+    assert failed[4, 3] > 0 and start[3] == 2**62  # worn, not torn
+    assert any(ref.slide == 1 for ref in reference[1][WINDOW : 2 * WINDOW])
     assert all(ref.slide != 1 for ref in reference[1][2 * WINDOW :])
 
 
@@ -121,7 +125,7 @@ def test_quarantine_is_the_same_for_any_ranks_workers_and_batches(
     steps = DRAWS // (world_size * batch_size)
     pixels, refs, state = stream(sampler, world_size, batch_size, steps, **options, **RULE)
     same(pixels, refs, reference, 0, len(refs))
-    assert [q[:3] for q in state["quarantined"]] == [["dead", 1, 2 * WINDOW]]
+    assert [q[:3] for q in state["quarantined"]] == [["torn", 1, 2 * WINDOW]]
 
 
 @pytest.mark.parametrize("world_sizes", [(4, 2, 8), (4, 8, 1), (1, 3, 2)])
@@ -153,7 +157,7 @@ def test_wherever_it_is_resumed_the_same_slides_are_quarantined(sampler, referen
             batch = resumed.next_batch()
             start, stop = int(batch.draws[0]), int(batch.draws[-1]) + 1
             same(batch.pixels, batch.refs, reference, start, stop)
-        assert resumed.quarantined == {"dead": 2 * WINDOW}
+        assert resumed.quarantined == {"torn": 2 * WINDOW}
 
 
 def test_ranks_that_cannot_agree_quarantine_nothing_and_their_states_merge(sampler):
@@ -194,7 +198,7 @@ def test_past_the_budget_all_ranks_stop_at_the_same_step_with_the_whole_list(sli
     delivered: list[list[int]] = [[], [], []]
     own: list[list[str]] = [[], [], []]
     afterwards: list[dict] = [{}, {}, {}]
-    options = {"window_draws": 480, "quarantine_after": None, "max_failed_fraction": 0.4}
+    options = {"window_draws": 480, "quarantine_after": None, "max_failed_fraction": 0.15}
 
     def work(rank: int, gather) -> str:
         with PatchLoader(sampler, 4, rank=rank, world_size=3, gather=gather, **options) as loader:
@@ -211,11 +215,11 @@ def test_past_the_budget_all_ranks_stop_at_the_same_step_with_the_whole_list(sli
     assert len(delivered[0]) == len(delivered[1]) == len(delivered[2]) > 2
     assert len({len(failed) for failed in own}) > 1
     assert told[0] == told[1] == told[2]
-    listed = re.search(r"(\d+) of \d+ draws failed.*: (\d+) x dead: TileDecodeError", told[0])
+    listed = re.search(r"(\d+) of \d+ draws failed.*: (\d+) x torn: TileDecodeError", told[0])
     assert listed and int(listed[1]) == int(listed[2]) >= sum(map(len, own))
     assert afterwards[0] == afterwards[1] == afterwards[2]
     assert afterwards[0]["next_draw"] == 12 * len(delivered[0])
-    assert afterwards[0]["failed"] == {"dead: TileDecodeError": sum(map(len, own))}
+    assert afterwards[0]["failed"] == {"torn: TileDecodeError": sum(map(len, own))}
 
 
 def test_ranks_meet_rarely(sampler):
@@ -251,8 +255,8 @@ def test_another_rule_of_quarantine_is_refused_and_none_goes_on(sampler):
         PatchLoader(sampler, 24, **{**RULE, "quarantine_after": 7}).load_state_dict(state)
     with PatchLoader(sampler, 24, **{**RULE, "quarantine_after": None}) as off:
         off.load_state_dict(state)
-        assert off.quarantined == {"dead": 2 * WINDOW}
-        assert all(ref.slide_id != "dead" for ref in off.next_batch().refs)
+        assert off.quarantined == {"torn": 2 * WINDOW}
+        assert all(ref.slide_id != "torn" for ref in off.next_batch().refs)
 
 
 def test_a_state_of_another_version_is_refused(sampler):
