@@ -18,6 +18,7 @@ from online_patching.slide_index import SlideIndex
 from online_patching.stores import atomic_write_bytes
 
 _MAX_CELLS = 64 * 2**20
+_MAX_FILE_BYTES = 16 * 2**20
 QUANTILE_SIDES_UM = tuple(16.0 * 2 ** (k / 2) for k in range(22))
 """Box sides for which a mask knows how tissue-rich its best boxes are: 16 to 23,170 µm."""
 
@@ -152,13 +153,18 @@ class ForegroundMask:
     def load(cls, path: str | Path) -> ForegroundMask:
         """Read what `save` wrote; anything else raises MaskError."""
         try:
-            with Image.open(path, formats=["PNG"]) as picture:
+            if Path(path).stat().st_size > _MAX_FILE_BYTES:
+                raise ValueError(f"more than {_MAX_FILE_BYTES:,} bytes")
+            # From memory: Pillow would ask a file for as much as a chunk claims to hold.
+            with Image.open(io.BytesIO(Path(path).read_bytes()), formats=["PNG"]) as picture:
                 if picture.width * picture.height > _MAX_CELLS:
                     raise ValueError(f"{picture.width} x {picture.height} cells are too many")
                 picture.load()
                 w, h = (int(v) for v in picture.info["size_px0"].split())
                 mx, my = (float(v) for v in picture.info["mpp_px0"].split())
                 tissue = np.asarray(picture.convert("1"))
+            if not (min(w, h) > 0 and 0 < min(mx, my) <= max(mx, my) < np.inf):
+                raise ValueError(f"it lies over {w} x {h} px at {mx} x {my} µm/px")
         except (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError) as error:
             raise MaskError(
                 f"{path}: not a readable mask ({error}). Make the masks again."

@@ -152,6 +152,8 @@ class Level:
         row = int(self.rows[piece])
         offset, length = row >> 24, row & _ESCAPE
         if length == _ESCAPE:
+            if offset >= len(self.overflow):
+                raise CorpusError(f"tile row {piece} of the index points past its large tiles")
             offset, length = self.overflow[offset]
         return offset, offset + length
 
@@ -261,18 +263,27 @@ class SlideIndex:
 
     @classmethod
     def from_bytes(cls, header: bytes, rows: NDArray[np.uint64]) -> SlideIndex:
-        """The index whose `to_bytes` gave these; `rows` may be a view of a mapped file."""
-        fields = json.loads(header)
-        levels, start = [], 0
-        for entry in fields.pop("levels"):
-            count = entry.pop("n_rows")
-            levels.append(_level_from_json(entry, rows[start : start + count] if count else None))
-            start += count
-        if start != len(rows):
-            raise CorpusError(
-                f"{fields.get('uri')}: the index names {start} tiles and holds {len(rows)}"
-            )
-        return cls(levels=tuple(levels), **fields)
+        """The index whose `to_bytes` gave these; `rows` may be a view of a mapped file.
+
+        Anything else raises CorpusError: sizes, scales and counts are checked, since whoever plans a
+        read trusts them. Where tiles lie is checked when they are read.
+        """
+        try:
+            fields = json.loads(header)
+            levels, start = [], 0
+            for entry in fields.pop("levels"):
+                count = entry.pop("n_rows")
+                if type(count) is not int or not 0 <= count <= len(rows) - start:
+                    raise ValueError(f"a level names {count} tiles; {len(rows) - start} are left")
+                found = rows[start : start + count] if count else None
+                levels.append(_checked(_level_from_json(entry, found)))
+                start += count
+            if start != len(rows):
+                raise ValueError(f"it names {start} tiles and holds {len(rows)}")
+            return cls(levels=tuple(levels), **fields)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MppError) as error:
+            why = " ".join(str(error).split())[:200]  # a hostile name may hold line ends
+            raise CorpusError(f"not a slide index ({type(error).__name__}: {why})") from None
 
     def save(self, path: str | Path) -> None:
         """Write the index atomically: magic, header length, JSON header, tile rows."""
@@ -287,11 +298,11 @@ class SlideIndex:
             if data[:8] != _MAGIC:
                 raise ValueError("it does not start as a slide index does")
             (length,) = struct.unpack("<Q", data[8:16])
-            if length > min(_MAX_HEADER_BYTES, len(data)):
+            if length > min(_MAX_HEADER_BYTES, len(data) - 16):
                 raise ValueError("its header is longer than the file")
             rows = np.frombuffer(data, "<u8", offset=16 + length)
             return cls.from_bytes(data[16 : 16 + length], rows)
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        except (OSError, ValueError, struct.error, CorpusError) as error:
             raise CorpusError(
                 f"{path}: not a readable slide index ({error}). Index the slide again."
             ) from None
@@ -332,3 +343,20 @@ def _level_from_json(fields: dict[str, Any], rows: NDArray[np.uint64] | None) ->
     overflow = tuple((int(a), int(b)) for a, b in fields["overflow"])
     codec = Codec.from_json(fields["codec"])
     return Level(**{**fields, "rows": rows, "keys": keys, "overflow": overflow, "codec": codec})
+
+
+def _checked(level: Level) -> Level:
+    """The level, unless it holds what no index of ours does."""
+    sides = (level.width_px, level.height_px, level.tile_width_px, level.tile_height_px)
+    scales = (level.downsample_x, level.downsample_y, level.mpp_x, level.mpp_y)
+    if not all(type(n) is int and 0 < n < 2**31 for n in (*sides, level.parts)):
+        raise ValueError(f"a level of sizes {sides} in {level.parts} parts")
+    if not all(type(v) in (int, float) and 0 < v < 1e12 for v in scales):
+        raise ValueError(f"a level of scales {scales}")
+    codec = level.codec
+    numbers = (codec.predictor, codec.samples, codec.fill)
+    if codec.kind not in CODEC_KINDS or not all(type(n) is int and 0 <= n < 2**16 for n in numbers):
+        raise ValueError(f"a codec {codec.kind!r} of {numbers}")
+    if level.rows is not None and len(level.rows) != level.n_tiles * level.parts:
+        raise ValueError(f"{len(level.rows)} rows for {level.n_tiles} tiles cannot be right")
+    return level
