@@ -90,6 +90,14 @@ class Failure(NamedTuple):
         return self.reason.startswith(FILTERED)
 
 
+def n_draws(source: DrawSource) -> int | None:
+    """How many draws a source has; None when it never ends."""
+    try:
+        return len(source)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def batch_shape(source: DrawSource, n: int) -> tuple[int, ...]:
     """The shape of `n` patches: (n, size, size, 3), or (n, views, size, size, 3) with context views."""
     size, context = source.size_px, getattr(source, "context", ())

@@ -192,7 +192,7 @@ class Ledger:
     def _times_chosen(self, window: int, source: DrawSource) -> Counter[int]:
         """How many of a window's draws chose each slide at first. Drawn again: cheaper than kept."""
         start = window * self.rule.window_draws
-        stop = min(start + self.rule.window_draws, n_draws(source) or 2**62)
+        stop = start + self.rule.window_draws
         chosen: Counter[int] = Counter()
         for first in range(start, stop, _CHUNK):
             draws = np.arange(first, min(first + _CHUNK, stop))
@@ -229,14 +229,6 @@ class Ledger:
         quarantined = tuple(Quarantine(*row) for row in saved["quarantined"])
         failed, filtered = Counter(saved["failed"]), Counter(saved["filtered"])
         return cls(rule, failed, filtered, watched, quarantined)
-
-
-def n_draws(source: DrawSource) -> int | None:
-    """How many draws a source has; None when it never ends."""
-    try:
-        return len(source)  # type: ignore[arg-type]
-    except TypeError:
-        return None
 
 
 def _first_seen(slides: dict[str, Watched]) -> Iterator[tuple[str, Watched]]:

@@ -23,9 +23,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from online_patching.batch import DrawSource, Engine, Failure, LoaderOptions, PatchBatch, no_patches
+from online_patching.batch import (
+    DrawSource,
+    Engine,
+    Failure,
+    LoaderOptions,
+    PatchBatch,
+    n_draws,
+    no_patches,
+)
 from online_patching.errors import LoaderError
-from online_patching.ledger import Ledger, Rule, n_draws
+from online_patching.ledger import Ledger, Rule
 from online_patching.processes import START_METHODS, ProcessEngine
 from online_patching.state import load_ledgers, merge_states, save_state
 from online_patching.stats import Stats
@@ -43,7 +51,8 @@ class PatchLoader:
     lets the ranks agree on quarantines and on stopping: it hands over an object and returns those of all
     ranks in the order of ranks (`torch.distributed.all_gather_object`, wrapped). It is called by
     `next_batch` at the same steps on every rank, and by `state_dict()`, which every rank must then call.
-    Without it, several ranks quarantine nothing and each stops by its own failures.
+    Without it, several ranks quarantine nothing and each stops by its own failures. Nothing is quarantined
+    either of a sampler that ends, which is there to be read to its end.
 
     A new stream begins at `first_draw`. `workers` are loader processes (0: threads here), each with
     `threads` decode threads, made by `start_method` (spawn, fork, forkserver). `prefetch` batches a worker
@@ -85,12 +94,14 @@ class PatchLoader:
         self.max_failed_fraction = max_failed_fraction
         self.stats = Stats()
         self._agreeing = world_size == 1 or gather is not None
-        rule = Rule(quarantine_after if self._agreeing else None, window_draws)
+        self._n_draws = n_draws(sampler)
+        # Of a sampler that ends every place counts: slides with damage are read to the end.
+        quarantines = self._agreeing and self._n_draws is None
+        rule = Rule(quarantine_after if quarantines else None, window_draws)
         rule.refuse_step(batch_size * world_size)
         self._ledger = Ledger(rule)  # what all ranks know
         self._own = Ledger(rule)  # what this rank alone knows, where ranks never agree
         self._pending: list[Failure] = []  # what it knows until they agree next
-        self._n_draws = n_draws(sampler)
         self._next_draw = self._began_at = first_draw
         self._requested = self._delivered = 0
         self._engine: Engine | None = None

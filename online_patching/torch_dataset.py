@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from online_patching.batch import DrawSource
+from online_patching.batch import DrawSource, n_draws
 from online_patching.errors import LoaderError
-from online_patching.ledger import n_draws
 from online_patching.loader import PatchLoader
 
 

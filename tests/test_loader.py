@@ -24,6 +24,7 @@ from online_patching import (
     open_slide,
     read_slide_index,
 )
+from online_patching.grid import GridSampler
 from online_patching.plan import plan_patch
 from online_patching.testing import SyntheticSlide, write_ome_zarr, write_tiff
 
@@ -330,6 +331,29 @@ def test_ranks_of_a_stream_that_ends_take_as_many_batches_and_no_patch_twice(fin
     assert batches[3][-1].pixels.shape == (0, 80, 80, 3) and batches[3][-1].refs == []
     draws = np.concatenate([batches[r][s].draws for s in range(3) for r in range(4)])
     assert draws.tolist() == list(range(44))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_grid_is_read_to_its_end_also_where_slides_are_damaged(damaged, workers):
+    """Each place once; where nothing can be read, another place with attempt > 0, listed."""
+    masks = [ForegroundMask.everything(index) for index in damaged]
+    grid = GridSampler(damaged, masks, size_px=200, mpp=0.5, min_foreground=0)
+    options = {"max_failed_fraction": 1.0, "quarantine_after": 1, "window_draws": 8}
+    with PatchLoader(grid, 24, workers=workers, **options) as loader:
+        assert len(loader) == -(-len(grid) // 24)
+        batches = list(loader)
+        assert not loader.quarantined
+    drawn = {ref.draw: (ref, px) for b in batches for ref, px in zip(b.refs, b.pixels, strict=True)}
+    failed = {failure.draw for b in batches for failure in b.failures}
+    assert list(drawn) == list(range(len(grid)))
+    assert 2 < len(failed) < len(grid)
+    handles = [open_slide(index) for index in damaged]
+    for draw, (ref, pixels) in drawn.items():
+        assert (ref.attempt > 0) == (draw in failed)
+        again = handles[ref.slide].read_plan(plan_patch(damaged[ref.slide], ref))
+        np.testing.assert_array_equal(pixels, again)
+    for handle in handles:
+        handle.close()
 
 
 def test_a_stream_that_ends_can_be_resumed_with_another_batch_size(finite):

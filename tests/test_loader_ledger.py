@@ -22,13 +22,8 @@ RULE = Rule(quarantine_after=3, window_draws=64)
 class Slides:
     """Draw d, attempt a chooses slide (d * 7 + a * 3) % n: enough of a sampler for a ledger."""
 
-    def __init__(self, n: int, ends: int | None = None) -> None:
-        self.n, self.ends = n, ends
-
-    def __len__(self) -> int:
-        if self.ends is None:
-            raise TypeError("endless")
-        return self.ends
+    def __init__(self, n: int) -> None:
+        self.n = n
 
     def draw_batch(self, draws: Any, attempt: Any = 0, barred: Any = None) -> Draws:
         draw = np.atleast_1d(np.asarray(draws, np.int64))
@@ -165,13 +160,6 @@ def test_counts_of_ranks_add_up():
     ranks = [Ledger(RULE).after([f for f in failures if f.draw // 5 % 2 == r]) for r in range(2)]
     joined = Ledger(RULE).joined(ranks[0]).joined(ranks[1])
     assert joined.as_json(50) == Ledger(RULE).after(failures).as_json(50)
-
-
-def test_a_finite_stream_is_not_drawn_past_its_end():
-    source = Slides(8, ends=40)
-    failures = stream_of_failures(source, {2}, 40)
-    assert Ledger(RULE).after(failures).decided(64, source).barred == {2: 128}
-    assert Ledger(RULE)._times_chosen(0, source).total() == 40
 
 
 @pytest.mark.parametrize("bad", [{"quarantine_after": 0}, {"window_draws": 0}])
