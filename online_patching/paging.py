@@ -1,13 +1,13 @@
 """Mapped files read here and there: pages asked for together, before they are needed.
 
-A page fault waits for its page, one at a time and with the GIL: 300 µs, and 60 µs of CPU, on the
-disk we measured. Asked for by madvise, a batch of pages takes 15 µs and 6 µs of CPU a page. But
-asking for what is in memory already costs a microsecond too, so `Paging` watches whether it pays:
-while look-ups wait for no page it stays silent, and now and then it holds back to find out.
+A page fault waits for its page, one at a time and with the GIL held. Pages that madvise was told of
+are read side by side, for a fraction of the time and of the CPU. But to ask for what is in memory
+costs something too, so `Paging` watches whether it pays: while look-ups wait for no page it stays
+silent, and now and then it holds back to find out.
 
 Every page looked at stays mapped, and where pages lie far apart each also needs a page table of its
-own, which no other process shares: 300 MB after 20,000 draws from a million slides. So large files
-are mapped anew now and then; what was read stays in the page cache, for every process.
+own, which no other process shares and the system cannot drop: 5 to 10 KB a draw. So large files are
+mapped anew now and then; what was read stays in the page cache, for every process.
 """
 
 from __future__ import annotations
