@@ -108,6 +108,8 @@ def train(config: PretrainConfig) -> PretrainResult:
             if stop:
                 break
         print(f"pretrain: {loader.stats.told()}")
+        for slide_id, draw in loader.quarantined.items():
+            print(f"pretrain: {slide_id} is not read any more since draw {draw:,}: too many failed")
         loader.close()  # it reads ahead, and what follows wants the cores
         if done.step == config.steps:
             finish(trainer, run, monitor, sampler)
