@@ -21,7 +21,7 @@ from online_patching.stores import HttpStore, RetryPolicy
 from online_patching.stores.http_answer import MAX_HEAD_BYTES, UnusualAnswerError, parse_head
 from online_patching.stores.http_target import proxy_for, request_of, target_of
 from online_patching.stores.range_client import RangeClient
-from online_patching.stores.range_connection import Connection, Get
+from online_patching.stores.range_connection import READ_BYTES, Connection, Get
 from online_patching.stores.retry import TransientError
 
 QUICK = RetryPolicy(attempts=3, first_delay_s=0.01, timeout_s=1.0, connect_timeout_s=1.0)
@@ -58,6 +58,7 @@ class Transport:
 
 class Pool:
     def __init__(self) -> None:
+        self.buffer = memoryview(bytearray(READ_BYTES))
         self.freed: list[Connection] = []
         self.again_asked: list[Get] = []
 
@@ -89,7 +90,7 @@ def feed(data: bytes, cuts: list[int]) -> tuple[list[tuple[bytes | None, Excepti
         piece = data[a:b]
         while piece and not transport.closed:
             room = connection.get_buffer(-1)
-            assert 0 < len(room) <= max(MAX_HEAD_BYTES, STOP - START)
+            assert 0 < len(room) <= READ_BYTES
             taken = min(len(room), len(piece))
             room[:taken] = piece[:taken]
             connection.buffer_updated(taken)

@@ -17,7 +17,7 @@ from typing import Any
 
 from online_patching.errors import StoreError
 from online_patching.stores.http_target import Origin, Target, request_of
-from online_patching.stores.range_connection import Connection, Done, Get
+from online_patching.stores.range_connection import READ_BYTES, Connection, Done, Get
 from online_patching.stores.retry import RetryPolicy, TransientError
 
 DEFAULT_CONNECTIONS = 512
@@ -51,6 +51,7 @@ class RangeClient:
     def __init__(self, policy: RetryPolicy, connections: int = DEFAULT_CONNECTIONS) -> None:
         self.policy, self.connections = policy, min(connections, _half_of_open_files())
         self.stale = 0
+        self.buffer = memoryview(bytearray(READ_BYTES))
         self._connecting = 0
         self._loop = asyncio.get_running_loop()
         self._pools: dict[Origin, _Pool] = {}

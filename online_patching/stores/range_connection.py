@@ -1,7 +1,9 @@
 """One keep-alive connection that carries one range request at a time.
 
-The socket is read into a fixed buffer until the head has ended, then straight into the body, which
-is exactly as large as the range that was asked for: nothing that a server sends makes it grow.
+Until the head has ended the socket is read into a buffer that all connections of a client share
+(a loop reads one socket at a time): a tile's whole answer mostly arrives in one go. What is left
+of the body is read straight into its place, which is exactly as large as the range that was asked
+for: nothing that a server sends makes anything grow.
 """
 
 from __future__ import annotations
@@ -57,8 +59,14 @@ class Get:
         self.reused = False  # whether a stale connection has swallowed it already
 
 
+READ_BYTES = 256 * 2**10
+"""As large as the shared buffer is: what Linux hands over at once from a socket on one machine."""
+
+
 class Owner(Protocol):
-    """What a connection tells its pool."""
+    """What a connection asks and tells its pool."""
+
+    buffer: memoryview
 
     def free(self, connection: Connection) -> None:
         """It can carry the next request."""
@@ -79,9 +87,8 @@ class Connection(asyncio.BufferedProtocol):
         self.sent_at = self.deadline = 0.0
         self.answers = 0
         self._transport: asyncio.Transport | None = None
-        self._head = bytearray(MAX_HEAD_BYTES)
-        self._view = memoryview(self._head)
-        self._filled = 0
+        self._head = b""  # the part of one that came in pieces
+        self._keep = True
         self._body: memoryview | None = None
         self._got = 0
 
@@ -96,6 +103,11 @@ class Connection(asyncio.BufferedProtocol):
     def usable(self) -> bool:
         """Whether another request can be sent on it."""
         return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def _begun(self) -> bool:
+        """Whether any byte of an answer has come."""
+        return bool(self._head) or self._body is not None
 
     @property
     def answering(self) -> bool:
@@ -122,9 +134,9 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by class
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the next bytes go: never past the head's limit or the body's end."""
+        """Where the next bytes go: never past the shared buffer or the body's end."""
         if self._body is None:
-            return self._view[self._filled :]
+            return self.owner.buffer
         return self._body[self._got :]
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -137,12 +149,7 @@ class Connection(asyncio.BufferedProtocol):
             if self._got == len(self._body):
                 self._finish(get, bytes(self._body))
         else:
-            self._filled += nbytes
-            end = self._head.find(b"\r\n\r\n", max(0, self._filled - nbytes - 3), self._filled)
-            if end >= 0:
-                self._take_head(get, end)
-            elif self._filled == MAX_HEAD_BYTES:
-                self.fail(UnusualAnswerError(f"a head of more than {MAX_HEAD_BYTES:,} bytes"))
+            self._take_head(get, self.owner.buffer[:nbytes])
 
     def eof_received(self) -> None:
         """Close: an answer cannot be whole any more."""
@@ -154,7 +161,7 @@ class Connection(asyncio.BufferedProtocol):
         if get is None:
             return
         get.connection = None
-        if self.answers and not self._filled and not get.reused:
+        if self.answers and not self._begun and not get.reused:
             get.reused = True
             self.owner.again(get)
             return
@@ -164,27 +171,38 @@ class Connection(asyncio.BufferedProtocol):
 
     # --- answers ------------------------------------------------------------------------------
 
-    def _take_head(self, get: Get, end: int) -> None:
+    def _take_head(self, get: Get, data: memoryview) -> None:
+        if self._head:
+            data = memoryview(self._head + data)
+        start = bytes(data[: MAX_HEAD_BYTES + 4])
+        end = start.find(b"\r\n\r\n")
+        if end < 0:
+            self._head = start
+            if len(data) > MAX_HEAD_BYTES:
+                self.fail(UnusualAnswerError(f"a head of more than {MAX_HEAD_BYTES:,} bytes"))
+            return
         try:
-            head = parse_head(bytes(self._view[:end]))
+            head = parse_head(start[:end])
             check_token(get.key, head, get.token)
             check_range(get.key, head, get.start, get.stop)
         except (PatchingError, TransientError, UnusualAnswerError) as error:
-            return self.fail(error)  # with the connection: its body is not wanted
-        return self._begin_body(get, head, end + 4)
+            self.fail(error)  # with the connection: its body is not wanted
+        else:
+            self._begin_body(get, head, data[end + 4 :])
 
-    def _begin_body(self, get: Get, head: Head, at: int) -> None:
-        wanted, have = get.stop - get.start, self._filled - at
+    def _begin_body(self, get: Get, head: Head, data: memoryview) -> None:
+        wanted, have = get.stop - get.start, len(data)
         self._keep = head.keep and have <= wanted  # more than the body is nobody's answer
         if have >= wanted:
-            return self._finish(get, bytes(self._view[at : at + wanted]))
+            return self._finish(get, bytes(data[:wanted]))
+        self._head = b""
         self._body, self._got = memoryview(bytearray(wanted)), have
-        self._body[:have] = self._view[at : self._filled]
+        self._body[:have] = data
         return None
 
     def _finish(self, get: Get, body: bytes) -> None:
         self.get = get.connection = self._body = None
-        self._filled = self._got = 0
+        self._head, self._got = b"", 0
         self.answers += 1
         if self._keep:
             self.owner.free(self)  # first: the next request is on its way while this one is used
