@@ -24,8 +24,9 @@ class PatchDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     the number of workers must be the same then. To change it, go on with `first_draw` = batches taken
     x batch_size x world_size.
 
-    Only with num_workers 0 and one rank are slides quarantined: torch workers, which are ranks of the
-    stream, cannot agree. `gather` works with num_workers 0, and a state is then taken by every rank.
+    Slides are quarantined only when `quarantine_after` is given, and then only with num_workers 0 or 1:
+    torch workers are ranks of the stream that cannot agree, and the stream must not depend on their number.
+    `gather` (of several ranks) works with num_workers 0, and a state is then taken by every rank.
     """
 
     def __init__(
@@ -73,14 +74,19 @@ class PatchDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         """A loader of this torch worker's share of the stream, where it has to begin."""
         worker, workers = _worker()
         rank, world_size = self.options.get("rank", 0), self.options.get("world_size", 1)
-        if get_worker_info() is not None and self.options.get("gather") is not None:
+        options = {"first_draw": self.first_draw, "quarantine_after": None, **self.options}
+        if get_worker_info() is not None and options.get("gather") is not None:
             raise LoaderError(
                 "gather needs the training process: use num_workers=0 and the loader's own workers=N."
             )
+        if workers > 1 and options["quarantine_after"] is not None:
+            raise LoaderError(
+                f"{workers} torch workers cannot agree on quarantines: leave quarantine_after out, or use "
+                "num_workers=0 and the loader's own workers=N."
+            )
         # k torch workers of one rank are k ranks of batch_size draws each, seen from the stream.
         share = {"rank": worker * world_size + rank, "world_size": workers * world_size}
-        options = {"first_draw": self.first_draw, **self.options, **share}
-        loader = PatchLoader(self.sampler, self.batch_size, **options)
+        loader = PatchLoader(self.sampler, self.batch_size, **{**options, **share})
         if self._state is not None:
             loader.load_state_dict(self._state)
         return loader

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,6 +225,48 @@ def test_past_the_budget_all_ranks_stop_at_the_same_step_with_the_whole_list(sli
     assert afterwards[0] == afterwards[1] == afterwards[2]
     assert afterwards[0]["next_draw"] == 12 * len(delivered[0])
     assert afterwards[0]["failed"] == {"torn: TileDecodeError": sum(map(len, own))}
+
+
+RANK = """
+import hashlib, json, pickle, sys
+import torch.distributed as dist
+from online_patching import PatchLoader
+
+def gather(mine):
+    out = [None] * dist.get_world_size()
+    dist.all_gather_object(out, mine)
+    return out
+
+if __name__ == "__main__":
+    folder, rank, world_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world_size)
+    sampler, rule = pickle.load(open(f"{folder}/sampler", "rb"))
+    with PatchLoader(sampler, 8, rank=rank, world_size=world_size, gather=gather, workers=1, **rule) as loader:
+        told = [hashlib.sha256(loader.next_batch().pixels.tobytes()).hexdigest() for _ in range(15)]
+        print(json.dumps([told, loader.state_dict()]))
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_are_processes_agree_through_torch(tmp_path, sampler, reference):
+    """Two processes, gloo between them, a loader process each: the stream of one."""
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "sampler").write_bytes(pickle.dumps((sampler, RULE)))
+    root = str(Path(__file__).parents[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "rank.py"), str(tmp_path), str(rank), "2"],
+            stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    (one, state), (other, same_state) = [json.loads(rank.communicate()[0]) for rank in ranks]
+    assert state == same_state
+    assert [q[:3] for q in state["quarantined"]] == [["torn", 1, 2 * WINDOW]]
+    batches = reference[0].reshape(30, 8, 48, 48, 3)
+    wanted = [hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in batches]
+    assert [one, other] == [wanted[0::2], wanted[1::2]]
 
 
 def test_ranks_meet_rarely(sampler):

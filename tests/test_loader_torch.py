@@ -174,6 +174,15 @@ def test_torch_workers_cannot_agree_with_other_ranks(sampler):
         next(iter(DataLoader(dataset, batch_size=None, num_workers=1)))
 
 
+def test_torch_workers_quarantine_nothing(sampler):
+    """Or the stream would depend on their number."""
+    assert PatchDataset(sampler, 4).state_dict()["quarantine_after"] is None
+    dataset = PatchDataset(sampler, 4, quarantine_after=3)
+    assert dataset.state_dict()["quarantine_after"] == 3
+    with pytest.raises(errors.LoaderError, match="2 torch workers cannot agree on quarantines"):
+        next(iter(DataLoader(dataset, batch_size=None, num_workers=2)))
+
+
 def _alone(mine: object) -> list[object]:
     return [mine]
 
