@@ -132,7 +132,7 @@ class _Text:
             "mpp_source": "vendor tag",
             "content_hash": "",
         }
-        extra = [{"keys": None, "overflow": []}] * len(DOWNSAMPLES)
+        extra: list[dict[str, Any]] = [{"keys": None, "overflow": []}] * len(DOWNSAMPLES)
         self.parts = [
             b"slide-########",
             b"/data/cohort/scanner-3/########/slide-########.svs",

@@ -96,8 +96,8 @@ class ForegroundMask:
 
         What lies outside the slide counts as background.
         """
-        box = (np.array([float(value)]) for value in (x_px0, y_px0, w_px0, h_px0))
-        return float(bitmaps.tissue_fractions(self._padded, self._bitmap, *box)[0])
+        x, y, w, h = (np.array([float(value)]) for value in (x_px0, y_px0, w_px0, h_px0))
+        return float(bitmaps.tissue_fractions(self._padded, self._bitmap, x, y, w, h)[0])
 
     def tissue_point(self, cell: int, u: float, v: float) -> tuple[float, float]:
         """Level-0 position of the point (u, v) in [0, 1) within the `cell`-th tissue cell (row-major)."""
