@@ -7,7 +7,7 @@ bit, whether it is tissue enough, and 8 bytes for every 512: 150 bytes for a tho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ Floats = NDArray[np.float64]
 REPLACEMENT_STREAM = 4
 _MAX_ATTEMPTS = 256
 _BLOCK_BITS = 512
+_ITER_DRAWS = 256
 _CHUNK = 2**16
 """Places looked at together when a grid is made: bounds its memory."""
 
@@ -46,11 +47,13 @@ class _Places(Sampler):
             raise TypeError("a sampler without a number of epochs has no length")
         return self._end
 
-    def __getitem__(self, draw: int) -> PatchRef:
-        """The patch of one draw number; IndexError past the end, so that a `for` loop ends."""
-        if self._end is not None and draw >= self._end:
-            raise IndexError(f"draw {draw} of {self._end}")
-        return super().__getitem__(draw)
+    def __iter__(self) -> Iterator[PatchRef]:
+        """Every patch in order; without end where there is none."""
+        start = 0
+        while self._end is None or start < self._end:
+            stop = start + _ITER_DRAWS if self._end is None else min(start + _ITER_DRAWS, self._end)
+            yield from self.refs(self.draw_batch(np.arange(start, stop)))
+            start = stop
 
     def _places(self, number: Ints) -> Ints:
         """The place of each draw's first attempt."""

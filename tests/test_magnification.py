@@ -17,8 +17,8 @@ from online_patching.magnification import (
     Reach,
     Weighted,
     policy_of,
-    transfer,
 )
+from online_patching.transfer import transfer
 from tests.sampling import ALPHA, N, p_of_counts, p_of_law, three_corpus
 
 LOW, HIGH = 0.25, 2.0
@@ -188,7 +188,9 @@ def test_pieces_are_where_the_interpolated_share_reaches_the_threshold():
 def test_draws_fall_into_the_pieces_and_nowhere_else():
     one = reach([0.8, 0.2, 0.5, 0.1], least=0.2)
     law, u = Continuous(0.1, 4.0, "log"), (np.arange(N) + 0.5) / N
-    values = law.draw(u, Reach(*(np.repeat(a, N, axis=0) for a in one[:2]), *one[2:]))
+    values = law.draw(
+        u, one._replace(least_mpp=np.repeat(one.least_mpp, N), rich=np.repeat(one.rich, N, axis=0))
+    )
     assert one.serves(np.unique(values))[0].all()
     (a, b), (c, d) = law.served(one)[0]
     expected = np.log(b / a) / (np.log(b / a) + np.log(d / c))

@@ -10,6 +10,7 @@ import pytest
 from online_patching import PatchSampler, placing
 from online_patching import sampler as sampler_module
 from online_patching.corpus import Corpus
+from online_patching.philox import uniform
 from online_patching.plan import choose_level, plan_patch
 from online_patching.slide_index import Codec, SlideIndex
 from tests.sampling import (
@@ -144,10 +145,9 @@ def test_members_are_uniform_in_their_window(three):
 
 
 def test_that_test_fails_when_members_are_near_the_first(three, monkeypatch):
-    right = placing.uniform
     sampler = make(three, mpp=0.25, slide_weights=[1, 0, 0])
     assert p_members(sampler) > ALPHA
-    monkeypatch.setattr(placing, "uniform", lambda w: right(w) ** 1.1)
+    monkeypatch.setattr(placing, "uniform", lambda w: uniform(w) ** 1.1)
     assert p_members(sampler) < ALPHA
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from online_patching import permutation
 from online_patching.permutation import permuted
+from online_patching.philox import words
 from tests.sampling import ALPHA, N, p_of_counts
 
 
@@ -67,7 +68,7 @@ def test_neighbours_do_not_stay_together():
 
 def test_those_tests_fail_on_a_shift_and_on_few_rounds(monkeypatch):
     def shift(here, a, b, seed, turn):
-        return (here + permutation.words(seed, turn, 0, 9, 1).astype(np.int64)[:, 0]) % (a * b)
+        return (here + words(seed, turn, 0, 9, 1).astype(np.int64)[:, 0]) % (a * b)
 
     monkeypatch.setattr(permutation, "_once", shift)
     assert p_pairs(6) < ALPHA

@@ -124,7 +124,7 @@ def p_origins(sampler: PatchSampler, axis: str = "x", mpp: float = 0.25, n: int 
     on_a = (draws.slide == 0) & (draws.mpp == mpp)
     limit, side = {"x": 900, "y": 700}[axis], round(128 * mpp / 0.25)
     last = limit - side
-    bins = [[0], *np.array_split(np.arange(1, last), 40), [last]]
+    bins: list = [[0], *np.array_split(np.arange(1, last), 40), [last]]
     seen = np.bincount(np.clip(getattr(draws, f"{axis}_px0")[on_a], 0, last), minlength=last + 1)
     shares = expected_origins(limit, side)
     return p_of_counts([seen[b].sum() for b in bins], [shares[b].sum() for b in bins])
