@@ -89,6 +89,15 @@ def test_that_test_fails_when_the_last_row_and_column_are_dropped(three, monkeyp
     assert uncovered(make(three, min_foreground=0.0, mpp=0.25)) > 0
 
 
+def test_rounding_adds_no_column_that_is_not_needed():
+    """768 px in steps of 64 * 0.3 / 0.25 = 76.8: ten, though (768 - 76.8) / 76.8 is a little over 9."""
+    ix = index("exact", 768, 80, 0.25)
+    grid = GridSampler(
+        [ix], [mask_of(ix, np.ones((8, 76), bool))], size_px=64, mpp=0.3, min_foreground=0
+    )
+    assert len(set(grid.draw_batch(np.arange(len(grid))).x_px0)) == 10
+
+
 def test_patches_are_taken_from_where_mpp_differ_by_axis(three):
     refs = [ref for ref in make(three) if ref.slide_id == "c"]
     assert {round(ref.width_px0 / ref.height_px0, 9) for ref in refs} == {round(1.14 / 1.1, 9)}
