@@ -95,7 +95,7 @@ def test_rounding_adds_no_column_that_is_not_needed():
     grid = GridSampler(
         [ix], [mask_of(ix, np.ones((8, 76), bool))], size_px=64, mpp=0.3, min_foreground=0
     )
-    assert len(set(grid.draw_batch(np.arange(len(grid))).x_px0)) == 10
+    assert len(grid) == 10 * 2
 
 
 def test_patches_are_taken_from_where_mpp_differ_by_axis(three):
