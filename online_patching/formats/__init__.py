@@ -49,7 +49,7 @@ def read_slide_index(
     """
     own = stores is None
     stores = stores or Stores()
-    override = None if mpp is None else Mpp.override(mpp)
+    override = None if mpp is None else Mpp.override(mpp, uri)
     try:
         return _read(uri if is_remote(uri) else local_path(uri), override, stores)
     finally:

@@ -39,10 +39,13 @@ class Mpp:
     source: str
 
     @classmethod
-    def override(cls, mpp: float | tuple[float, float]) -> Mpp:
-        """µm/px that somebody wrote into the override table: one value, or x and y."""
-        x, y = mpp if isinstance(mpp, (tuple, list)) else (mpp, mpp)
-        return cls(float(x), float(y), MPP_OVERRIDE)
+    def override(cls, mpp: float | tuple[float, float], uri: str = "the override") -> Mpp:
+        """µm/px that somebody gave for a slide: one value, or x and y."""
+        try:
+            x, y = (float(v) for v in (mpp if isinstance(mpp, (tuple, list)) else (mpp, mpp)))
+        except (TypeError, ValueError):
+            raise MppError(uri, f"{mpp!r} is no µm/px: give one number, or two (x, y).") from None
+        return cls(x, y, MPP_OVERRIDE)
 
 
 def aperio_mpp(description: str) -> Mpp | None:

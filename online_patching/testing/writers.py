@@ -181,18 +181,28 @@ def tiles(picture: Picture, tile_px: int) -> Iterator[Picture]:
             yield np.pad(tile, missing, mode="edge") if missing[0][1] or missing[1][1] else tile
 
 
-def encode_jpeg(tile: Picture, photometric: str = "ycbcr", quality: int = 80) -> bytes:
-    """One baseline JPEG without application segments; component ids 0, 1, 2 as Aperio writes."""
+def encode_jpeg(
+    tile: Picture,
+    photometric: str = "ycbcr",
+    quality: int = 80,
+    subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = "4:2:0",
+    component_ids: tuple[int, int, int] | None = None,
+) -> bytes:
+    """One baseline JPEG without application segments, so that nothing in it says which colours it holds.
+
+    `subsampling` is that of YCbCr; RGB is never subsampled. `component_ids` default to 1, 2, 3 (JFIF's)
+    for YCbCr and 0, 1, 2 (Aperio's) for RGB; libjpeg guesses the colours from them.
+    """
     buffer = io.BytesIO()
     rgb = photometric == "rgb"
-    Image.fromarray(tile).save(
-        buffer, "JPEG", quality=quality, subsampling=0 if rgb else 2, keep_rgb=rgb
-    )
+    chroma = "4:4:4" if rgb else subsampling
+    Image.fromarray(tile).save(buffer, "JPEG", quality=quality, subsampling=chroma, keep_rgb=rgb)
+    ids = component_ids or ((0, 1, 2) if rgb else (1, 2, 3))
     out = bytearray(b"\xff\xd8")
     for marker, body in _segments(buffer.getvalue()):
         if 0xE0 <= marker <= 0xEF:  # JFIF or Adobe: Aperio writes neither
             continue
-        out += bytes((0xFF, marker)) + (_renumbered(marker, body) if rgb else body)
+        out += bytes((0xFF, marker)) + _renumbered(marker, body, ids)
     return bytes(out)
 
 
@@ -208,13 +218,13 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
         at += 2 + length
 
 
-def _renumbered(marker: int, body: bytes) -> bytes:
-    """Component ids R, G, B in frame and scan headers made 0, 1, 2: nothing says RGB any more."""
+def _renumbered(marker: int, body: bytes, ids: tuple[int, int, int]) -> bytes:
+    """The component ids in frame and scan headers made others."""
     first, step = {0xC0: (8, 3), 0xDA: (3, 2)}.get(marker, (0, 0))
     changed = bytearray(body)
     if step:
-        for number in range(3):
-            changed[first + number * step] = number
+        for number, component in enumerate(ids):
+            changed[first + number * step] = component
     return bytes(changed)
 
 
