@@ -76,16 +76,28 @@ def choose_level(level_mpps: Sequence[float], mpp: float) -> int:
 
 def plan_patch(index: SlideIndex, ref: PatchRef) -> ReadPlan:
     """The read that gives a patch at its exact µm/px."""
-    number = choose_level([level.mpp for level in index.levels], ref.mpp)
+    sides = (ref.width_px0, ref.height_px0)
+    return plan_square(index, ref.mpp, (ref.x_px0, ref.y_px0), sides, ref.size_px)
+
+
+def plan_square(
+    index: SlideIndex,
+    mpp: float,
+    corner_px0: tuple[float, float],
+    sides_px0: tuple[float, float],
+    size_px: int,
+) -> ReadPlan:
+    """The read that gives `size_px` x `size_px` pixels at `mpp` of a box of level-0 pixels (fractional)."""
+    number = choose_level([level.mpp for level in index.levels], mpp)
     level = index.levels[number]
-    across = ref.width_px0 / level.downsample_x / ref.size_px
-    down = ref.height_px0 / level.downsample_y / ref.size_px
+    across = sides_px0[0] / level.downsample_x / size_px
+    down = sides_px0[1] / level.downsample_y / size_px
     scale = choose_scale(level, min(across, down))
     level = level.reduced(scale)
-    left, top = ref.x_px0 / level.downsample_x, ref.y_px0 / level.downsample_y
-    width, height = ref.width_px0 / level.downsample_x, ref.height_px0 / level.downsample_y
+    left, top = corner_px0[0] / level.downsample_x, corner_px0[1] / level.downsample_y
+    width, height = sides_px0[0] / level.downsample_x, sides_px0[1] / level.downsample_y
     window = (left, top, left + width, top + height)
-    return plan_window(level, number, window, (ref.size_px, ref.size_px), scale)
+    return plan_window(level, number, window, (size_px, size_px), scale)
 
 
 def choose_scale(level: Level, reduction: float) -> int:

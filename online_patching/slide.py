@@ -14,7 +14,7 @@ from online_patching.fetch import Body, Piece, fetch_local, fetch_remote, pieces
 from online_patching.formats import read_slide_index, zarr
 from online_patching.formats.fallback import worker
 from online_patching.geometry import Box
-from online_patching.plan import ReadPlan, choose_level, plan_window, round_half_up, tiles_of
+from online_patching.plan import ReadPlan, choose_level, plan_square, round_half_up, tiles_of
 from online_patching.resample import paste, resample
 from online_patching.slide_index import Level, SlideIndex
 from online_patching.stats import Stats
@@ -67,14 +67,13 @@ class Slide:
     ) -> NDArray[np.uint8]:
         """`size_px` x `size_px` pixels at exactly `mpp`, from the upper left corner (x_um, y_um).
 
-        Reads the coarsest level at most 2 % coarser than asked and resamples with antialiasing;
-        refuses (SamplerError) to upscale more than 2x. What lies outside the slide is white.
+        The pixels that a loader delivers for the same place: the coarsest level at most 2 % coarser than
+        asked, decoded smaller where it is twice as fine or more, resampled with antialiasing. Refuses
+        (SamplerError) to upscale more than 2x. What lies outside the slide is white.
         """
-        number = choose_level([level.mpp for level in self.levels], mpp)
-        level = self.levels[number]
-        left, top = x_um / level.mpp_x, y_um / level.mpp_y
-        window = (left, top, left + size_px * mpp / level.mpp_x, top + size_px * mpp / level.mpp_y)
-        return self.read_plan(plan_window(level, number, window, (size_px, size_px)))
+        mpp_x, mpp_y = self.index.mpp_x, self.index.mpp_y
+        corner, sides = (x_um / mpp_x, y_um / mpp_y), (size_px * mpp / mpp_x, size_px * mpp / mpp_y)
+        return self.read_plan(plan_square(self.index, mpp, corner, sides, size_px))
 
     def read_region(
         self, location_px0: tuple[int, int], level: int, size_px: tuple[int, int]
