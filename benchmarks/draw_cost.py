@@ -21,11 +21,11 @@ import numpy as np
 from common import about_this_run, write_out
 
 from online_patching import Corpus, ForegroundMask, PatchSampler, SlideIndex
-from online_patching.draws import Sampler
-from online_patching.grid import EpochSampler, GridSampler
-from online_patching.magnification import Continuous, MaxAvg, MinMax
+from online_patching.sampling.draws import Sampler
+from online_patching.sampling.grid import EpochSampler, GridSampler
+from online_patching.sampling.magnification import Continuous, MaxAvg, MinMax
+from online_patching.sampling.weights import area_weights
 from online_patching.slide_index import Codec, Level
-from online_patching.weights import area_weights
 
 BATCH, BATCHES, SIZE_PX, SLIDES = 256, 40, 224, 20
 KINDS: dict[str, dict[str, Any]] = {

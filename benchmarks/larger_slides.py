@@ -53,8 +53,9 @@ def larger(
     part = path.with_suffix(".part")
     tifffile.imwrite(
         part, reflected(pixels, side_px), shape=(side_px, side_px, 3), dtype=np.uint8, bigtiff=False,
-        tile=(TILE_PX, TILE_PX), photometric="rgb" if rgb else "ycbcr", compression="jpeg",
-        compressionargs={"level": QUALITY}, subsampling=(1, 1) if rgb else (2, 2),
+        tile=(TILE_PX, TILE_PX), photometric="rgb", compression="jpeg",
+        compressionargs={"level": QUALITY, "outcolorspace": "rgb" if rgb else "ycbcr"},
+        subsampling=(1, 1) if rgb else (2, 2),
         resolution=(1e4 / index.mpp, 1e4 / index.mpp), resolutionunit="CENTIMETER", metadata=None,
         maxworkers=1,
     )  # fmt: skip

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import about_this_run
+from common import about_this_run
+
 from online_patching import ForegroundMask, PatchLoader, PatchSampler, read_slide_index
-from online_patching.batch import Failure, batch_shape
-from online_patching.ledger import MAX_QUARANTINED, Ledger, Quarantine, Rule
-from online_patching.processes import START_METHODS
-from online_patching.ring import Ring
+from online_patching.loading.batch import Failure, batch_shape
+from online_patching.loading.ledger import MAX_QUARANTINED, Ledger, Quarantine, Rule
+from online_patching.loading.processes import START_METHODS
+from online_patching.loading.ring import Ring
 from online_patching.testing import SyntheticSlide, write_tiff
 
 BATCH, SIZE_PX, SLIDES = 64, 224, 20

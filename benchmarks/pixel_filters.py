@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from online_patching import PatchLoader, PatchSampler, Slide, read_slide_index
-from online_patching.filters import BlurFilter, HsvFilter, PixelFilter, sharpness
+from online_patching.sampling.filters import BlurFilter, HsvFilter, PixelFilter, sharpness
 
 SIZE_PX, PATCHES, SIGMAS = 224, 200, (1.0, 2.0, 4.0)
 

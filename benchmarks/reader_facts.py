@@ -61,7 +61,9 @@ def error(slide: Slide, times: float) -> tuple[float, float]:
             x_um=x * index.mpp_x, y_um=y * index.mpp_y, mpp=index.mpp * times, size_px=SIZE_PX
         )
         plan = plan_square(index, index.mpp * times, (x, y), (side, side), SIZE_PX)
-        if plan.window is None:  # not resampled: the corner is rounded to a pixel of what is decoded
+        if (
+            plan.window is None
+        ):  # not resampled: the corner is rounded to a pixel of what is decoded
             x, y = plan.box.left * plan.scale, plan.box.top * plan.scale
         left, top, stop = int(x), int(y), int(side) + 3
         around = slide.read_box(0, Box(left, top, left + stop, top + stop))

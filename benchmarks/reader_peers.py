@@ -6,7 +6,7 @@
 
 For each slide: at level 0's µm/px (exact); at 1.3 and 1.6 x (between levels); at 4 x where the slide
 has but one level; and four patches a read beside one. `--mirror` slides are made larger first
-(larger_slides.py). Everything runs pinned to one core in blocks of 128 patches that take turns; ratios
+(larger_slides.py). Everything runs pinned to one core in blocks of 128 patches (32 at 4 x) that take turns; ratios
 are taken block by block, medians come with the smallest and largest. "loader" is PatchLoader with one
 decode thread: sampling, planning, reading, decoding, pasting, resampling, handing over. The others get
 their positions for nothing, but for wsistream, whose whole pipeline runs. "bare C loop" is bare_loop.c:
@@ -120,10 +120,10 @@ def measured(subject: Subject, times: list[float], blocks: int) -> list[str]:
 def against_peers(subject: Subject, times: float, blocks: int, bare: bool = True) -> list[str]:
     """One µm/px: who is how fast, and whether everybody sees the same."""
     sampler, side = subject.sampler(times), round(SIZE_PX * times)
-    scale = 4 if times == 4 else 1
-    corners = [corners_of(sampler, k, scale) for k in range(blocks + 1)]
+    scale, block = (4, BLOCK // 4) if times == 4 else (1, BLOCK)
+    corners = [corners_of(sampler, k, block, scale) for k in range(blocks + 1)]
     readers, missing = installed_peers(subject.path, subject.mask, side)
-    with PatchLoader(sampler, BLOCK, threads=1, prefetch=1) as loader:
+    with PatchLoader(sampler, block, threads=1, prefetch=1) as loader:
         ours = take(loader)
         seen = agreement(readers, ours, corners[0], side)
         works: dict[str, Work] = {LOADER: lambda k: take(loader)}
@@ -141,9 +141,9 @@ def against_peers(subject: Subject, times: float, blocks: int, bare: bool = True
     return lines + [f"    left out: {name} ({why})" for name, why in missing.items()]
 
 
-def corners_of(sampler: PatchSampler, block: int, scale: int) -> Corners:
+def corners_of(sampler: PatchSampler, number: int, block: int, scale: int) -> Corners:
     """Upper left corners of a block's draws: level-0 px, on the grid of a decode at 1 / scale."""
-    draws = sampler.draw_batch(np.arange(block * BLOCK, (block + 1) * BLOCK))
+    draws = sampler.draw_batch(np.arange(number * block, (number + 1) * block))
     xy = np.floor(np.stack([draws.x_px0, draws.y_px0], axis=1) / scale + 0.5).astype(int) * scale
     return [(int(x), int(y)) for x, y in xy]
 

@@ -24,8 +24,8 @@ from common import about_this_run, tissue, write_out
 from numpy.typing import NDArray
 
 from online_patching import Corpus, ForegroundMask, PatchSampler, Slide, read_slide_index
-from online_patching.draws import Draws
 from online_patching.plan import plan_patch
+from online_patching.sampling.draws import Draws
 
 SIZE_PX, BATCH, KS, BATCHES = 224, 256, (1, 2, 4, 8), 8
 CELL_PX0 = 4

@@ -19,8 +19,8 @@ from scipy.ndimage import gaussian_filter
 
 from online_patching import Corpus, ForegroundMask
 from online_patching.bitmaps import PADDING_BYTES
-from online_patching.packing import FILES, LEFT_OUT, VERSION
-from online_patching.records import CODEC_RECORD, KINDS, LEVEL_RECORD, SLIDE_RECORD
+from online_patching.corpus.packing import FILES, LEFT_OUT, VERSION
+from online_patching.corpus.records import CODEC_RECORD, KINDS, LEVEL_RECORD, SLIDE_RECORD
 from online_patching.slide_index import Codec, pack_rows
 
 WIDTH_PX0, HEIGHT_PX0, TILE_PX = 105_472, 87_808, 256

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from online_patching.corpus import Corpus
-from online_patching.levels import choose_levels
+from online_patching.corpus.records import READERS
 from online_patching.plan import DCT_SCALES, EXACT_WITHIN_PX, LEVEL_TOLERANCE
-from online_patching.records import READERS
-from online_patching.sampler import Draws
+from online_patching.sampling.levels import choose_levels
+from online_patching.sampling.sampler import Draws
 from online_patching.slide_index import Codec
 
 CANVAS = np.dtype(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from online_patching.batch import DrawSource, n_draws
 from online_patching.errors import LoaderError
-from online_patching.loader import PatchLoader
+from online_patching.loading.batch import DrawSource, n_draws
+from online_patching.loading.loader import PatchLoader
 
 
 class PatchDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):

@@ -9,7 +9,7 @@ from online_patching import Corpus, ForegroundMask, SlideIndex
 from online_patching.batch_plan import can_plan, plan_batch
 from online_patching.geometry import PatchRef
 from online_patching.plan import plan_patch
-from online_patching.sampler import Draws
+from online_patching.sampling.sampler import Draws
 from online_patching.slide_index import Codec, Level, pack_rows
 
 SIZE = 56
@@ -46,7 +46,16 @@ def slide(name, w, h, tiles, mpp, downsamples=(1.0,), huge=False, kind="jpeg") -
             )
         )
     return SlideIndex(
-        name, f"/slides/{name}", "svs", "x", *mpp, "test", tuple(levels), offset, f"{offset}-77"
+        name,
+        f"/slides/{name}",
+        "svs",
+        "x",
+        mpp[0],
+        mpp[1],
+        "test",
+        tuple(levels),
+        offset,
+        f"{offset}-77",
     )
 
 

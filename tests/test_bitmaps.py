@@ -73,9 +73,9 @@ def test_shares_of_boxes_are_exact_and_the_same_alone_or_together(corpus, boxes)
         box = (x * width, y * height, w * width, h * height)
         scaled.append(tuple(float(max(1, round(v))) if whole else v for v in box))
     together = packed.tissue_fractions(rows, *np.array(scaled).T)
-    for row, size, box, share in zip(rows, sizes, scaled, together, strict=True):
-        assert share == packed.mask(int(row)).fraction(*box)
-        assert share == pytest.approx(share_by_cell(arrays[row], size, box), abs=1e-9)
+    for row, size, one, share in zip(rows, sizes, scaled, together, strict=True):
+        assert share == packed.mask(int(row)).fraction(*one)
+        assert share == pytest.approx(share_by_cell(arrays[row], size, one), abs=1e-9)
 
 
 def test_every_tissue_cell_of_every_mask_is_found_in_one_call(corpus):

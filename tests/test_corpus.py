@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from online_patching import Corpus, ForegroundMask, PatchSampler, SlideIndex, errors
-from online_patching.records import KINDS
+from online_patching.corpus.records import KINDS
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_a_rebuild_that_dies_half_way_leaves_the_old_corpus(folder, small_indexe
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("online_patching.packing.atomic_write_text", die)
+    monkeypatch.setattr("online_patching.corpus.packing.atomic_write_text", die)
     with pytest.raises(KeyboardInterrupt):
         Corpus.build(folder)
     assert Corpus.open(folder).digest == before

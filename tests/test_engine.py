@@ -16,13 +16,12 @@ from online_patching import (
     PatchLoader,
     PatchSampler,
     SlideIndex,
-    canvases,
     native,
     open_slide,
     read_slide_index,
 )
-from online_patching.batch import FILTERED
-from online_patching.filters import HsvFilter
+from online_patching.loading.batch import FILTERED
+from online_patching.sampling.filters import HsvFilter
 from online_patching.testing import SyntheticSlide, write_tiff
 
 DECODERS = [
@@ -33,7 +32,7 @@ DECODERS = [
 
 @pytest.fixture(params=DECODERS, ids=lambda native_one: "native" if native_one else "portable")
 def either_decoder(request, monkeypatch) -> None:
-    monkeypatch.setattr(canvases.native, "AVAILABLE", request.param)
+    monkeypatch.setattr(native, "AVAILABLE", request.param)
 
 
 def everything(indexes):

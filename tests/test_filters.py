@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 from scipy.ndimage import correlate, gaussian_filter
 
-from online_patching import PatchSampler, filters
+from online_patching import PatchSampler
 from online_patching.errors import SamplerError
-from online_patching.filters import BlurFilter, HsvFilter, PixelFilter, rgb_to_hsv, sharpness
+from online_patching.sampling import filters
+from online_patching.sampling.filters import (
+    BlurFilter,
+    HsvFilter,
+    PixelFilter,
+    rgb_to_hsv,
+    sharpness,
+)
 from tests.sampling import three_corpus
 
 BOTH = [HsvFilter(), BlurFilter()]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from online_patching import grid as grid_module
 from online_patching.corpus import Corpus
 from online_patching.errors import SamplerError
-from online_patching.grid import EpochSampler, GridSampler
-from online_patching.permutation import permuted
+from online_patching.sampling import grid as grid_module
+from online_patching.sampling.grid import EpochSampler, GridSampler
+from online_patching.sampling.permutation import permuted
 from tests.sampling import ALPHA, index, mask_of, p_of_counts, three_corpus, three_slides
 
 

@@ -17,9 +17,9 @@ from online_patching import (
     errors,
     open_slide,
     read_slide_index,
-    threads,
 )
 from online_patching.fetch import ByteBudget
+from online_patching.loading import threads
 from online_patching.stores import RetryPolicy, Stores, redact
 from online_patching.testing import SyntheticSlide, write_tiff
 from tests.servers import Faults

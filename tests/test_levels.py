@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from online_patching.errors import SamplerError
-from online_patching.levels import choose_levels
 from online_patching.plan import can_serve, choose_level
+from online_patching.sampling.levels import choose_levels
 
 MPP = st.sampled_from([0.12, 0.24, 0.25, 0.2501, 0.255, 0.5, 0.51, 1.0, 1.02, 2.0, 4.0])
 

@@ -24,8 +24,8 @@ from online_patching import (
     open_slide,
     read_slide_index,
 )
-from online_patching.grid import GridSampler
 from online_patching.plan import plan_patch
+from online_patching.sampling.grid import GridSampler
 from online_patching.testing import SyntheticSlide, write_ome_zarr, write_tiff
 
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from online_patching import errors
-from online_patching.batch import Failure
-from online_patching.ledger import MAX_NAMED, MAX_QUARANTINED, MAX_WATCHED, Ledger, Rule
-from online_patching.sampler import Draws
+from online_patching.loading.batch import Failure
+from online_patching.loading.ledger import MAX_NAMED, MAX_QUARANTINED, MAX_WATCHED, Ledger, Rule
+from online_patching.sampling.sampler import Draws
 
 RULE = Rule(quarantine_after=3, window_draws=64)
 

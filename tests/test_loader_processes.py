@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from online_patching import ForegroundMask, PatchLoader, PatchSampler, SlideIndex, errors
-from online_patching import ring as rings
-from online_patching.batch import batch_shape
-from online_patching.processes import START_METHODS
-from online_patching.ring import Ring, anonymous_memory, ring_bytes, slot_bytes
+from online_patching.loading import ring as rings
+from online_patching.loading.batch import batch_shape
+from online_patching.loading.processes import START_METHODS
+from online_patching.loading.ring import Ring, anonymous_memory, ring_bytes, slot_bytes
 from tests.servers import Faults, FaultServer
 
 

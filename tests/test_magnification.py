@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 from online_patching import PatchSampler
 from online_patching.corpus import Corpus
 from online_patching.errors import SamplerError
-from online_patching.magnification import (
+from online_patching.sampling.magnification import (
     Continuous,
     MaxAvg,
     MinMax,
@@ -18,7 +18,7 @@ from online_patching.magnification import (
     Weighted,
     policy_of,
 )
-from online_patching.transfer import transfer
+from online_patching.sampling.transfer import transfer
 from tests.sampling import ALPHA, N, p_of_counts, p_of_law, three_corpus
 
 LOW, HIGH = 0.25, 2.0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from online_patching import ForegroundMask, PatchLoader, PatchSampler, canvases, native
+from online_patching import ForegroundMask, PatchLoader, PatchSampler, native
 from online_patching.batch_plan import CANVAS, OUTPUT, TILE
 from online_patching.decode import BadTileError, decode_tile
 from online_patching.resample import resize
@@ -310,7 +310,7 @@ def both(monkeypatch, indexes, masks=None, **options):
     masks = masks or [ForegroundMask.everything(index) for index in indexes]
     found = []
     for available in (True, False):
-        monkeypatch.setattr(canvases.native, "AVAILABLE", available)
+        monkeypatch.setattr(native, "AVAILABLE", available)
         sampler = PatchSampler(indexes, masks, seed=3, **options)
         with PatchLoader(sampler, 24) as loader:
             found.append([next(loader) for _ in range(3)])

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from online_patching import PatchSampler, placing
-from online_patching import sampler as sampler_module
+from online_patching import PatchSampler
 from online_patching.corpus import Corpus
 from online_patching.philox import uniform
 from online_patching.plan import choose_level, plan_patch
+from online_patching.sampling import placing
+from online_patching.sampling import sampler as sampler_module
 from online_patching.slide_index import Codec, SlideIndex
 from tests.sampling import (
     ALPHA,

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from online_patching import paging
 from online_patching.bitmaps import nobody
-from online_patching.corpus import TileRows
-from online_patching.paging import MappedFile, Paging
+from online_patching.corpus import TileRows, paging
+from online_patching.corpus.paging import MappedFile, Paging
 
 U8 = np.dtype("<u8")
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from online_patching import permutation
-from online_patching.permutation import permuted
 from online_patching.philox import words
+from online_patching.sampling import permutation
+from online_patching.sampling.permutation import permuted
 from tests.sampling import ALPHA, N, p_of_counts
 
 

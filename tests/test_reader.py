@@ -142,7 +142,9 @@ def test_exact_mpp_reads_lie_close_to_a_float64_area_average(real_slides, name, 
                 x_um=x * index.mpp_x, y_um=y * index.mpp_y, mpp=mpp, size_px=size
             )
             plan = plan_square(index, mpp, (x, y), (size * times, size * times), size)
-            if plan.window is None:  # not resampled: the corner is rounded to a pixel of what is decoded
+            if (
+                plan.window is None
+            ):  # not resampled: the corner is rounded to a pixel of what is decoded
                 x, y = plan.box.left * plan.scale, plan.box.top * plan.scale
             left, top = int(x), int(y)
             side = int(size * times) + 3

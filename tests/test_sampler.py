@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from online_patching import PatchSampler, errors, placing
-from online_patching import sampler as sampler_module
+from online_patching import PatchSampler, errors
 from online_patching.corpus import Corpus
-from online_patching.draws import Draws, Sampler
-from online_patching.weights import SlideShares
+from online_patching.sampling import placing
+from online_patching.sampling import sampler as sampler_module
+from online_patching.sampling.draws import Draws, Sampler
+from online_patching.sampling.weights import SlideShares
 from tests.sampling import ALPHA, N, index, mask_of, p_of_counts, three_corpus, three_slides
 
 COLUMNS = ("draw", "attempt", "slide", "mpp", "x_px0", "y_px0", "tries")

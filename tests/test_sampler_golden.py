@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from online_patching import PatchSampler
-from online_patching.draws import Sampler
-from online_patching.grid import EpochSampler, GridSampler
-from online_patching.magnification import Continuous, MaxAvg, MinMax
+from online_patching.sampling.draws import Sampler
+from online_patching.sampling.grid import EpochSampler, GridSampler
+from online_patching.sampling.magnification import Continuous, MaxAvg, MinMax
 from tests.sampling import three_corpus
 
 GOLDEN = Path(__file__).parent / "golden" / "draws.json"

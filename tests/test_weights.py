@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from online_patching import PatchSampler, weights
+from online_patching import PatchSampler
 from online_patching.corpus import Corpus
 from online_patching.errors import SamplerError
-from online_patching.weights import (
+from online_patching.sampling import weights
+from online_patching.sampling.weights import (
     SlideShares,
     area_weights,
     check_weights,

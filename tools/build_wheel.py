@@ -52,8 +52,12 @@ print("64 patches equal OpenSlide's, native and portable")
 def main() -> None:
     """Build, tag, try."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("dist"), help="folder for the wheel (default dist)")
-    parser.add_argument("--no-try", action="store_true", help="only build; do not install it anywhere")
+    parser.add_argument(
+        "--out", type=Path, default=Path("dist"), help="folder for the wheel (default dist)"
+    )
+    parser.add_argument(
+        "--no-try", action="store_true", help="only build; do not install it anywhere"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         wheel = build(Path(scratch), args.out.resolve())
@@ -66,7 +70,9 @@ def build(scratch: Path, out: Path) -> Path:
     """The wheel, tagged for the platform it runs on."""
     source = scratch / "source"
     tracked = run("git", "ls-files", "-z", cwd=ROOT).split("\0")
-    for name in filter(None, tracked):  # the working tree's tracked files, and no leftovers of builds
+    for name in filter(
+        None, tracked
+    ):  # the working tree's tracked files, and no leftovers of builds
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name)
@@ -89,7 +95,9 @@ def put_libjpeg_in(folder: Path) -> None:
         raise SystemExit("this Pillow ships no libjpeg-turbo: install its wheel from PyPI.")
     folder.mkdir(parents=True)
     shutil.copy2(str(pillow.locate_file(files[0])), folder / "libjpeg.so.62")
-    licences = [f for f in pillow.files or () if f.name.startswith("LICENSE") and "dist-info" in str(f)]
+    licences = [
+        f for f in pillow.files or () if f.name.startswith("LICENSE") and "dist-info" in str(f)
+    ]
     for licence in licences:
         shutil.copy2(str(pillow.locate_file(licence)), folder / f"{licence.name}.pillow")
 
@@ -97,7 +105,14 @@ def put_libjpeg_in(folder: Path) -> None:
 def attempt(wheel: Path, venv: Path) -> None:
     """Install the wheel where nothing can be compiled, and read patches."""
     run(sys.executable, "-m", "venv", str(venv))
-    pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [
+        str(venv / "bin" / "python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     run(*pip, "--only-binary", ":all:", "-c", str(ROOT / "constraints.txt"), *READER_DEPENDENCIES)
     run(*pip, "--no-deps", str(wheel))
     without = {**os.environ, "PATH": str(venv / "bin"), "CC": "/bin/false"}
@@ -108,7 +123,9 @@ def run(*command: str, cwd: Path | None = None, env: dict[str, str] | None = Non
     """A command's output; its errors end the script."""
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command[:4])} ...\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"{' '.join(command[:4])} ...\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
     return done.stdout
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from online_patching.bitmaps import PADDING_BYTES
 from online_patching.errors import CorpusError, PatchingError, StoreError, redact
 from online_patching.mask import ForegroundMask
-from online_patching.records import (
+from online_patching.corpus.records import (
     CODEC_RECORD,
     KINDS,
     LEVEL_RECORD,

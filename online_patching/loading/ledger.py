@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from online_patching.batch import DrawSource, Failure
 from online_patching.errors import FailureBudgetError, LoaderError
+from online_patching.loading.batch import DrawSource, Failure
 
 MAX_NAMED = 64
 MAX_WATCHED = 256

@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from online_patching.batch import DrawSource, LoaderOptions, PatchBatch, batch_shape
 from online_patching.errors import LoaderError, WorkerDiedError
-from online_patching.ring import Ring, Slot
+from online_patching.loading.batch import DrawSource, LoaderOptions, PatchBatch, batch_shape
+from online_patching.loading.ring import Ring, Slot
+from online_patching.loading.threads import ThreadEngine
 from online_patching.stats import Stats
-from online_patching.threads import ThreadEngine
 
 START_METHODS = ("spawn", "fork", "forkserver")
 _PATIENCE_S = 1.0

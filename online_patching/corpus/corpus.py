@@ -28,9 +28,9 @@ from numpy.typing import ArrayLike, NDArray
 from online_patching import bitmaps
 from online_patching.errors import CorpusError, MaskError
 from online_patching.mask import ForegroundMask
-from online_patching.packing import FILES, LEFT_OUT, VERSION, Packer, pack_folder
-from online_patching.paging import MappedFile, Paging
-from online_patching.records import (
+from online_patching.corpus.packing import FILES, LEFT_OUT, VERSION, Packer, pack_folder
+from online_patching.corpus.paging import MappedFile, Paging
+from online_patching.corpus.records import (
     KINDS,
     SLIDE_RECORD,
     Packed,

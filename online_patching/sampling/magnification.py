@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from online_patching.errors import SamplerError
-from online_patching.reach import Floats, Interval
-from online_patching.reach import Reach as Reach
-from online_patching.transfer import MaxAvg as MaxAvg
-from online_patching.transfer import MinMax as MinMax
+from online_patching.sampling.reach import Floats, Interval
+from online_patching.sampling.reach import Reach as Reach
+from online_patching.sampling.transfer import MaxAvg as MaxAvg
+from online_patching.sampling.transfer import MinMax as MinMax
 
 LAWS = ("uniform", "log")
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from online_patching.corpus import Corpus
-from online_patching.levels import choose_levels
 from online_patching.philox import fine_uniform, uniform, words
 from online_patching.plan import DCT_SCALES, EXACT_WITHIN_PX, LEVEL_TOLERANCE
+from online_patching.sampling.levels import choose_levels
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

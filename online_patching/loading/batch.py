@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from online_patching.corpus import Corpus
 from online_patching.geometry import PatchRef
-from online_patching.sampler import Draws
+from online_patching.sampling.sampler import Draws
 from online_patching.stores import RetryPolicy
 
 FILTERED = "filter: "

@@ -27,14 +27,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from online_patching.corpus import Corpus
-from online_patching.draws import Draws as Draws
-from online_patching.draws import Sampler, check_range, whole_numbers
 from online_patching.errors import SamplerError
-from online_patching.filters import PixelFilter
-from online_patching.magnification import Policy, Reach, policy_of
 from online_patching.mask import QUANTILE_SIDES_UM, ForegroundMask
 from online_patching.philox import fine_uniform, words
-from online_patching.placing import (
+from online_patching.plan import MAX_UPSCALE
+from online_patching.sampling.draws import Draws as Draws
+from online_patching.sampling.draws import Sampler, check_range, whole_numbers
+from online_patching.sampling.filters import PixelFilter
+from online_patching.sampling.magnification import Policy, Reach, policy_of
+from online_patching.sampling.placing import (
     MAX_TRIES,
     Boxes,
     anywhere,
@@ -43,9 +44,8 @@ from online_patching.placing import (
     tile_axes,
     within,
 )
-from online_patching.plan import MAX_UPSCALE
+from online_patching.sampling.weights import SlideShares, check_weights
 from online_patching.slide_index import SlideIndex
-from online_patching.weights import SlideShares, check_weights
 
 SLIDE_STREAM, GROUP_STREAM, POOL_STREAM, POOLED_STREAM = 0, 1, 2, 3
 POSITION_STREAM, WINDOW_STREAM, MEMBER_STREAM, POOLED_POSITION_STREAM = 16, 1024, 2048, 3072

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from online_patching.batch import DrawSource
 from online_patching.errors import StateMismatchError
-from online_patching.ledger import Ledger, Rule
+from online_patching.loading.batch import DrawSource
+from online_patching.loading.ledger import Ledger, Rule
 
 VERSION = 2
 

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from online_patching.corpus import Corpus
-from online_patching.draws import Draws, Sampler, check_range, whole_numbers
 from online_patching.errors import SamplerError
 from online_patching.geometry import PatchRef
 from online_patching.mask import ForegroundMask
-from online_patching.permutation import permuted
 from online_patching.philox import fine_uniform, words
 from online_patching.plan import MAX_UPSCALE
+from online_patching.sampling.draws import Draws, Sampler, check_range, whole_numbers
+from online_patching.sampling.permutation import permuted
 from online_patching.slide_index import SlideIndex
 
 Ints = NDArray[np.int64]

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from online_patching.batch import (
+from online_patching.errors import LoaderError
+from online_patching.loading.batch import (
     DrawSource,
     Engine,
     Failure,
@@ -32,13 +33,12 @@ from online_patching.batch import (
     n_draws,
     no_patches,
 )
-from online_patching.errors import LoaderError
-from online_patching.ledger import Ledger, Rule
-from online_patching.processes import START_METHODS, ProcessEngine
-from online_patching.state import load_ledgers, merge_states, save_state
+from online_patching.loading.ledger import Ledger, Rule
+from online_patching.loading.processes import START_METHODS, ProcessEngine
+from online_patching.loading.state import load_ledgers, merge_states, save_state
+from online_patching.loading.threads import ThreadEngine
 from online_patching.stats import Stats
 from online_patching.stores import RetryPolicy
-from online_patching.threads import ThreadEngine
 
 Gather = Callable[[Any], list[Any]]
 _AGREEMENTS_A_WINDOW = 8

@@ -24,7 +24,7 @@ from functools import lru_cache
 import numpy as np
 
 from online_patching.errors import SamplerError
-from online_patching.reach import Floats, Interval
+from online_patching.sampling.reach import Floats, Interval
 
 KERNELS = ("info", "abs")
 

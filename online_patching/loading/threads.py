@@ -22,15 +22,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from online_patching.batch import (
-    FILTERED,
-    DrawSource,
-    Failure,
-    LoaderOptions,
-    PatchBatch,
-    batch_shape,
-    draw_with,
-)
 from online_patching.batch_plan import BatchPlan, can_plan, plan_batch
 from online_patching.canvases import Failed, read_bodies, read_local
 from online_patching.errors import (
@@ -53,8 +44,17 @@ from online_patching.fetch import (
     pieces_of,
     plan_request,
 )
+from online_patching.loading.batch import (
+    FILTERED,
+    DrawSource,
+    Failure,
+    LoaderOptions,
+    PatchBatch,
+    batch_shape,
+    draw_with,
+)
 from online_patching.plan import merge_ranges, plan_patch
-from online_patching.sampler import MAX_ATTEMPTS, Draws
+from online_patching.sampling.sampler import MAX_ATTEMPTS, Draws
 from online_patching.slide import check_unchanged, finish, finish_fallback
 from online_patching.slide_index import SlideIndex
 from online_patching.stats import Stats
