@@ -38,7 +38,8 @@ def read_index(uri: str, slide_id: str, override: Mpp | None) -> SlideIndex:
             try:
                 found = worker().describe(path, reader)
             except DamagedSlideError as error:
-                reasons.append(f"{reader}: {error.reason.replace(path, Path(path).name)[:140]}")
+                why = " ".join(error.reason.replace(path, Path(path).name).split())  # one line
+                reasons.append(f"{reader}: {why[:140]}")
                 continue
             return _index(path, slide_id, reader, found, override)
     raise NotASlideError(uri, "no reader opens it (" + "; ".join(_two(reasons)) + ").")
