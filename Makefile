@@ -17,7 +17,7 @@ help: ## what there is to make
 
 venv: $(STAMP) ## .venv with the exact versions of constraints.txt
 
-$(STAMP): pyproject.toml setup.py constraints.txt online_patching/native/_jpeg.c
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard online_patching/native/*.[ch])
 	@$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 11); print(f"Python {sys.version.split()[0]}"); sys.exit(not ok)' \
 	  || { echo 'error: pathfm needs Python >= 3.11 as `$(PYTHON)`. Another one: make PYTHON=python3.12 ...' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

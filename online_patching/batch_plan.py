@@ -27,7 +27,7 @@ from online_patching.slide_index import Codec
 
 CANVAS = np.dtype(
     [
-        ("size_bytes", "<i8"), ("mtime_ns", "<i8"), ("fd", "<i4"),
+        ("size_bytes", "<i8"), ("mtime_ns", "<i8"), ("key", "<u8"), ("fd", "<i4"),
         ("first_tile", "<i4"), ("n_tiles", "<i4"), ("first_output", "<i4"), ("n_outputs", "<i4"),
         ("width", "<i4"), ("height", "<i4"), ("tile_width", "<i4"), ("tile_height", "<i4"),
         ("scale", "<i4"), ("codec", "<i4"), ("colour", "<i4"), ("tables", "<i4"), ("fill", "<i4"),
@@ -36,6 +36,7 @@ CANVAS = np.dtype(
     align=True,
 )  # fmt: skip
 """A box of one level's decoded pixels. `size_bytes` and `mtime_ns` are of the slide's file as indexed;
+`key` names the slide within the process, for what is remembered of its tiles (0: nothing is);
 `fd` -1 means that the tiles' bytes are handed over; `codec` counts the plan's codecs and `tables` its
 tables (-1 where its streams are complete); `colour` counts COLOURS. The last three are filled in by the
 decoder (tile: of the plan)."""
@@ -63,6 +64,12 @@ OUTPUT = np.dtype(
 a canvas of its own and on a shared one."""
 
 COLOURS = ("rgb", "ycbcr", "gray")
+
+_ONE, _GOLDEN = np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
+_SPLITMIX = (
+    (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
+    (np.uint64(27), np.uint64(0x94D049BB133111EB)),
+)
 
 _SHARE_WITHIN = 4
 """Patches share a canvas while it is at most so many times as large as they are together."""
@@ -149,6 +156,7 @@ def plan_batch(
         records["size_bytes"][slide[some]],
         records["mtime_ns"][slide[some]],
     )
+    canvases["key"] = slide_keys(corpus.digest, slide[some])
     canvases["fd"] = -1
     canvases["first_tile"], canvases["n_tiles"] = np.cumsum(counts) - counts, counts
     canvases["first_output"], canvases["n_outputs"] = first, np.diff(first, append=len(order))
@@ -173,6 +181,19 @@ def plan_batch(
     return BatchPlan(
         canvases, plan_tiles, outputs, slide[some], level[some], number, order, tuple(codecs)
     )
+
+
+def slide_keys(digest: str, slides: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A 64-bit name for each row of the corpus with this digest (hexadecimal), never 0.
+
+    SplitMix64's output function (Steele et al., OOPSLA 2014) of the digest plus its increment a row:
+    within a corpus no two rows share a name, and two corpora meet by chance alone.
+    """
+    mixed = np.uint64(int(digest[:16], 16)) + (slides.astype(np.uint64) + _ONE) * _GOLDEN
+    for shift, factor in _SPLITMIX:
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    mixed ^= mixed >> np.uint64(31)
+    return np.where(mixed == 0, _ONE, mixed)
 
 
 def _colour(codec: Codec) -> int:

@@ -43,7 +43,7 @@ STREAMS = {
 }
 
 
-WHOLE = (0, 0, -1, 0, 1, 0, 1, WIDTH, HEIGHT, WIDTH, HEIGHT, 1, 0, 1, -1, 0, 0, 0, b"")
+WHOLE = (0, 0, 0, -1, 0, 1, 0, 1, WIDTH, HEIGHT, WIDTH, HEIGHT, 1, 0, 1, -1, 0, 0, 0, b"")
 """A row of CANVAS: one tile, one patch, all of it, from handed-over bytes, YCbCr without tables."""
 
 
@@ -115,27 +115,8 @@ def test_tables_are_spliced_in_and_never_left_over_from_another_tile():
     # The same call decodes a tile with tables first, then one that has lost its own.
     canvas, tile, outputs = np.zeros(2, CANVAS), np.zeros(2, TILE), np.zeros(2, OUTPUT)
     for i in range(2):
-        canvas[i] = (
-            0,
-            0,
-            -1,
-            i,
-            1,
-            i,
-            1,
-            WIDTH,
-            HEIGHT,
-            WIDTH,
-            HEIGHT,
-            1,
-            0,
-            1,
-            0 if i == 0 else -1,
-            0,
-            0,
-            0,
-            b"",
-        )
+        canvas[i] = WHOLE
+        canvas[["first_tile", "first_output", "tables"]][i] = (i, i, 0 if i == 0 else -1)
         tile[i] = (0, len(body), i, 0, 0, WIDTH, HEIGHT, 0, 0, 0)
         outputs[i] = (
             0,
@@ -224,27 +205,7 @@ def test_plans_that_contradict_themselves_are_refused():
             "tile": np.zeros(1, TILE),
             "output": np.zeros(1, OUTPUT),
         }
-        tables["canvas"][0] = (
-            0,
-            0,
-            -1,
-            0,
-            1,
-            0,
-            1,
-            WIDTH,
-            HEIGHT,
-            WIDTH,
-            HEIGHT,
-            1,
-            0,
-            1,
-            -1,
-            0,
-            0,
-            0,
-            b"",
-        )
+        tables["canvas"][0] = WHOLE
         tables["tile"][0] = (0, len(body), 0, 0, 0, WIDTH, HEIGHT, 0, 0, 0)
         tables["output"][0] = (0, 0, WIDTH, HEIGHT, 0, WIDTH, HEIGHT, 0, 0, WIDTH, HEIGHT, 1, 0)
         tables[table][name] = value
@@ -266,27 +227,8 @@ def test_what_else_can_go_wrong_with_a_file_is_told_apart(tmp_path):
             (0, 0, 5): native.SHORT_READ,
         }.items():
             canvas, tile, output = np.zeros(1, CANVAS), np.zeros(1, TILE), np.zeros(1, OUTPUT)
-            canvas[0] = (
-                size_bytes,
-                mtime_ns,
-                handle,
-                0,
-                1,
-                0,
-                1,
-                WIDTH,
-                HEIGHT,
-                WIDTH,
-                HEIGHT,
-                1,
-                0,
-                1,
-                -1,
-                0,
-                0,
-                0,
-                b"",
-            )
+            canvas[0] = WHOLE
+            canvas[["size_bytes", "mtime_ns", "fd"]][0] = (size_bytes, mtime_ns, handle)
             tile[0] = (start, size, -1, 0, 0, WIDTH, HEIGHT, 0, 0, 0)
             output[0] = (0, 0, WIDTH, HEIGHT, 0, WIDTH, HEIGHT, 0, 0, WIDTH, HEIGHT, 1, 0)
             native.read(canvas, tile, output, (), (), np.zeros((HEIGHT, WIDTH, 3), np.uint8), 0, 1)

@@ -28,6 +28,12 @@ SWITCH = "ONLINE_PATCHING_DECODER"
 """Set to `portable` to leave the native decoder out."""
 
 
+STEP_PX = 32
+"""Between remembered states: `docs/decisions/0012-restart-states.md` has what others cost and bring."""
+
+_COUNTS = ("limit", "bytes", "tiles", "refused", "hits", "misses", "failed")
+
+
 def read(
     canvases: NDArray[np.void],
     tiles: NDArray[np.void],
@@ -46,6 +52,28 @@ def read(
     if _jpeg is None:
         raise RuntimeError(ABOUT)
     _jpeg.read(canvases, tiles, outputs, tuple(tables), tuple(bodies), batch, first, stop)
+
+
+def remember(limit_bytes: int, step_px: int = STEP_PX) -> None:
+    """Remember entropy-decoder states of tiles touched from now on, in `limit_bytes` of this process.
+
+    Later touches decode only the MCUs they need; pixels and errors stay the same. What is remembered
+    stays until the limit is set to 0, which forgets it all; where it is full, further tiles are read as
+    ever. `step_px`: a state every so many columns of each MCU row (at least one an MCU), of tiles to
+    come. Without the native decoder nothing is remembered. ValueError for a negative limit.
+    """
+    if _jpeg is not None:
+        _jpeg.remember(limit_bytes, step_px)
+
+
+def remembered() -> dict[str, int]:
+    """What this process remembers, and how often it was of use since the limit was last 0.
+
+    limit and bytes (of the table); tiles with states, tiles refused (a kind of stream that is not
+    covered); of the parts of tiles decoded: hits (from states), misses (tiles not known, or no longer
+    as they were), failed (a stream could not be made or decoded, so the tile was read as ever).
+    """
+    return dict(_jpeg.remembered()) if _jpeg is not None else dict.fromkeys(_COUNTS, 0)
 
 
 def _candidates() -> list[tuple[str, str]]:

@@ -9,6 +9,10 @@
  * used are looked up in whichever build the caller names (see __init__.py). jpeg_CreateDecompress
  * refuses a library whose structures have another size.
  *
+ * Where remembering is on (_states.h), a part of a tile that was touched before is decoded from a stream
+ * of the MCUs that it needs, made from states inside the tile. Whatever is wrong with that way is
+ * forgotten and the tile decoded as ever, so that it decides neither pixels nor errors.
+ *
  * What comes in is untrusted: every marker up to the scan is checked before libjpeg sees a byte, a
  * frame must be exactly as large as its tile, warnings are errors, and reads past the end of the
  * data are errors. The GIL is released for the whole of read().
@@ -28,6 +32,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "_states.h"
 #include "include/jpeglib.h"
 
 #define MESSAGE_BYTES 120
@@ -36,11 +41,13 @@
 #define EOI_SEARCH_BYTES 1024
 #define MAX_TILE_BYTES (256 << 20)
 #define MAX_CANVAS_BYTES ((int64_t)1 << 30)
+#define MAX_STEP_PX 65536
 
 /* The three records mirror numpy dtypes in __init__.py, field by field. */
 
 typedef struct {
   int64_t size_bytes, mtime_ns; /* of the file, checked when size_bytes > 0 */
+  uint64_t key;                 /* of the slide, for what is remembered of its tiles; 0: nothing is */
   int32_t fd;                   /* -1: the tiles' bytes are in `bodies` */
   int32_t first_tile, n_tiles;
   int32_t first_output, n_outputs;
@@ -149,6 +156,7 @@ typedef struct {
   uint8_t *file, *canvas, *middle, *row;
   int32_t *weights;
   size_t file_size, canvas_size, middle_size, row_size, weights_size;
+  Scratch *scratch;
   const uint8_t *loaded; /* the tables that cinfo holds and no tile has touched since */
 } Worker;
 
@@ -258,27 +266,29 @@ static int has_end_marker(const uint8_t *data, size_t size) {
   return 0;
 }
 
+typedef struct {
+  const void *data;
+  Py_ssize_t size;
+} Bytes;
+
 /* --- one tile -------------------------------------------------------------------------------- */
 
-/* Decode the seen part of a tile onto the canvas (pixels of `channels` bytes, 3 or 4). */
-static int decode_tile(Worker *w, Canvas *canvas, const Tile *tile, const uint8_t *data, size_t size,
-                       const uint8_t *tables, size_t tables_size, unsigned shared, uint8_t *pixels,
-                       int channels) {
+typedef struct {
+  const Bytes *tables; /* that its stream was split from, size 0: none */
+  Tables own, shared;
+  uint8_t *pixels; /* of the canvas, of `channels` bytes each, 3 or 4 */
+  int channels;
+} Job;
+
+static void fail(Worker *w, const char *message) {
+  snprintf(w->errors.message, sizeof w->errors.message, "%s", message);
+  longjmp(w->errors.back, 1);
+}
+
+/* Give libjpeg a stream and the tables that it needs; it jumps back when it does not like them. */
+static void open_stream(Worker *w, const Canvas *canvas, const Job *job, const uint8_t *data, size_t size) {
   j_decompress_ptr cinfo = &w->cinfo;
-  size_t stride = (size_t)canvas->width * channels;
-  Tables own = {0, 0};
-  if (check_markers(canvas, data, size, 0, &own)) return -1;
-  if (!has_end_marker(data, size)) {
-    say(canvas, BAD_TILE, "it ends before its picture does");
-    return -1;
-  }
-  if (setjmp(w->errors.back)) {
-    jpeg.abort(cinfo);
-    w->loaded = NULL;
-    say(canvas, BAD_TILE, w->errors.message);
-    return -1;
-  }
-  if (own.needed & ~(own.defined | shared)) {
+  if (job->own.needed & ~(job->own.defined | job->shared.defined)) {
     /* Tables of the tile before must not be used by one that lost its own. Elsewhere they stay: libjpeg
      * would allocate them anew for every tile, at a tenth of the whole cost. */
     w->loaded = NULL;
@@ -286,41 +296,51 @@ static int decode_tile(Worker *w, Canvas *canvas, const Tile *tile, const uint8_
     for (int i = 0; i < NUM_HUFF_TBLS; i++)
       cinfo->dc_huff_tbl_ptrs[i] = cinfo->ac_huff_tbl_ptrs[i] = NULL;
   }
-  if (tables_size && w->loaded != tables) {
-    source_set(&w->source, tables, tables_size);
-    if (jpeg.read_header(cinfo, FALSE) != JPEG_HEADER_TABLES_ONLY) {
-      snprintf(w->errors.message, sizeof w->errors.message, "its JPEG tables hold a picture");
-      longjmp(w->errors.back, 1);
-    }
+  const Bytes *tables = job->tables;
+  if (tables->size && w->loaded != tables->data) {
+    source_set(&w->source, tables->data, (size_t)tables->size);
+    if (jpeg.read_header(cinfo, FALSE) != JPEG_HEADER_TABLES_ONLY) fail(w, "its JPEG tables hold a picture");
   }
-  w->loaded = own.defined ? NULL : tables;
+  w->loaded = job->own.defined ? NULL : tables->data;
   source_set(&w->source, data, size);
   jpeg.read_header(cinfo, TRUE);
   if (cinfo->num_components == 3)
     cinfo->jpeg_color_space = canvas->colour == 0 ? JCS_RGB : JCS_YCbCr;
-  cinfo->out_color_space = channels == 4 ? JCS_EXT_RGBX : JCS_RGB;
+  cinfo->out_color_space = job->channels == 4 ? JCS_EXT_RGBX : JCS_RGB;
   cinfo->dct_method = JDCT_ISLOW;
   cinfo->do_fancy_upsampling = TRUE;
   cinfo->scale_num = 1;
   cinfo->scale_denom = (unsigned)canvas->scale;
   jpeg.start(cinfo);
-  JDIMENSION left = 0, width = cinfo->output_width;
-  if (tile->left + tile->width > (int)cinfo->output_width ||
-      tile->top + tile->height > (int)cinfo->output_height) {
-    snprintf(w->errors.message, sizeof w->errors.message, "it is smaller than its tile");
-    longjmp(w->errors.back, 1);
+}
+
+/* Decode the part of a tile that is at (stream->left, stream->top) of this stream onto the canvas. */
+static int decode_stream(Worker *w, Canvas *canvas, const Tile *tile, const Job *job, const Stream *stream) {
+  j_decompress_ptr cinfo = &w->cinfo;
+  int channels = job->channels;
+  if (setjmp(w->errors.back)) {
+    jpeg.abort(cinfo);
+    w->loaded = NULL;
+    say(canvas, BAD_TILE, w->errors.message);
+    return -1;
   }
-  int from = tile->left - CROP_MARGIN_PX, to = tile->left + tile->width + CROP_MARGIN_PX;
-  if (from < 0) from = 0;
+  open_stream(w, canvas, job, stream->data, stream->size);
+  JDIMENSION left = 0, width = cinfo->output_width;
+  if (stream->left + tile->width > (int)cinfo->output_width ||
+      stream->top + tile->height > (int)cinfo->output_height)
+    fail(w, "it is smaller than its tile");
+  int from = stream->left - CROP_MARGIN_PX, to = stream->left + tile->width + CROP_MARGIN_PX;
+  if (from < stream->edge) from = stream->edge;
   if (to > (int)cinfo->output_width) to = (int)cinfo->output_width;
   if (to - from < (int)width) {
     left = (JDIMENSION)from;
     width = (JDIMENSION)(to - from);
     jpeg.crop_scanline(cinfo, &left, &width);
   }
-  if (tile->top) jpeg.skip_scanlines(cinfo, (JDIMENSION)tile->top);
-  uint8_t *out = pixels + (size_t)tile->y * stride + (size_t)tile->x * channels;
-  size_t offset = (size_t)(tile->left - (int)left) * channels, bytes = (size_t)tile->width * channels;
+  if (stream->top) jpeg.skip_scanlines(cinfo, (JDIMENSION)stream->top);
+  size_t stride = (size_t)canvas->width * channels;
+  uint8_t *out = job->pixels + (size_t)tile->y * stride + (size_t)tile->x * channels;
+  size_t offset = (size_t)(stream->left - (int)left) * channels, bytes = (size_t)tile->width * channels;
   size_t row_bytes = (size_t)cinfo->output_width * channels;
   if (grow(&w->row, &w->row_size, row_bytes * ROWS)) {
     jpeg.abort(cinfo);
@@ -338,6 +358,38 @@ static int decode_tile(Worker *w, Canvas *canvas, const Tile *tile, const uint8_
     jpeg.finish(cinfo); /* whatever is wrong up to the end marker is still seen */
   else
     jpeg.abort(cinfo);
+  return 0;
+}
+
+/* From remembered states: 0 when the part is on the canvas. */
+static int decode_from_states(Worker *w, Canvas *canvas, const Tile *tile, const Job *job,
+                              const Touched *touched, const States *states) {
+  const Part part = {tile->left, tile->top, tile->width, tile->height};
+  Stream stream;
+  if (states_stream(&w->scratch, states, touched, part, &stream) != 1) return -1;
+  if (!decode_stream(w, canvas, tile, job, &stream)) return 0;
+  states_failed();
+  canvas->status = OK; /* as if it had not been tried */
+  memset(canvas->message, 0, sizeof canvas->message);
+  return -1;
+}
+
+/* Decode the seen part of a tile onto the canvas. */
+static int decode_tile(Worker *w, Canvas *canvas, const Tile *tile, Job *job, const uint8_t *data, size_t size) {
+  job->own = (Tables){0, 0};
+  if (check_markers(canvas, data, size, 0, &job->own)) return -1;
+  if (!has_end_marker(data, size)) {
+    say(canvas, BAD_TILE, "it ends before its picture does");
+    return -1;
+  }
+  const Touched touched = {canvas->scale == 1 ? canvas->key : 0, tile->start, data, job->tables->data,
+                           size, (size_t)job->tables->size};
+  const States *states;
+  Found found = states_find(&touched, &states);
+  if (found == KNOWN_TILE && !decode_from_states(w, canvas, tile, job, &touched, states)) return 0;
+  const Stream whole = {data, size, tile->left, tile->top, 0};
+  if (decode_stream(w, canvas, tile, job, &whole)) return -1;
+  if (found == NEW_TILE) states_remember(&w->scratch, &touched);
   return 0;
 }
 
@@ -564,11 +616,6 @@ static void fill(uint8_t *pixels, size_t stride, const Tile *tile, int value, in
            (size_t)tile->width * channels);
 }
 
-typedef struct {
-  const void *data;
-  Py_ssize_t size;
-} Bytes;
-
 static void read_canvas(Worker *w, Canvas *canvas, const Tile *tiles, const Output *outputs,
                         const Bytes *tables, const Bytes *bodies, uint8_t *batch) {
   const Output *single = outputs + canvas->first_output;
@@ -615,10 +662,9 @@ static void read_canvas(Worker *w, Canvas *canvas, const Tile *tiles, const Outp
     }
     const Bytes none = {NULL, 0};
     const Bytes *own = canvas->tables >= 0 ? tables + canvas->tables : &none;
-    Tables shared = {0, 0};
-    if (own->size && check_markers(canvas, own->data, (size_t)own->size, 1, &shared)) return;
-    if (decode_tile(w, canvas, tile, data, size, own->data, (size_t)own->size, shared.defined, pixels, channels))
-      return;
+    Job job = {own, {0, 0}, {0, 0}, pixels, channels};
+    if (own->size && check_markers(canvas, own->data, (size_t)own->size, 1, &job.shared)) return;
+    if (decode_tile(w, canvas, tile, &job, data, size)) return;
   }
   if (direct) return;
   for (int i = 0; i < canvas->n_outputs; i++) {
@@ -661,6 +707,7 @@ static void read_range(Canvas *canvases, Py_ssize_t first, Py_ssize_t stop, cons
   free(w.middle);
   free(w.row);
   free(w.weights);
+  states_free(w.scratch);
 }
 
 /* --- checks: what C may touch ----------------------------------------------------------------- */
@@ -796,7 +843,9 @@ static PyObject *py_read(PyObject *self, PyObject *args) {
       PyErr_Format(PyExc_ValueError, "a read plan is inconsistent: %s", wrong);
     } else {
       Py_BEGIN_ALLOW_THREADS;
+      states_enter();
       read_range(all, first, stop, tiles.buf, outputs.buf, tables, bodies, batch.buf);
+      states_leave();
       Py_END_ALLOW_THREADS;
     }
   }
@@ -821,10 +870,34 @@ static PyObject *py_simd(PyObject *self, PyObject *argument) {
   return PyBool_FromLong(had);
 }
 
+static PyObject *py_remember(PyObject *self, PyObject *args) {
+  (void)self;
+  long long limit;
+  int step_px;
+  if (!PyArg_ParseTuple(args, "Li", &limit, &step_px)) return NULL;
+  if (limit < 0 || step_px < 1 || step_px > MAX_STEP_PX) {
+    PyErr_Format(PyExc_ValueError, "%lld bytes of states, one every %d px, cannot be remembered", limit, step_px);
+    return NULL;
+  }
+  if (states_limit(limit, step_px)) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+static PyObject *py_remembered(PyObject *self, PyObject *ignored) {
+  (void)self, (void)ignored;
+  Counts c = states_counts();
+  return Py_BuildValue("{sLsLsLsLsLsLsL}", "limit", (long long)c.limit, "bytes", (long long)c.bytes, "tiles",
+                       (long long)c.tiles, "refused", (long long)c.refused, "hits", (long long)c.hits,
+                       "misses", (long long)c.misses, "failed", (long long)c.failed);
+}
+
 static PyMethodDef methods[] = {
     {"load", py_load, METH_O, "load(path): use the libjpeg-turbo at this path; OSError when it cannot be."},
     {"read", py_read, METH_VARARGS,
      "read(canvases, tiles, outputs, tables, bodies, batch, first, stop): canvases first..stop into batch."},
+    {"remember", py_remember, METH_VARARGS,
+     "remember(limit_bytes, step_px): bound what is remembered of tiles; 0 forgets it."},
+    {"remembered", py_remembered, METH_NOARGS, "remembered(): what is, and how often it was of use."},
     {"simd", py_simd, METH_O, "simd(wanted): use AVX2 where the CPU has it; returns what was used before."},
     {NULL, NULL, 0, NULL}};
 
@@ -834,6 +907,7 @@ static struct PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit__jpeg(void) {
   PyObject *made = PyModule_Create(&module);
+  states_init();
 #if defined(__x86_64__)
   use_avx2 = __builtin_cpu_supports("avx2") != 0;
 #endif
