@@ -416,3 +416,16 @@ def test_every_real_slide_gives_the_same_patches_from_states(real_slides):
         counted = native.remembered()
         assert counted["hits"] > counted["misses"] / 4 > 0
         assert (counted["refused"], counted["failed"]) == (0, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_remembers_where_it_is_told_to(small_indexes, workers):
+    masks = [ForegroundMask.everything(index) for index in small_indexes]
+    sampler = PatchSampler(small_indexes, masks, size_px=64, mpp=0.26, seed=3, min_foreground=0.0)
+    native.remember(0)
+    for limit in (0, 2**24):
+        with PatchLoader(sampler, 64, workers=workers, remember_bytes=limit) as loader:
+            for _ in range(8):
+                next(loader)
+            assert (loader.stats.from_states > 0) == bool(limit)
+        assert native.remembered()["limit"] == (0 if workers else limit)

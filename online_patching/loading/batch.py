@@ -24,7 +24,8 @@ class LoaderOptions:
     """How a loader reads; none of it changes what it delivers.
 
     `bytes_in_flight` bounds what remote reads hold, per process; `gap_bytes` joins remote ranges
-    this close (0: exactly the tiles touched).
+    this close (0: exactly the tiles touched). `remember_bytes` (0: off) bounds what each process
+    remembers of JPEG tiles to decode later parts of them sooner (`native.remember`).
     """
 
     threads: int = 2
@@ -32,6 +33,7 @@ class LoaderOptions:
     bytes_in_flight: int = 64 * 2**20
     gap_bytes: int = 16 * 2**10
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+    remember_bytes: int = 0
 
 
 class DrawSource(Protocol):

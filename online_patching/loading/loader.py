@@ -56,7 +56,9 @@ class PatchLoader:
 
     A new stream begins at `first_draw`. `workers` are loader processes (0: threads here), each with
     `threads` decode threads, made by `start_method` (spawn, fork, forkserver). `prefetch` batches a worker
-    are read ahead: no more are ever in flight. `copy=False` hands out shared memory, to be given back by
+    are read ahead: no more are ever in flight. `remember_bytes` lets each process remember states inside
+    JPEG tiles, which pays where tiles are touched several times (docs/decisions/0012-restart-states.md).
+    `copy=False` hands out shared memory, to be given back by
     `batch.release()`.
 
     Use it as a context manager, or close it; what ends without is cleaned up too. One thread at a time.
@@ -72,6 +74,7 @@ class PatchLoader:
         prefetch: int = 2,
         bytes_in_flight: int = 64 * 2**20,
         gap_bytes: int = 16 * 2**10,
+        remember_bytes: int = 0,
         retry: RetryPolicy | None = None,
         max_failed_fraction: float = 0.05,
         quarantine_after: int | None = 8,
@@ -89,7 +92,7 @@ class PatchLoader:
         self.rank, self.world_size, self.gather = rank, world_size, gather
         self.start_method, self.copy = start_method, copy
         self.options = LoaderOptions(
-            threads, prefetch, bytes_in_flight, gap_bytes, retry or RetryPolicy()
+            threads, prefetch, bytes_in_flight, gap_bytes, retry or RetryPolicy(), remember_bytes
         )
         self.max_failed_fraction = max_failed_fraction
         self.stats = Stats()

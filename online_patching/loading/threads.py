@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from online_patching import native
 from online_patching.batch_plan import BatchPlan, can_plan, plan_batch
 from online_patching.canvases import Failed, read_bodies, read_local
 from online_patching.errors import (
@@ -107,6 +108,11 @@ class ThreadEngine:
         self._pending: deque[_Batch] = deque()
         self._checked: set[str] = set()
         self._retries_seen = 0
+        if (
+            options.remember_bytes > native.remembered()["limit"]
+        ):  # the process's, not this engine's
+            native.remember(options.remember_bytes)
+        self._from_states_seen = native.remembered()["hits"]
         self._feed: Feed | None = None
         self._lock = threading.Lock()
 
@@ -130,6 +136,9 @@ class ThreadEngine:
         self._pending.popleft()
         self.stats.add(retries=self.stores.retries - self._retries_seen)
         self._retries_seen = self.stores.retries
+        from_states = native.remembered()["hits"]
+        self.stats.add(from_states=max(0, from_states - self._from_states_seen))
+        self._from_states_seen = from_states
         return PatchBatch(batch.pixels, batch.drawn(), self.sampler, sorted(batch.failures))
 
     def close(self) -> None:

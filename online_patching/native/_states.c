@@ -440,8 +440,13 @@ struct States {
 static int bits_for(uint64_t largest) { return largest ? 64 - __builtin_clzll(largest) : 0; }
 
 static void put_field(uint8_t *packed, size_t *bit, uint64_t value, int width) {
-  for (int i = 0; i < width; i++, ++*bit)
-    packed[*bit >> 3] |= (uint8_t)((value >> i & 1) << (*bit & 7));
+  uint8_t *at = packed + (*bit >> 3);
+  value = load64(at) | value << (*bit & 7);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  value = __builtin_bswap64(value);
+#endif
+  memcpy(at, &value, 8);
+  *bit += (size_t)width;
 }
 
 static States *pack(const uint64_t *raw, size_t n, size_t *bytes) {
