@@ -28,7 +28,7 @@ SWITCH = "ONLINE_PATCHING_DECODER"
 """Set to `portable` to leave the native decoder out."""
 
 
-STEP_PX = 32
+STEP_PX = 64
 """Between remembered states: `docs/decisions/0012-restart-states.md` has what others cost and bring."""
 
 _COUNTS = ("limit", "bytes", "tiles", "refused", "hits", "misses", "failed")
