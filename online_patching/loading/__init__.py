@@ -1,7 +1,7 @@
 """Draws -> batches of pixels, in order, in threads or processes, resumable.
 
 loader.py     PatchLoader: the stream                 batch.py   what a loader and its engines share
-threads.py    the engine in one process               processes.py, ring.py  the engine in several
+threads.py, turn.py  the engine in one process        processes.py, ring.py  the engine in several
 ledger.py     failures, quarantine, when to stop      state.py   a stream as JSON
 """
 

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from online_patching import native
-from online_patching.batch_plan import BatchPlan, can_plan, plan_batch
+from online_patching.batch_plan import can_plan, plan_batch
 from online_patching.canvases import Failed, read_bodies, read_local
 from online_patching.errors import (
     LoaderError,
@@ -54,6 +53,7 @@ from online_patching.loading.batch import (
     batch_shape,
     draw_with,
 )
+from online_patching.loading.turn import BatchInMaking, Turn
 from online_patching.plan import merge_ranges, plan_patch
 from online_patching.sampling.sampler import MAX_ATTEMPTS, Draws
 from online_patching.slide import check_unchanged, finish, finish_fallback
@@ -69,30 +69,6 @@ _PIECE = 16
 """Canvases a decode thread takes at once: enough to forget the call, few enough to share a batch out."""
 
 
-@dataclass(eq=False)
-class _Batch:
-    """A batch on its way. `left` counts patches (and context views) that are not there yet."""
-
-    pixels: NDArray[np.uint8]
-    barred: Mapping[int, int]
-    columns: Draws | None = None
-    failures: list[Failure] = field(default_factory=list)
-    left: int = 0
-    done: Future[None] = field(default_factory=Future)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def drawn(self) -> Draws:
-        """Its columns, once they are drawn."""
-        assert self.columns is not None
-        return self.columns
-
-    def fail(self, error: BaseException) -> None:
-        """The first error is the batch's."""
-        with self.lock:
-            if not self.done.done():
-                self.done.set_exception(error)
-
-
 class ThreadEngine:
     """Starts every patch of a requested batch at once; `take` waits for the oldest batch."""
 
@@ -105,7 +81,7 @@ class ThreadEngine:
         self._filters = tuple(getattr(sampler, "filters", ()))
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="patch-plan")
         self._pool = ThreadPoolExecutor(options.threads, thread_name_prefix="patch-decode")
-        self._pending: deque[_Batch] = deque()
+        self._pending: deque[BatchInMaking] = deque()
         self._checked: set[str] = set()
         self._retries_seen = 0
         if (
@@ -125,7 +101,7 @@ class ThreadEngine:
         """Start a batch, writing its pixels into `into` (of `batch_shape`) where given."""
         shape = batch_shape(self.sampler, len(draws))
         pixels = np.empty(shape, np.uint8) if into is None else into
-        batch = _Batch(pixels, dict(barred or {}))
+        batch = BatchInMaking(pixels, dict(barred or {}))
         self._pending.append(batch)
         self._submit(self._planner, batch, self._begin, batch, np.asarray(draws, np.int64))
 
@@ -155,34 +131,39 @@ class ThreadEngine:
 
     # --- a batch's way: begin -> read rows -> arrived, or read again ---
 
-    def _begin(self, batch: _Batch, draws: NDArray[np.int64]) -> None:
+    def _begin(self, batch: BatchInMaking, draws: NDArray[np.int64]) -> None:
         batch.columns = draw_with(self.sampler, draws, 0, batch.barred)
         batch.left = len(draws)
         if not len(draws):
             batch.done.set_result(None)
         self._read(batch, np.arange(len(draws)), self._per_read)
 
-    def _read(self, batch: _Batch, rows: NDArray[np.int64], per_read: int = 1) -> None:
+    def _read(self, batch: BatchInMaking, rows: NDArray[np.int64], per_read: int = 1) -> None:
         """Plan these rows of a batch and start reading them."""
         corpus = self.sampler.corpus
-        columns = _rows(batch.drawn(), rows)
+        columns = batch.drawn().take(rows)
         remote = np.asarray([is_remote(corpus.uri(int(row))) for row in columns.slide], bool)
         planned = can_plan(corpus, columns.slide)
         for away in (False, True):
             chosen = np.flatnonzero(planned & (remote == away))
             if len(chosen):
-                self._read_planned(batch, rows[chosen], _rows(columns, chosen), away, per_read)
+                self._read_planned(batch, rows[chosen], columns.take(chosen), away, per_read)
         for k in np.flatnonzero(~planned):
             self._read_single(batch, int(rows[k]), bool(remote[k]))
 
     def _read_planned(
-        self, batch: _Batch, rows: NDArray[np.int64], columns: Draws, remote: bool, per_read: int
+        self,
+        batch: BatchInMaking,
+        rows: NDArray[np.int64],
+        columns: Draws,
+        remote: bool,
+        per_read: int,
     ) -> None:
         """Rows of JPEG slides: many canvases a piece where they are local, one where they are not."""
         views = self._expand(columns)
         places = (rows[:, None] * self._views + np.arange(self._views)).reshape(-1)
         plan = plan_batch(self.sampler.corpus, views, self.sampler.size_px, places, per_read)
-        turn = _Turn(batch, plan, places, self._views)
+        turn = Turn(batch, plan, places, self._views)
         if remote:
             self._read_remote(turn)
             return
@@ -192,7 +173,7 @@ class ThreadEngine:
         for first, stop in pairwise(edges):
             self._in_pool(batch, self._local_canvases, turn, first, stop)
 
-    def _local_canvases(self, turn: _Turn, first: int, stop: int) -> None:
+    def _local_canvases(self, turn: Turn, first: int, stop: int) -> None:
         failed = read_local(
             self.sampler.corpus,
             turn.plan,
@@ -204,7 +185,7 @@ class ThreadEngine:
         )
         self._arrived(turn, first, stop, failed)
 
-    def _read_remote(self, turn: _Turn) -> None:
+    def _read_remote(self, turn: Turn) -> None:
         """Canvases over HTTP go through the feed, without a task for any; others are awaited."""
         corpus, plan = self.sampler.corpus, turn.plan
         groups = []
@@ -251,7 +232,7 @@ class ThreadEngine:
                 turn.batch.fail(error)
 
     async def _remote_canvas(
-        self, turn: _Turn, canvas: int, pieces: list[Range], ranges: list[Range]
+        self, turn: Turn, canvas: int, pieces: list[Range], ranges: list[Range]
     ) -> None:
         corpus = self.sampler.corpus
         slide = int(turn.plan.slide[canvas])
@@ -266,11 +247,11 @@ class ThreadEngine:
         except _REPLACED as error:
             await self._pooled(self._arrived, turn, canvas, canvas + 1, {canvas: error})
 
-    def _remote_bodies(self, turn: _Turn, canvas: int, bodies: list[bytes]) -> None:
+    def _remote_bodies(self, turn: Turn, canvas: int, bodies: list[bytes]) -> None:
         failed = read_bodies(self.sampler.corpus, turn.plan, canvas, bodies, turn.batch.pixels)
         self._arrived(turn, canvas, canvas + 1, failed)
 
-    def _arrived(self, turn: _Turn, first: int, stop: int, failed: Failed) -> None:
+    def _arrived(self, turn: Turn, first: int, stop: int, failed: Failed) -> None:
         """Canvases first..stop are there or failed: go on with the rows of which nothing is missing."""
         good, bad, alone = turn.arrived(first, stop, failed)
         if alone:  # a shared canvas failed: only those that touch the damage are to be replaced
@@ -279,14 +260,14 @@ class ThreadEngine:
 
     # --- containers that are read patch by patch ---
 
-    def _read_single(self, batch: _Batch, row: int, remote: bool) -> None:
+    def _read_single(self, batch: BatchInMaking, row: int, remote: bool) -> None:
         if remote:
             self._on_loop(batch, self._remote_single(batch, row))
         else:
             self._in_pool(batch, self._local_single, batch, row)
 
-    def _local_single(self, batch: _Batch, row: int) -> None:
-        views = self.sampler.refs(self._expand(_rows(batch.drawn(), np.asarray([row]))))
+    def _local_single(self, batch: BatchInMaking, row: int) -> None:
+        views = self.sampler.refs(self._expand(batch.drawn().take(np.asarray([row]))))
         index = self.sampler.corpus.index(views[0].slide)
         try:
             self._check(index)
@@ -303,8 +284,8 @@ class ThreadEngine:
         else:
             self._settle(batch, [row], {})
 
-    async def _remote_single(self, batch: _Batch, row: int) -> None:
-        views = self.sampler.refs(self._expand(_rows(batch.drawn(), np.asarray([row]))))
+    async def _remote_single(self, batch: BatchInMaking, row: int) -> None:
+        views = self.sampler.refs(self._expand(batch.drawn().take(np.asarray([row]))))
         index = self.sampler.corpus.index(views[0].slide)
         try:
             if index.uri not in self._checked and not index.uri.startswith("http"):
@@ -321,7 +302,7 @@ class ThreadEngine:
         else:
             await self._pooled(self._settle, batch, [row], {})
 
-    def _targets(self, batch: _Batch, row: int) -> list[NDArray[np.uint8]]:
+    def _targets(self, batch: BatchInMaking, row: int) -> list[NDArray[np.uint8]]:
         return [batch.pixels[row]] if self._views == 1 else list(batch.pixels[row])
 
     def _check(self, index: SlideIndex) -> None:
@@ -332,7 +313,9 @@ class ThreadEngine:
 
     # --- the end of a row, or its next attempt ---
 
-    def _settle(self, batch: _Batch, good: list[int], bad: Mapping[int, PatchingError]) -> None:
+    def _settle(
+        self, batch: BatchInMaking, good: list[int], bad: Mapping[int, PatchingError]
+    ) -> None:
         """Count rows that are there; replace those that failed or that a pixel filter refuses."""
         reasons = {row: _reason(error) for row, error in bad.items()}
         if self._filters and good:
@@ -351,9 +334,9 @@ class ThreadEngine:
             if good and not batch.left and not batch.done.done():
                 batch.done.set_result(None)
 
-    def _replace(self, batch: _Batch, rows: NDArray[np.int64], reasons: list[str]) -> None:
+    def _replace(self, batch: BatchInMaking, rows: NDArray[np.int64], reasons: list[str]) -> None:
         """Give rows the next attempt of their draws; f(seed, draw, attempt) alone."""
-        columns = _rows(batch.drawn(), rows)
+        columns = batch.drawn().take(rows)
         names = [self.sampler.corpus.slide_id(int(row)) for row in columns.slide]
         found = zip(columns.draw.tolist(), columns.attempt.tolist(), names, reasons, strict=True)
         failures = [Failure(*one) for one in found]
@@ -382,11 +365,11 @@ class ThreadEngine:
 
     # --- running things so that no error is lost ---
 
-    def _in_pool(self, batch: _Batch, work: Callable[..., None], *args: Any) -> None:
+    def _in_pool(self, batch: BatchInMaking, work: Callable[..., None], *args: Any) -> None:
         self._submit(self._pool, batch, work, *args)
 
     def _submit(
-        self, pool: ThreadPoolExecutor, batch: _Batch, work: Callable[..., None], *args: Any
+        self, pool: ThreadPoolExecutor, batch: BatchInMaking, work: Callable[..., None], *args: Any
     ) -> None:
         def guarded() -> None:
             try:
@@ -399,7 +382,7 @@ class ThreadEngine:
         except RuntimeError as closing:  # the pool takes nothing any more
             batch.fail(closing)
 
-    def _on_loop(self, batch: _Batch, work: Coroutine[Any, Any, None]) -> None:
+    def _on_loop(self, batch: BatchInMaking, work: Coroutine[Any, Any, None]) -> None:
         def ended(future: Future[None]) -> None:
             if future.cancelled():
                 batch.fail(LoaderError("the loader was closed while this batch was being made."))
@@ -412,68 +395,6 @@ class ThreadEngine:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
 
-class _Turn:
-    """One planned reading of some rows of a batch: what is still missing of each.
-
-    With context views a row has several places in a plan, in canvases that arrive at different
-    times. It is settled when all are there, so that what is said of it does not depend on the order.
-    """
-
-    def __init__(
-        self, batch: _Batch, plan: BatchPlan, places: NDArray[np.int64], views: int
-    ) -> None:
-        self.batch, self.plan = batch, plan
-        self._row_of = (places // views).tolist()
-        self._missing = Counter(self._row_of)
-        self._bad: dict[int, tuple[int, PatchingError]] = {}
-        self._alone: set[int] = set()
-        self._lock = threading.Lock()
-
-    def arrived(
-        self, first: int, stop: int, failed: Failed
-    ) -> tuple[list[int], dict[int, PatchingError], list[int]]:
-        """Rows of which all is there, rows that failed (with the error), rows to read by themselves."""
-        outputs = (
-            self.plan.canvases["first_output"][first:stop],
-            self.plan.canvases["n_outputs"][first:stop],
-        )
-        good: list[int] = []
-        bad: dict[int, PatchingError] = {}
-        alone: list[int] = []
-        with self._lock:
-            for canvas, begin, count in zip(
-                range(first, stop), *map(np.ndarray.tolist, outputs), strict=True
-            ):
-                error = failed.get(canvas)
-                for place in self.plan.row[begin : begin + count].tolist():
-                    row = self._row_of[place]
-                    if error is not None and count > 1:
-                        self._alone.add(row)
-                    elif error is not None:
-                        self._bad[row] = min(
-                            (place, error), self._bad.get(row, (place, error)), key=_first
-                        )
-                    self._missing[row] -= 1
-                    if self._missing[row]:
-                        continue
-                    if row in self._bad:
-                        bad[row] = self._bad[row][1]
-                    elif row in self._alone:
-                        alone.append(row)
-                    else:
-                        good.append(row)
-        return good, bad, alone
-
-
-def _first(pair: tuple[int, PatchingError]) -> int:
-    return pair[0]
-
-
 def _reason(error: PatchingError) -> str:
     told = error.reason if isinstance(error, SlideError | StoreError) else str(error)
     return f"{type(error).__name__}: {told}"
-
-
-def _rows(columns: Draws, rows: NDArray[np.int64]) -> Draws:
-    """Some rows of drawn columns."""
-    return Draws(**{name: column[rows] for name, column in vars(columns).items()})
