@@ -171,6 +171,30 @@ def test_a_tile_that_claims_more_bytes_than_its_pixels_need_is_refused() -> None
     assert "more than its pixels could need" in outcome(as_is(build_tiff([image])))[0]
 
 
+def test_an_empty_tile_lies_nowhere_whatever_its_offset_says() -> None:
+    places = (2**41, 100, 2**63) + (200,) * 6
+    image = RawImage((70, 40), [b"x"] * 9, (32, 16), photometric=6,
+                     tags={**MPP, 324: (16, places), 325: longs(0, 5, 0, 5, 5, 5, 5, 5, 5)})  # fmt: skip
+    file = as_is(build_tiff([image], big=True))
+    index = tiff.read_index("a", "a", None, HostileStores(file), file.size_bytes, "")
+    level = index.levels[0]
+    assert [level.byte_range(k) for k in range(3)] == [(0, 0), (100, 105), (0, 0)]
+    assert level.overflow == ()
+
+
+@pytest.mark.parametrize(
+    "bent", [{"compression": 1}, {"compression": 5}, {"compression": 99}, {"photometric": 5},
+             {"tags": {**MPP, 284: shorts(2)}}, {"tags": {**MPP, 317: shorts(3)}}]
+)  # fmt: skip
+def test_what_is_stored_in_ways_we_do_not_undo_is_for_a_fallback_reader(bent: dict) -> None:
+    """YCbCr outside JPEG would come out in wrong colours; the rest not at all."""
+    image = {"photometric": 6, "tags": MPP, **bent}
+    assert (
+        outcome(as_is(build_tiff([RawImage((70, 40), [b"x"] * 9, (32, 16), **image)])))[0]
+        == "fallback"
+    )
+
+
 def test_the_widest_table_that_is_allowed_is_read_in_parts() -> None:
     wide = BOMBS["wide"].data  # four million tiles, all blank: the file goes on with zeros
     found, stores = outcome(as_is(wide, 2**31))

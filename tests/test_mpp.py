@@ -138,3 +138,16 @@ def test_zarr_and_fallback_readers_take_two_values_too(tmp_path, shared_data):
     for uri in (zarr, dicom):
         index = read_slide_index(str(uri), mpp=TWO)
         assert (index.mpp_x, index.mpp_y, index.mpp_source) == (*TWO, "override table")
+
+
+def test_ome_xml_with_a_dtd_says_nothing(tmp_path):
+    size = 'PhysicalSizeX="&x;" PhysicalSizeY="&x;"'
+    for dtd in ('<!DOCTYPE OME [<!ENTITY x "0.5">]>', "<!DOCTYPE OME>"):
+        path = plain(
+            tmp_path, t270=ascii_text(f"{dtd}<OME><Pixels {size.replace('&x;', '0.5')}/></OME>")
+        )
+        with pytest.raises(errors.MppError, match="carries no µm/px"):
+            read_slide_index(path)
+    entity = f'<!DOCTYPE OME [<!ENTITY x "0.5">]><OME><Pixels {size}/></OME>'
+    with pytest.raises(errors.MppError, match="carries no µm/px"):
+        read_slide_index(plain(tmp_path, t270=ascii_text(entity)))

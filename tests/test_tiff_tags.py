@@ -145,6 +145,14 @@ def test_what_is_no_tiff_is_told(data):
         TiffTags(lambda a, b: data[a:b], len(data))
 
 
+def test_of_two_tags_of_one_number_the_first_counts():
+    data = build_tiff([image({700: longs(5), 701: longs(6)})])
+    twice = data.replace(b"\xbd\x02\4\0", b"\xbc\x02\4\0")
+    assert opened(data).directories[0].number(701) == 6
+    assert opened(twice).directories[0].number(700) == 5
+    assert 701 not in opened(twice).directories[0]
+
+
 def test_a_file_without_directories_has_none():
     assert opened(b"II*\0" + bytes(4)).directories == []
 

@@ -159,9 +159,9 @@ def _associated(slide: OddSlide) -> list[RawImage]:
         ((150, 180), 1, f"{about}label 150x180"),
         ((400, 160), 9, f"{about}macro 400x160"),
     )
-    if slide.associated == "tiled":  # of the slide's shape, too: only words and flag are left
+    if slide.associated == "tiled":  # told by another shape, by a word alone, by the flag alone
         kinds = ((kinds[1][0], 0, kinds[0][2]), ((width // 5, height // 5), 1, kinds[1][2]),
-                 ((width // 6, height // 6), 9, kinds[2][2]))  # fmt: skip
+                 ((width // 6, height // 6), 9, about))  # fmt: skip
     out = []
     for (w, h), flag, text in kinds:
         red = np.full((h, w, 3), _RED, np.uint8)
