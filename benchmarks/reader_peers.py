@@ -5,9 +5,10 @@
         [--scratch FOLDER] [--blocks 15] [--core N] [--out benchmarks/results/FILE.txt]
 
 For each slide: at level 0's µm/px (exact); at 1.3 and 1.6 x (between levels); at 4 x where the slide
-has but one level; and four patches a read beside one. `--mirror` slides are made larger first
-(larger_slides.py). Everything runs pinned to one core in blocks of 128 patches (32 at 4 x) that take turns; ratios
-are taken block by block, medians come with the smallest and largest. "loader" is PatchLoader with one
+has but one level; and four patches a read beside one. The first three once more with `remember_bytes`,
+after three times as many tiles were read as the level has. `--mirror` slides are made larger first
+(larger_slides.py). Everything runs pinned to one core in blocks of 128 patches (32 at 4 x) that take
+turns; ratios are taken block by block, medians come with the smallest and largest. "loader" is PatchLoader with one
 decode thread: sampling, planning, reading, decoding, pasting, resampling, handing over. The others get
 their positions for nothing, but for wsistream, whose whole pipeline runs. "bare C loop" is bare_loop.c:
 pread, decode, paste, without resampling; at 4 x it decodes at quarter size.
@@ -37,10 +38,12 @@ from online_patching import (
     PatchSampler,
     Slide,
     SlideIndex,
+    native,
     read_slide_index,
 )
 
 BLOCK = 128
+REMEMBER_BYTES = 2**28
 LOADER, BARE = "loader", "bare C loop"
 PACKAGES = ("cucim-cu13", "fastslide", "openslide-bin", "openslide-python", "tiffslide", "wsistream",
             "opencv-python-headless", "pillow")  # fmt: skip
@@ -111,20 +114,29 @@ def measured(subject: Subject, times: list[float], blocks: int) -> list[str]:
     for factor in times:
         if factor < 4 or len(index.levels) == 1:
             lines += ["", *against_peers(subject, factor, blocks)]
-            print(lines[-1], flush=True)
+        if factor < 4 and native.AVAILABLE:
+            lines += ["", *against_peers(subject, factor, blocks, remember_bytes=REMEMBER_BYTES)]
+        print(lines[-1], flush=True)
     if 1.0 in times:
         lines += ["", *against_itself(subject, blocks)]
     return [*lines, "", ""]
 
 
-def against_peers(subject: Subject, times: float, blocks: int, bare: bool = True) -> list[str]:
-    """One µm/px: who is how fast, and whether everybody sees the same."""
+def against_peers(
+    subject: Subject, times: float, blocks: int, bare: bool = True, remember_bytes: int = 0
+) -> list[str]:
+    """One µm/px: who is how fast, and whether everybody sees the same.
+
+    With `remember_bytes`, once three times as many tiles were read as the level has.
+    """
     sampler, side = subject.sampler(times), round(SIZE_PX * times)
     scale, block = (4, BLOCK // 4) if times == 4 else (1, BLOCK)
     corners = [corners_of(sampler, k, block, scale) for k in range(blocks + 1)]
     readers, missing = installed_peers(subject.path, subject.mask, side)
-    with PatchLoader(sampler, block, threads=1, prefetch=1) as loader:
-        ours = take(loader)
+    with PatchLoader(
+        sampler, block, threads=1, prefetch=1, remember_bytes=remember_bytes
+    ) as loader:
+        ours = take(loader).copy()
         seen = agreement(readers, ours, corners[0], side)
         works: dict[str, Work] = {LOADER: lambda k: take(loader)}
         if bare:
@@ -133,8 +145,12 @@ def against_peers(subject: Subject, times: float, blocks: int, bare: bool = True
                 seen.append(difference(BARE, ours, list(run(0))))
         for name, read in readers.items():
             works[name] = partial(read_block, read, corners, side)
+        while remember_bytes and loader.stats.tiles < 3 * subject.index.levels[0].n_tiles:
+            take(loader)
         series = in_turns(works, blocks)
+        native.remember(0)  # it is the process's: the next case begins without
     title = "exact" if times == 1 else f"{times:g} x level 0"
+    title += ", states inside tiles remembered" if remember_bytes else ""
     lines = [f"  at {subject.index.mpp * times:.3f} µm/px ({title}): {side} px of level 0 a patch"]
     lines += ["    " + line for line in table(series)]
     lines += ["    pixels of the loader's first patches beside:"] + ["      " + s for s in seen]
@@ -197,16 +213,20 @@ def table(series: dict[str, Series]) -> list[str]:
     lines = []
     if peers:
         best = max(peers, key=lambda name: rates[name])
-        ours = series[LOADER].rates
-        lines.append(f"loader / best peer      {paired(ours, series[best].rates)}  {best}")
-        if BARE in series:
-            lines.append(f"loader / bare C loop    {paired(ours, series[BARE].rates)}")
-        rest = [name for name in peers if name != best]
-        lines += [f"loader / {name:14s} {paired(ours, series[name].rates)}" for name in rest]
+        lines.append(f"loader / best peer      {ratio(series, best)}  {best}")
+        rest = [name for name in (BARE, *peers) if name in series and name != best]
+        lines += [f"loader / {name:14s} {ratio(series, name)}" for name in rest]
     for name, one in series.items():
         cpu_us = statistics.median(one.cpu_us)
         lines.append(f"{name:16s} {rates[name]:7,.0f} patches/s, {cpu_us:6,.0f} µs of CPU a patch")
     return lines
+
+
+def ratio(series: dict[str, Series], name: str) -> str:
+    """How often the loader's rate holds another's: by the clock, and by CPU time, which drifts less."""
+    ours, theirs = series[LOADER], series[name]
+    cpu = [b / a for a, b in zip(ours.cpu_us, theirs.cpu_us, strict=True)]
+    return f"{paired(ours.rates, theirs.rates)}; by CPU time {statistics.median(cpu):.2f} x"
 
 
 def against_itself(subject: Subject, blocks: int) -> list[str]:
