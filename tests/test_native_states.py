@@ -115,6 +115,20 @@ def test_every_kind_that_is_covered_is_decoded_from_states(name):
     assert gained(before) == {"hits": len(parts)}  # and none failed
 
 
+def test_states_at_stuffed_bytes_are_right_too():
+    native.remember(2**24, 8)
+    random = np.random.default_rng(2)
+    for key in range(1, 13):  # one state in several hundred begins in a byte of ones
+        body = jpeg(quality=98, picture=random.integers(0, 256, (HEIGHT, WIDTH), np.uint8))
+        whole = decode_tile(CODEC, body, WIDTH, HEIGHT)
+        read(body, (0, 0, 1, 1), key)
+        for x in range(4, WIDTH, 8):  # so start at each
+            got, status, _ = read(body, (x, 0, x + 1, HEIGHT), key)
+            assert status == native.OK
+            assert (got == whole[:, x : x + 1]).all()
+    assert native.remembered()["failed"] == 0
+
+
 def test_what_is_not_covered_is_looked_at_once_and_read_as_ever():
     odd = simplejpeg.encode_jpeg(np.ascontiguousarray(PICTURE[:171, :205]), colorsubsampling="420")
     restarts = bytearray(STREAMS["420"])
