@@ -1,0 +1,11 @@
+"""Many slides on disk, opened without reading them.
+
+corpus.py    Corpus: columns, look-ups, one slide's index and mask
+records.py   the fixed-size records, and the checks before one is followed
+packing.py   writes a corpus as a stream of slides
+paging.py    asks for the pages of a batch before they are read
+"""
+
+from online_patching.corpus.corpus import Corpus, TileRows
+
+__all__ = ["Corpus", "TileRows"]
