@@ -79,7 +79,7 @@ class Reads:
         plan.canvases["key"] = keys
         native.read(plan.canvases, plan.tiles, plan.outputs, plan.tables, (), out, 0, len(plan))
         if plan.canvases["status"].any():
-            raise SystemExit(f"{self.name}: {plan.canvases['message'].max().decode()}")
+            raise SystemExit(f"{self.name}: {set(plan.canvases['message'].tolist())}")
         return out
 
     def measured(self, blocks: int) -> list[str]:
