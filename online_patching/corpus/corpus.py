@@ -26,8 +26,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from online_patching import bitmaps
-from online_patching.errors import CorpusError, MaskError
-from online_patching.mask import ForegroundMask
 from online_patching.corpus.packing import FILES, LEFT_OUT, VERSION, Packer, pack_folder
 from online_patching.corpus.paging import MappedFile, Paging
 from online_patching.corpus.records import (
@@ -39,6 +37,8 @@ from online_patching.corpus.records import (
     read_index,
     read_text,
 )
+from online_patching.errors import CorpusError, MaskError
+from online_patching.mask import ForegroundMask
 from online_patching.slide_index import Codec, SlideIndex
 
 _BLOCK_ROWS = 32_768

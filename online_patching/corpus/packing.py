@@ -18,8 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from online_patching.bitmaps import PADDING_BYTES
-from online_patching.errors import CorpusError, PatchingError, StoreError, redact
-from online_patching.mask import ForegroundMask
 from online_patching.corpus.records import (
     CODEC_RECORD,
     KINDS,
@@ -28,6 +26,8 @@ from online_patching.corpus.records import (
     Packed,
     first_wrong,
 )
+from online_patching.errors import CorpusError, PatchingError, StoreError, redact
+from online_patching.mask import ForegroundMask
 from online_patching.slide_index import Codec, SlideIndex
 from online_patching.stores import atomic_write_text, is_remote
 

@@ -38,10 +38,11 @@ from online_patching.loading.processes import START_METHODS, ProcessEngine
 from online_patching.loading.state import load_ledgers, merge_states, save_state
 from online_patching.loading.threads import ThreadEngine
 from online_patching.stats import Stats
-from online_patching.stores import RetryPolicy
+from online_patching.stores import RetryPolicy, is_remote
 
 Gather = Callable[[Any], list[Any]]
 _AGREEMENTS_A_WINDOW = 8
+_REMOTE_PATCHES = 1024
 
 
 class PatchLoader:
@@ -56,10 +57,10 @@ class PatchLoader:
 
     A new stream begins at `first_draw`. `workers` are loader processes (0: threads here), each with
     `threads` decode threads, made by `start_method` (spawn, fork, forkserver). `prefetch` batches a worker
-    are read ahead: no more are ever in flight. `remember_bytes` lets each process remember states inside
-    JPEG tiles, which pays where tiles are touched several times (docs/decisions/0012-restart-states.md).
-    `copy=False` hands out shared memory, to be given back by
-    `batch.release()`.
+    are read ahead, and no more are ever in flight: 2 by default, and behind a network enough for 1,024
+    patches on their way. `remember_bytes` lets each process remember states inside JPEG tiles, which pays
+    where tiles are touched several times (docs/decisions/0012-restart-states.md). `copy=False` hands out
+    shared memory, to be given back by `batch.release()`.
 
     Use it as a context manager, or close it; what ends without is cleaned up too. One thread at a time.
     """
@@ -71,7 +72,7 @@ class PatchLoader:
         *,
         workers: int = 0,
         threads: int = 2,
-        prefetch: int = 2,
+        prefetch: int | None = None,
         bytes_in_flight: int = 64 * 2**20,
         gap_bytes: int = 16 * 2**10,
         remember_bytes: int = 0,
@@ -86,6 +87,8 @@ class PatchLoader:
         start_method: str = "spawn",
         copy: bool = True,
     ) -> None:
+        if prefetch is None:
+            prefetch = _prefetch(sampler, batch_size * max(1, workers))
         _refuse_senseless(batch_size, workers, threads, prefetch, rank, world_size, start_method)
         _refuse_split_reads(batch_size, getattr(sampler, "patches_per_read", 1))
         self.sampler, self.batch_size, self.workers = sampler, batch_size, workers
@@ -290,6 +293,11 @@ def _close_engine(engine: Engine, owner: int) -> None:
 def _joined(lists: list[list[Failure]]) -> list[Failure]:
     """The failures of all ranks."""
     return [Failure(*failure) for one in lists for failure in one]
+
+
+def _prefetch(sampler: DrawSource, patches: int) -> int:
+    """Batches to read ahead, of `patches` in all workers: by where the corpus's first slide is."""
+    return max(2, -(-_REMOTE_PATCHES // patches)) if is_remote(sampler.corpus.uri(0)) else 2
 
 
 def _refuse_senseless(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -183,17 +183,17 @@ class ThreadEngine:
             self.stores.local,
             self.stats,
         )
-        self._arrived(turn, first, stop, failed)
+        self._arrived(turn, range(first, stop), failed)
 
     def _read_remote(self, turn: Turn) -> None:
         """Canvases over HTTP go through the feed, without a task for any; others are awaited."""
         corpus, plan = self.sampler.corpus, turn.plan
         groups = []
+        starts, stops = plan.tiles["start"], plan.tiles["start"] + plan.tiles["length"]
+        every = list(zip(starts.tolist(), stops.tolist(), strict=True))
         for canvas, slide in enumerate(plan.slide.tolist()):
             uri, token = corpus.uri(slide), corpus.token(slide)
-            tiles = plan.tiles[plan.tiles_of(canvas)]
-            starts = tiles["start"].tolist()
-            pieces = list(zip(starts, (tiles["start"] + tiles["length"]).tolist(), strict=True))
+            pieces = every[plan.tiles_of(canvas)]
             ranges = merge_ranges(pieces, self.options.gap_bytes)
             if uri.startswith("http"):
                 groups.append(Group(uri, token, ranges, (turn, canvas, pieces)))
@@ -217,19 +217,34 @@ class ThreadEngine:
             return self._feed
 
     def _take_groups(self, groups: list[Group]) -> None:
-        """Decode what the feed hands over; errors belong to the batches."""
+        """Decode what the feed hands over, one native call for all of a turn; errors belong to batches."""
+        by_turn: dict[Turn, list[Group]] = {}
         for group in groups:
-            turn, canvas, pieces = group.tag
+            by_turn.setdefault(group.tag[0], []).append(group)
+        for turn, some in by_turn.items():
             try:
-                if isinstance(group.error, _REPLACED):
-                    self._arrived(turn, canvas, canvas + 1, {canvas: group.error})
-                elif group.error is not None:
-                    raise group.error
-                else:
-                    count_fetched(pieces, group.ranges, self.stats)
-                    self._remote_bodies(turn, canvas, cut(pieces, group.ranges, group.bodies))
+                self._take_some(turn, some)
             except BaseException as error:
                 turn.batch.fail(error)
+
+    def _take_some(self, turn: Turn, groups: list[Group]) -> None:
+        failed: Failed = {}
+        canvases: list[int] = []
+        bodies: list[bytes] = []
+        for group in groups:
+            _, canvas, pieces = group.tag
+            if isinstance(group.error, _REPLACED):
+                failed[canvas] = group.error
+            elif group.error is not None:
+                raise group.error
+            else:
+                canvases.append(canvas)
+                bodies += cut(pieces, group.ranges, group.bodies)
+                count_fetched(pieces, group.ranges, self.stats)
+        if canvases:
+            batch = turn.batch.pixels
+            failed |= read_bodies(self.sampler.corpus, turn.plan, canvases, bodies, batch)
+        self._arrived(turn, [group.tag[1] for group in groups], failed)
 
     async def _remote_canvas(
         self, turn: Turn, canvas: int, pieces: list[Range], ranges: list[Range]
@@ -245,15 +260,15 @@ class ThreadEngine:
                 bodies = await fetch_ranges(uri, token, pieces, ranges, self.stores, self.stats)
                 await self._pooled(self._remote_bodies, turn, canvas, bodies)
         except _REPLACED as error:
-            await self._pooled(self._arrived, turn, canvas, canvas + 1, {canvas: error})
+            await self._pooled(self._arrived, turn, [canvas], {canvas: error})
 
     def _remote_bodies(self, turn: Turn, canvas: int, bodies: list[bytes]) -> None:
-        failed = read_bodies(self.sampler.corpus, turn.plan, canvas, bodies, turn.batch.pixels)
-        self._arrived(turn, canvas, canvas + 1, failed)
+        failed = read_bodies(self.sampler.corpus, turn.plan, [canvas], bodies, turn.batch.pixels)
+        self._arrived(turn, [canvas], failed)
 
-    def _arrived(self, turn: Turn, first: int, stop: int, failed: Failed) -> None:
-        """Canvases first..stop are there or failed: go on with the rows of which nothing is missing."""
-        good, bad, alone = turn.arrived(first, stop, failed)
+    def _arrived(self, turn: Turn, canvases: Sequence[int], failed: Failed) -> None:
+        """These canvases are there or failed: go on with the rows of which nothing is missing."""
+        good, bad, alone = turn.arrived(canvases, failed)
         if alone:  # a shared canvas failed: only those that touch the damage are to be replaced
             self._read(turn.batch, np.asarray(alone))
         self._settle(turn.batch, good, bad)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -55,25 +55,22 @@ class Turn:
         self.batch, self.plan = batch, plan
         self._row_of = (places // views).tolist()
         self._missing = Counter(self._row_of)
+        outputs = plan.canvases["first_output"].tolist(), plan.canvases["n_outputs"].tolist()
+        self._outputs = list(zip(*outputs, strict=True))
         self._bad: dict[int, tuple[int, PatchingError]] = {}
         self._alone: set[int] = set()
         self._lock = threading.Lock()
 
     def arrived(
-        self, first: int, stop: int, failed: Failed
+        self, canvases: Sequence[int], failed: Failed
     ) -> tuple[list[int], dict[int, PatchingError], list[int]]:
         """Rows of which all is there, rows that failed (with the error), rows to read by themselves."""
-        outputs = (
-            self.plan.canvases["first_output"][first:stop],
-            self.plan.canvases["n_outputs"][first:stop],
-        )
         good: list[int] = []
         bad: dict[int, PatchingError] = {}
         alone: list[int] = []
         with self._lock:
-            for canvas, begin, count in zip(
-                range(first, stop), *map(np.ndarray.tolist, outputs), strict=True
-            ):
+            for canvas in canvases:
+                begin, count = self._outputs[canvas]
                 error = failed.get(canvas)
                 for place in self.plan.row[begin : begin + count].tolist():
                     row = self._row_of[place]

@@ -80,7 +80,12 @@ class ReadingConfig(BaseModel, frozen=True, extra="forbid"):
 
     workers: int = Field(0, ge=0, le=256, description="loader processes; 0: threads in this one")
     threads: int = Field(2, ge=1, le=256, description="decode threads of each process")
-    prefetch: int = Field(2, ge=1, le=64, description="batches read ahead")
+    prefetch: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="batches read ahead; unset: 2, or what a network's latency needs",
+    )
 
 
 class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
