@@ -5,7 +5,10 @@ drawing.py      its pixels at any place and µm/px
 textures.py     what it is woven from
 writers.py      the same as SVS and generic TIFF
 ome_zarr.py     the same as OME-Zarr
-demo_slides.py  the demo's slides, their truth, and patches of known class
+demo.py         the demo's slides, their truth, and patches of known class
+raw_tiff.py     TIFFs tag by tag, right or wrong
+odd_slides.py   JPEG slides of every odd kind, the same bytes everywhere
+hostile.py      files that lie, by number              hostile_seeds.py  what they are made from
 """
 
 from online_patching.testing.demo import (
