@@ -156,15 +156,16 @@ def _from_file(
     slide = int(plan.slide[canvas])
     key, token = keys[slide], corpus.token(slide)
     try:
-        if token and store.version(key)[1] != token:
-            return ObjectChangedError(
-                corpus.uri(slide), "changed since it was indexed. Index it again."
-            )
         tiles = plan.tiles[plan.tiles_of(canvas)]
-        return [
+        bodies = [
             store.read(key, int(t["start"]), int(t["start"] + t["length"])) if t["length"] else b""
             for t in tiles
         ]
+        if token and store.version(key)[1] != token:  # afterwards: old and new are never mixed
+            return ObjectChangedError(
+                corpus.uri(slide), "changed since it was indexed. Index it again."
+            )
+        return bodies
     except (ShortReadError, ObjectNotFoundError) as error:
         return error
 

@@ -25,8 +25,11 @@ DECODER = (
 
 _APP0, _APP14, _SOS = 0xE0, 0xEE, 0xDA
 _EOI_SEARCH_BYTES = 1024
-_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
-_OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}  # DHT, JPG and DAC are no frames
+_FRAMES = frozenset({0xC0, 0xC1})
+# Progressive ones too: what they show while a scan is missing is a guess. DHT, JPG and DAC are no frames.
+_OTHER_FRAMES = frozenset(range(0xC2, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# These have no length: to read one would leave libjpeg to see other segments than we do.
+_BARE = frozenset({0x00, 0x01, 0xFF, *range(0xD0, 0xDA)})
 _ADOBE_TRANSFORM = {"rgb": 0, "ycbcr": 1}
 
 
@@ -53,7 +56,7 @@ def decode_tile(
             pixels = _jpeg(codec, data, width_px, height_px, scale)
         else:
             pixels = _DECODERS[codec.kind](codec, data, width_px, height_px)
-    except BadTileError:
+    except (BadTileError, MemoryError):
         raise
     except Exception as error:  # decoders raise types of their own; all mean the same here
         raise BadTileError(f"{type(error).__name__}: {str(error)[:120]}") from None
@@ -105,8 +108,11 @@ def rebuild_jpeg(codec: Codec, data: bytes, width: int, height: int) -> bytes:
                 raise BadTileError(
                     f"its frame says {found[1]} x {found[0]} px, not {width} x {height}"
                 )
-            if data[position + 9] not in (1, 3):
-                raise BadTileError(f"it has {data[position + 9]} components, not 1 or 3")
+            allowed = (1,) if codec.colour == "gray" else (1, 3)
+            if data[position + 9] not in allowed:
+                raise BadTileError(
+                    f"it has {data[position + 9]} components, not {' or '.join(map(str, allowed))}"
+                )
         if marker == _SOS:
             pieces.append(data[position:])
             return b"".join(pieces)
@@ -128,7 +134,7 @@ def _only_tables(tables: bytes) -> bytes:
 
 
 def _segment(data: bytes, position: int) -> tuple[int, int]:
-    if position + 4 > len(data) or data[position] != 0xFF:
+    if position + 4 > len(data) or data[position] != 0xFF or data[position + 1] in _BARE:
         raise BadTileError("its JPEG header is damaged")
     length = (data[position + 2] << 8) | data[position + 3]
     if length < 2:

@@ -39,7 +39,6 @@ STREAMS = {
     "440": simplejpeg.encode_jpeg(np.ascontiguousarray(PICTURE), colorsubsampling="440"),
     "411": simplejpeg.encode_jpeg(np.ascontiguousarray(PICTURE), colorsubsampling="411"),
     "gray": jpeg(picture=PICTURE[..., 0]),
-    "progressive": jpeg(progressive=True),
 }
 
 
@@ -141,6 +140,55 @@ def test_tables_are_spliced_in_and_never_left_over_from_another_tile():
         decode_tile(Codec("jpeg", "ycbcr"), body, WIDTH, HEIGHT)
 
 
+def _smuggled(good: bytes) -> bytes:
+    """A frame of the right size where a walk goes that gives every marker a length, and a large one
+    where libjpeg looks: FFD0 has none, so for libjpeg the next marker follows at once."""
+    large = bytearray(good[2:])
+    at = large.index(b"\xff\xc0") + 5
+    large[at : at + 4] = (4000).to_bytes(2, "big") * 2
+    assert large[:2] == b"\xff\xe0"  # the walk reads these two as a length and leaps
+    decoy = bytes(0xFFE0 - len(large)) + good[2:]
+    return b"\xff\xd8\xff\xd0" + bytes(large) + decoy
+
+
+def test_a_tile_that_hides_tables_behind_its_scan_changes_no_other_tile():
+    tables, body = split_tables(jpeg())
+    other, _ = split_tables(jpeg(quality=20))
+    evil = body[:-2] + other[2:-2] + b"\xff\xd9"  # read by libjpeg on its way to the end marker
+    whole = decode_tile(Codec("jpeg", "ycbcr", tables), body, WIDTH, HEIGHT)
+    canvas, tile, outputs = np.zeros(2, CANVAS), np.zeros(2, TILE), np.zeros(2, OUTPUT)
+    for i, stream in enumerate((evil, body)):
+        canvas[i] = WHOLE
+        canvas["first_tile"][i], canvas["first_output"][i], canvas["tables"][i] = i, i, 0
+        tile[i] = (0, len(stream), i, 0, 0, WIDTH, HEIGHT, 0, 0, 0)
+        outputs[i] = (
+            0,
+            0,
+            WIDTH,
+            HEIGHT,
+            i * WIDTH * HEIGHT * 3,
+            WIDTH,
+            HEIGHT,
+            0,
+            0,
+            WIDTH,
+            HEIGHT,
+            1,
+            0,
+        )
+    out = np.zeros((2, HEIGHT, WIDTH, 3), np.uint8)
+    native.read(canvas, tile, outputs, (tables,), (evil, body), out, 0, 2)
+    assert canvas["status"][1] == native.OK
+    assert (out[1] == whole).all()
+
+
+def test_three_components_are_no_gray_tile():
+    with pytest.raises(BadTileError, match="3 components"):
+        decode_tile(Codec("jpeg", "gray"), STREAMS["420"], WIDTH, HEIGHT)
+    _, canvas = read(STREAMS["420"], (0, 0, WIDTH, HEIGHT), codec=Codec("jpeg", "gray"))
+    assert canvas["status"] == native.BAD_TILE
+
+
 def _damaged() -> dict[str, bytes]:
     good = STREAMS["420"]
     sof = good.index(b"\xff\xc0")
@@ -152,6 +200,8 @@ def _damaged() -> dict[str, bytes]:
     long_segment = bytearray(good)
     long_segment[4:6] = b"\xff\xff"
     return {
+        "progressive": jpeg(progressive=True),
+        "a frame behind a marker without a length": _smuggled(good),
         "empty-ish": b"\xff\xd8",
         "not a jpeg": b"GIF89a" + good[6:],
         "bomb": bytes(bomb),
@@ -196,7 +246,8 @@ def test_plans_that_contradict_themselves_are_refused():
         ("canvas", "n_tiles", 2), ("canvas", "first_tile", -1), ("canvas", "width", 0), ("canvas", "width", 2**30),
         ("canvas", "tile_width", -5), ("canvas", "scale", 3), ("canvas", "tables", 4), ("canvas", "n_outputs", 9),
         ("tile", "width", WIDTH + 1), ("tile", "x", 1), ("tile", "y", -1), ("tile", "left", -1), ("tile", "body", 1),
-        ("tile", "length", 10), ("output", "target", 1), ("output", "target", -8), ("output", "right", WIDTH + 0.5),
+        ("tile", "length", 10), ("output", "target", 1), ("output", "target", -8), ("output", "target", 2**63 - 100),
+        ("tile", "left", 2**31 - 4), ("output", "right", WIDTH + 0.5),
         ("output", "x", 1), ("output", "box_width", 0), ("output", "box_height", HEIGHT + 1),
         ("output", "left", float("nan")), ("output", "width", 0), ("output", "height", 2**20),
     ]:  # fmt: skip

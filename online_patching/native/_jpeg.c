@@ -23,6 +23,7 @@
 #include <Python.h>
 
 #include <dlfcn.h>
+#include <errno.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdint.h>
@@ -36,6 +37,7 @@
 #include "include/jpeglib.h"
 
 #define MESSAGE_BYTES 120
+#define MADE_PX 64 /* by how much a stream made from states may be wider than its tile: one invented MCU */
 #define CROP_MARGIN_PX 16
 #define ROWS 16 /* asked for at once: what an MCU row may hold */
 #define EOI_SEARCH_BYTES 1024
@@ -179,6 +181,7 @@ static void say(Canvas *canvas, int status, const char *message) {
 /* Tables as bits: 4 for quantisation, 4 for DC and 4 for AC codes. */
 typedef struct {
   unsigned defined, needed;
+  int several; /* scans, with tables between them that nobody here has seen */
 } Tables;
 
 static void note_tables(Tables *tables, int marker, const uint8_t *at, const uint8_t *end) {
@@ -199,7 +202,7 @@ static void note_tables(Tables *tables, int marker, const uint8_t *at, const uin
 /* Walk the segments up to the scan (or the end of tables). 0 when libjpeg may have them. */
 static int check_markers(Canvas *canvas, const uint8_t *data, size_t size, int is_tables, Tables *tables) {
   size_t at = 2;
-  int frames = 0;
+  int frames = 0, components = 0;
   char text[MESSAGE_BYTES];
   if (size < 4 || data[0] != 0xFF || data[1] != 0xD8) {
     say(canvas, BAD_TILE, "it is not a JPEG stream");
@@ -209,6 +212,8 @@ static int check_markers(Canvas *canvas, const uint8_t *data, size_t size, int i
     if (is_tables && at + 4 > size - 2) return 0;
     if (at + 4 > size || data[at] != 0xFF) break;
     int marker = data[at + 1];
+    /* These have no length; to read one would leave libjpeg to see other segments than we do. */
+    if (marker <= 0x01 || (marker >= 0xD0 && marker <= 0xD9) || marker == 0xFF) break;
     size_t length = (size_t)(data[at + 2] << 8 | data[at + 3]);
     if (length < 2 || at + 2 + length > size) break;
     int frame = marker >= 0xC0 && marker <= 0xCF && marker != 0xC4 && marker != 0xC8 && marker != 0xCC;
@@ -217,7 +222,7 @@ static int check_markers(Canvas *canvas, const uint8_t *data, size_t size, int i
       return -1;
     }
     if (frame) {
-      if (marker > 0xC2) {
+      if (marker > 0xC1) { /* progressive ones too: what they show while a scan is missing is a guess */
         snprintf(text, sizeof text, "its frame is of a kind (SOF%d) that slides do not use", marker - 0xC0);
         say(canvas, BAD_TILE, text);
         return -1;
@@ -230,20 +235,22 @@ static int check_markers(Canvas *canvas, const uint8_t *data, size_t size, int i
         say(canvas, BAD_TILE, text);
         return -1;
       }
-      int components = data[at + 9];
-      if (components != 1 && components != 3) {
-        snprintf(text, sizeof text, "it has %d components, not 1 or 3", components);
+      components = data[at + 9];
+      if (components != 1 && (components != 3 || canvas->colour == 2)) {
+        snprintf(text, sizeof text, "it has %d components, not 1%s", components,
+                 canvas->colour == 2 ? "" : " or 3");
         say(canvas, BAD_TILE, text);
         return -1;
       }
       if (length < 8 + 3 * (size_t)components) break;
       for (int i = 0; i < components; i++) tables->needed |= 1u << (data[at + 12 + 3 * i] & 3);
-      if (marker == 0xC2) tables->needed = ~0u; /* progressive: tables come between its scans */
       frames++;
     }
     if (marker == 0xC4 || marker == 0xDB) note_tables(tables, marker, data + at + 4, data + at + 2 + length);
     if (marker == 0xDA) {
       int scanned = data[at + 4];
+      tables->several |= scanned != components;
+      if (tables->several) tables->needed = ~0u;
       if (length < 6 + 2 * (size_t)scanned) break;
       for (int i = 0; i < scanned; i++) {
         int numbers = data[at + 6 + 2 * i];
@@ -301,9 +308,11 @@ static void open_stream(Worker *w, const Canvas *canvas, const Job *job, const u
     source_set(&w->source, tables->data, (size_t)tables->size);
     if (jpeg.read_header(cinfo, FALSE) != JPEG_HEADER_TABLES_ONLY) fail(w, "its JPEG tables hold a picture");
   }
-  w->loaded = job->own.defined ? NULL : tables->data;
+  w->loaded = job->own.defined || job->own.several ? NULL : tables->data;
   source_set(&w->source, data, size);
   jpeg.read_header(cinfo, TRUE);
+  if ((int)cinfo->image_width > canvas->tile_width + MADE_PX || (int)cinfo->image_height > canvas->tile_height)
+    fail(w, "its frame is larger than its tile"); /* whatever the walk over its markers saw */
   if (cinfo->num_components == 3)
     cinfo->jpeg_color_space = canvas->colour == 0 ? JCS_RGB : JCS_YCbCr;
   cinfo->out_color_space = job->channels == 4 ? JCS_EXT_RGBX : JCS_RGB;
@@ -321,7 +330,8 @@ static int decode_stream(Worker *w, Canvas *canvas, const Tile *tile, const Job 
   if (setjmp(w->errors.back)) {
     jpeg.abort(cinfo);
     w->loaded = NULL;
-    say(canvas, BAD_TILE, w->errors.message);
+    int memory = !strncmp(w->errors.message, "Insufficient memory", 19);
+    say(canvas, memory ? NO_MEMORY : BAD_TILE, w->errors.message);
     return -1;
   }
   open_stream(w, canvas, job, stream->data, stream->size);
@@ -354,10 +364,12 @@ static int decode_stream(Worker *w, Canvas *canvas, const Tile *tile, const Job 
     int got = (int)jpeg.read_scanlines(cinfo, rows, (JDIMENSION)want);
     for (int r = 0; r < got; r++, done++, out += stride) memcpy(out, rows[r] + offset, bytes);
   }
-  if (cinfo->output_scanline == cinfo->output_height)
+  if (cinfo->output_scanline == cinfo->output_height) {
     jpeg.finish(cinfo); /* whatever is wrong up to the end marker is still seen */
-  else
+    w->loaded = NULL;   /* and tables that stand before it have replaced ours */
+  } else {
     jpeg.abort(cinfo);
+  }
   return 0;
 }
 
@@ -376,7 +388,7 @@ static int decode_from_states(Worker *w, Canvas *canvas, const Tile *tile, const
 
 /* Decode the seen part of a tile onto the canvas. */
 static int decode_tile(Worker *w, Canvas *canvas, const Tile *tile, Job *job, const uint8_t *data, size_t size) {
-  job->own = (Tables){0, 0};
+  job->own = (Tables){0, 0, 0};
   if (check_markers(canvas, data, size, 0, &job->own)) return -1;
   if (!has_end_marker(data, size)) {
     say(canvas, BAD_TILE, "it ends before its picture does");
@@ -591,12 +603,17 @@ static int file_is_the_same(Canvas *canvas) {
 }
 
 static int pread_all(Worker *w, Canvas *canvas, const Tile *tile) {
-  if (tile->length > MAX_TILE_BYTES || grow(&w->file, &w->file_size, (size_t)tile->length)) {
+  if (tile->length > MAX_TILE_BYTES) {
+    say(canvas, BAD_TILE, "it is larger than 256 MB");
+    return -1;
+  }
+  if (grow(&w->file, &w->file_size, (size_t)tile->length)) {
     say(canvas, NO_MEMORY, "no memory");
     return -1;
   }
   for (int64_t done = 0; done < tile->length;) {
     ssize_t got = pread(canvas->fd, w->file + done, (size_t)(tile->length - done), tile->start + done);
+    if (got < 0 && errno == EINTR) continue;
     if (got < 0) {
       say(canvas, IO_ERROR, "cannot be read");
       return -1;
@@ -662,9 +679,13 @@ static void read_canvas(Worker *w, Canvas *canvas, const Tile *tiles, const Outp
     }
     const Bytes none = {NULL, 0};
     const Bytes *own = canvas->tables >= 0 ? tables + canvas->tables : &none;
-    Job job = {own, {0, 0}, {0, 0}, pixels, channels};
+    Job job = {own, {0, 0, 0}, {0, 0, 0}, pixels, channels};
     if (own->size && check_markers(canvas, own->data, (size_t)own->size, 1, &job.shared)) return;
     if (decode_tile(w, canvas, tile, &job, data, size)) return;
+  }
+  if (!file_is_the_same(canvas)) { /* nor was it while we read: old and new bytes are never mixed */
+    say(canvas, CHANGED, "changed since it was indexed");
+    return;
   }
   if (direct) return;
   for (int i = 0; i < canvas->n_outputs; i++) {
@@ -726,7 +747,9 @@ static const char *check_canvas(const Canvas *c, const Tile *tiles, Py_ssize_t n
   for (int i = 0; i < c->n_tiles; i++) {
     const Tile *t = tiles + c->first_tile + i;
     if (t->length < 0 || t->start < 0) return "byte range";
-    if (t->left < 0 || t->top < 0 || t->width < 1 || t->height < 1) return "seen part";
+    if (t->left < 0 || t->top < 0 || t->width < 1 || t->height < 1 ||
+        t->left > c->tile_width - t->width || t->top > c->tile_height - t->height)
+      return "seen part";
     if (t->x < 0 || t->y < 0 || t->x > c->width - t->width || t->y > c->height - t->height) return "paste box";
     if (c->fd < 0 && t->length &&
         (t->body < 0 || t->body >= n_bodies || bodies[t->body].size != t->length))
@@ -735,7 +758,8 @@ static const char *check_canvas(const Canvas *c, const Tile *tiles, Py_ssize_t n
   for (int i = 0; i < c->n_outputs; i++) {
     const Output *o = outputs + c->first_output + i;
     if (o->width < 1 || o->height < 1 || o->width > 65536 || o->height > 65536) return "patch size";
-    if (o->target < 0 || o->target + (int64_t)o->width * o->height * 3 > batch_size) return "target";
+    int64_t need = (int64_t)o->width * o->height * 3;
+    if (o->target < 0 || need > batch_size || o->target > batch_size - need) return "target";
     if (o->x < 0 || o->y < 0 || o->box_width < 1 || o->box_height < 1 || o->x > c->width - o->box_width ||
         o->y > c->height - o->box_height)
       return "box";
