@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from online_patching.corpus import Corpus
 from online_patching.corpus.records import READERS
-from online_patching.plan import DCT_SCALES, EXACT_WITHIN_PX, LEVEL_TOLERANCE
+from online_patching.plan import DCT_SCALES, EXACT_WITHIN_PX, HALF, LEVEL_TOLERANCE
 from online_patching.sampling.levels import choose_levels
 from online_patching.sampling.sampler import Draws
 from online_patching.slide_index import Codec
@@ -220,7 +220,7 @@ def _boxes(
     """plan.plan_window: (left, top, right, bottom) of what is read, the window in it, whether it is exact."""
     end = corner + side
     exact = np.asarray((np.abs(end - corner - size_px) < EXACT_WITHIN_PX).all(axis=1))
-    whole = np.floor(corner + 0.5)
+    whole = np.floor(corner + HALF)
     margin = np.ceil(np.maximum(1.0, (end - corner) / size_px)) + 1
     loose = np.hstack([np.floor(corner) - margin, np.ceil(end) + margin])
     box = np.where(exact[:, None], np.hstack([whole, whole + size_px]), loose)

@@ -26,23 +26,26 @@ Messages say what, where, the numbers and the remedy, in one line; the facts are
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit, urlunsplit
+import re
+
+_NEXT_LINK = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]*://)")  # not the '::' of an IPv6 address
 
 
 def redact(uri: str) -> str:
     """A URI without user and password and, for http(s), without query and fragment.
 
     What is left may be logged and stored. In object stores `?` and `#` are part of a name. Chained
-    fsspec URIs (`simplecache::https://...`) are redacted link by link.
+    fsspec URIs (`simplecache::https://...`) are redacted link by link. Any string at all has an answer:
+    messages about URIs that are none are made with it too.
     """
-    if "::" in uri:
-        return "::".join(redact(link) for link in uri.split("::"))
-    if "://" not in uri:
+    links = _NEXT_LINK.split(uri)
+    if len(links) > 1:
+        return "::".join(map(redact, links))
+    scheme, mark, rest = uri.partition("://")
+    if not mark:
         return uri
-    scheme, _, rest = uri.partition("://")
-    if scheme in ("http", "https"):
-        parts = urlsplit(uri)
-        return urlunsplit((scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    if scheme.lower() in ("http", "https"):
+        rest = re.split("[?#]", rest, maxsplit=1)[0]
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 

@@ -22,6 +22,9 @@ EXACT_WITHIN_PX = 0.5
 off by less than half a pixel at its far edge."""
 
 
+HALF = 0.5 + 1e-6
+"""What is added before rounding down to the nearest pixel."""
+
 DCT_SCALES = (8, 4, 2)
 """How much smaller a JPEG tile can be decoded, the largest first."""
 
@@ -175,5 +178,9 @@ def merge_ranges(
 
 
 def round_half_up(value: float) -> int:
-    """The nearest whole pixel; halves go up, so that neighbouring boxes tile."""
-    return math.floor(value + 0.5)
+    """The nearest whole pixel; halves go up, so that neighbouring boxes tile.
+
+    What is a millionth of a pixel short of a half counts as one: a place given in µm and the same one in
+    pixels must not come out a pixel apart.
+    """
+    return math.floor(value + HALF)

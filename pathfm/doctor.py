@@ -44,7 +44,7 @@ _REQUIRED = (
     ("safetensors", "safetensors", "weights"),
     ("scikit-learn", "sklearn", "oracle of the probes"),
     ("mlflow", "mlflow", "run tracking"),
-    ("tifffile", "tifffile", "TIFF headers"),
+    ("tifffile", "tifffile", "synthetic slides"),
     ("zarr", "zarr", "OME-Zarr"),
     ("imagecodecs", "imagecodecs", "JPEG 2000, LZW, deflate"),
     ("simplejpeg", "simplejpeg", "JPEG tiles"),

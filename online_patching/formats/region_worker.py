@@ -8,6 +8,7 @@ files and latch errors; here that costs a slide, not the run. See fallback.py fo
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import OrderedDict
 from typing import Any
@@ -60,18 +61,27 @@ def _region(slide: Any, level: int, x: int, y: int, w: int, h: int) -> bytes:
     return np.ascontiguousarray(rgb, dtype=np.uint8).tobytes()
 
 
+def _version(uri: str) -> tuple[int, int]:
+    """Size and time of a local file, so that a slide put in another's place is opened anew."""
+    try:
+        now = os.stat(uri)
+    except OSError:
+        return 0, 0
+    return now.st_size, now.st_mtime_ns
+
+
 def main() -> None:
     """Answer requests until standard input ends."""
-    slides: OrderedDict[tuple[str, str], Any] = OrderedDict()
+    slides: OrderedDict[tuple[str, str, tuple[int, int]], Any] = OrderedDict()
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # a library's print must not enter the protocol
     for line in stdin:
         request = json.loads(line)
         body = b""
         try:
-            key = (request["uri"], request["reader"])
+            key = (request["uri"], request["reader"], _version(request["uri"]))
             if key not in slides:
-                slides[key] = _open(*key)
+                slides[key] = _open(*key[:2])
                 while len(slides) > _MAX_OPEN_SLIDES:
                     slides.popitem(last=False)[1].close()
             slides.move_to_end(key)

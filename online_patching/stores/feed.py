@@ -95,25 +95,32 @@ class Feed:
 
     def _start(self, group: Group) -> None:
         self._reading.add(group)
-        for number, (start, stop) in enumerate(group.ranges):
-            done = partial(self._answered, group, number)
-            group.reads.append(self._store.start(group.key, start, stop, group.token, done))
+        try:
+            for number, (start, stop) in enumerate(group.ranges):
+                done = partial(self._answered, group, number)
+                group.reads.append(self._store.start(group.key, start, stop, group.token, done))
+        except Exception as error:  # nobody else would hear of it: the loop called us
+            return self._failed(group, error)
         if not group.ranges:
             self._complete(group)
+        return None
 
     def _answered(
         self, group: Group, number: int, body: bytes | None, error: Exception | None
     ) -> None:
         group.left -= 1
-        if body is not None:
-            group.bodies[number] = body
-        elif group.error is None:
-            group.error = error
-            for read in group.reads:  # the rest of it is of no use
-                read.cancel()
-            group.left = 0
+        if error is not None:
+            return self._failed(group, error)
+        group.bodies[number] = body or b""
         if not group.left:
             self._complete(group)
+        return None
+
+    def _failed(self, group: Group, error: Exception) -> None:
+        group.error, group.left = error, 0
+        for read in group.reads:  # the rest of it is of no use
+            read.cancel()
+        self._complete(group)
 
     def _complete(self, group: Group) -> None:
         self._reading.discard(group)

@@ -149,11 +149,11 @@ class RangeRead:
         self._done: Done | None = done
         self._failed = 0
         self._step: Get | asyncio.Handle | asyncio.Task[None] | None = None
-        store.active.add(self)
         if start < stop:
-            self._try()
+            self._try()  # raises in the asker when the key is no URL
         else:
             self._step = asyncio.get_running_loop().call_soon(self._end, b"", None)
+        store.active.add(self)
 
     def cancel(self) -> None:
         """Let go of it: `done` is not called any more."""

@@ -26,10 +26,11 @@ MAX_HEAD_BYTES = 16 * 2**10
 
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _HEAD = re.compile(
-    r"HTTP/1\.1 ([1-9]\d\d)(?: [^\r\n\0]*)?((?:\r\n[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*)*)"
+    r"HTTP/1\.([01]) ([1-9]\d\d)(?: [^\r\n\0]*)?((?:\r\n[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*)*)"
 )
 _FIELDS = re.compile(
-    r"\r\n(connection|content-length|content-range|etag|last-modified|transfer-encoding):([^\r]*)",
+    r"\r\n(connection|content-encoding|content-length|content-range|etag|last-modified"
+    r"|transfer-encoding):([^\r]*)",
     re.IGNORECASE,
 )
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18})")
@@ -43,8 +44,8 @@ class UnusualAnswerError(Exception):
 class Head:
     """What an answer's head says about its object: '' or -1 for what it does not say.
 
-    `length` is Content-Length in bytes, `token` the ETag (or else Last-Modified), `keep` whether
-    the connection may carry another request.
+    `length` is Content-Length in bytes, `token` the ETag (or else Last-Modified), `encoding` the
+    Content-Encoding, `keep` whether the connection may carry another request.
     """
 
     status: int
@@ -52,29 +53,37 @@ class Head:
     token: str = ""
     length: int = -1
     keep: bool = True
+    encoding: str = ""
 
     @classmethod
     def of(cls, status: int, headers: Mapping[str, str]) -> Head:
         """The same from another client's parsed answer, whose body that client counts."""
         token = headers.get("ETag") or headers.get("Last-Modified", "")
-        return cls(status, headers.get("Content-Range", ""), token)
+        encoding = headers.get("Content-Encoding", "")
+        return cls(status, headers.get("Content-Range", ""), token, encoding=encoding)
 
 
 def parse_head(data: bytes) -> Head:
     """The head of a response, given without its closing blank line.
 
     Raises UnusualAnswerError for anything that RFC 9112 lets a recipient refuse, and for what only
-    a complete client should handle: redirects, interim answers, transfer encodings.
+    a complete client should handle: redirects, interim answers, transfer encodings. Of an error (400
+    and above) only the status and Content-Range matter, as its body is not read: object stores and
+    proxies say "slow down" in chunks or in HTTP/1.0.
     """
     text = data.decode("latin-1")
     match = _HEAD.fullmatch(text)
     if match is None:
         raise UnusualAnswerError(f"a head that begins {text[:40]!r}")
-    fields = _FIELDS.findall(match[2])
+    status, fields = int(match[2]), _FIELDS.findall(match[3])
     kept = {name.lower(): value.strip(" \t") for name, value in fields}
+    if status >= 400:
+        return Head(status, kept.get("content-range", ""), keep=False)
+    if match[1] == "0":
+        raise UnusualAnswerError("HTTP/1.0")
     if len(kept) != len(fields):
         raise UnusualAnswerError("a header twice")
-    return _head(int(match[1]), kept)
+    return _head(status, kept)
 
 
 def _head(status: int, kept: dict[str, str]) -> Head:
@@ -93,20 +102,40 @@ def _head(status: int, kept: dict[str, str]) -> Head:
         kept.get("etag") or kept.get("last-modified", ""),
         int(length) if length else -1,
         kept.get("connection", "keep-alive").lower() == "keep-alive",
+        kept.get("content-encoding", ""),
     )
 
 
 def check_token(key: str, head: Head, token: str) -> None:
-    """ObjectChangedError when the answer is about another version than `token` ('' : any)."""
-    if token and head.token and head.status in (200, 206) and head.token != token:
+    """ObjectChangedError when the answer is not known to be about the version `token` ('' : any)."""
+    if not token or head.token == token or head.status not in (200, 206):
+        return
+    if head.token:
         raise ObjectChangedError(
             redact(key), "changed since it was indexed (ETag). Index it again."
+        )
+    raise ObjectChangedError(
+        redact(key),
+        "had an ETag or Last-Modified when it was indexed, and is answered without: it may be another "
+        "object. Index it again.",
+    )
+
+
+def check_encoding(key: str, head: Head) -> None:
+    """StoreError when the body is not the object's own bytes: we asked for no encoding."""
+    # aws-chunked is how it was uploaded; some object stores repeat it with the plain bytes.
+    if head.encoding.lower() not in ("", "identity", "aws-chunked"):
+        raise StoreError(
+            redact(key),
+            f"the server sends it encoded (Content-Encoding {head.encoding[:40]!r}) though asked not "
+            "to. Store and serve it without.",
         )
 
 
 def check_range(key: str, head: Head, start: int, stop: int) -> None:
     """Returns when the answer holds exactly the bytes start..stop; raises what it is otherwise."""
     if head.status == 206:
+        check_encoding(key, head)
         first, last, size = content_range(key, head)
         if first == start and last == stop - 1:
             return check_length(key, head, stop - start)

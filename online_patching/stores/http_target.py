@@ -10,6 +10,8 @@ from urllib.request import getproxies_environment, proxy_bypass_environment  # t
 
 from yarl import URL
 
+from online_patching.errors import StoreError, redact
+
 Origin = tuple[str, str, int]
 """(scheme, host, port): what a connection may be shared between."""
 
@@ -47,10 +49,21 @@ def _is_here(host: str) -> bool:
         return host == "localhost"
 
 
+def parse_url(key: str) -> URL:
+    """A URL in parts; StoreError when it is none."""
+    try:
+        return URL(key)
+    except ValueError as error:
+        raise StoreError(redact(key), f"is not a URL: {error}.") from None
+
+
 @lru_cache(4096)
 def target_of(key: str) -> Target | None:
-    """What a plain http(s) URL means to a RangeClient; None when it needs a complete client."""
-    url = URL(key)
+    """What a plain http(s) URL means to a RangeClient; None when it needs a complete client.
+
+    StoreError when it is no URL.
+    """
+    url = parse_url(key)
     host, port = url.raw_host, url.port
     if url.scheme not in ("http", "https") or not host or not port or url.raw_user is not None:
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,7 @@ class _Pool:
     """One origin's connections: free ones, how many there are and are being made, and who waits."""
 
     idle: list[Connection] = field(default_factory=list)
-    waiting: deque[Get] = field(default_factory=deque)
+    waiting: OrderedDict[Get, None] = field(default_factory=OrderedDict)  # oldest first
     live: int = 0
     connecting: int = 0
     addresses: list[tuple[str, int]] = field(default_factory=list)
@@ -40,11 +40,26 @@ class _Pool:
     resolved_at: float = -1e9
     resolving: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    @property
+    def held(self) -> int:
+        """Connections that it has or is making."""
+        return self.live + self.connecting
+
+    @property
+    def wants(self) -> bool:
+        """Whether another connection would be made for it, had it room."""
+        return len(self.waiting) > self.connecting < _MOST_CONNECTING
+
+    def next(self) -> Get:
+        """Take the oldest waiting request."""
+        return self.waiting.popitem(last=False)[0]
+
 
 class RangeClient:
     """Range GETs over at most `connections` connections in all. Use it on one event loop only.
 
-    Requests are sent in the order of asking. The clock of a try starts when its request is sent.
+    Requests are sent in the order of asking, those of one origin; origins that wait share the
+    connections equally. The clock of a try starts when its request is sent.
     `stale` counts the requests sent again because a kept connection turned out to be closed.
     """
 
@@ -76,7 +91,7 @@ class RangeClient:
             if connection.usable:
                 self._send(connection, get)
                 return get
-        pool.waiting.append(get)
+        pool.waiting[get] = None
         self._grow(target.origin, pool)
         return get
 
@@ -86,9 +101,7 @@ class RangeClient:
             get.connection.get = None
             get.connection.abort()
         else:
-            pool = self._pools[get.origin]
-            if get in pool.waiting:
-                pool.waiting.remove(get)
+            self._pools[get.origin].waiting.pop(get, None)
 
     async def close(self) -> None:
         """Drop every connection. Requests under way are forgotten: cancel or fail them before."""
@@ -107,12 +120,16 @@ class RangeClient:
     # --- what connections tell -----------------------------------------------------------------
 
     def free(self, connection: Connection) -> None:
-        """Send the oldest waiting request of its origin, or keep it for the next."""
+        """Send the oldest waiting request of its origin, keep it for the next, or make room."""
         pool = self._pools.get(connection.origin)
         if pool is None or not connection.usable:
             connection.abort()
         elif pool.waiting:
-            self._send(connection, pool.waiting.popleft())
+            if connection.answers and len(self._pools) > 1 and self._is_owed(pool):
+                self.lost(connection)  # now, not when it has closed: others may be freed meanwhile
+                connection.abort()
+            else:
+                self._send(connection, pool.next())
         else:
             pool.idle.append(connection)
             if len(self._pools) > 1:
@@ -135,7 +152,8 @@ class RangeClient:
         """Send a request that met a stale connection before all others."""
         self.stale += 1
         pool = self._pools[get.origin]
-        pool.waiting.appendleft(get)
+        pool.waiting[get] = None
+        pool.waiting.move_to_end(get, last=False)
         self._grow(get.origin, pool)
 
     # --- connections ---------------------------------------------------------------------------
@@ -146,14 +164,27 @@ class RangeClient:
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(self._sweep_s, self._sweep)
 
+    def _is_owed(self, pool: _Pool) -> bool:
+        """Whether one of this origin's connections should go to another that waits with fewer.
+
+        Fewer by two at least, or none: the last one would go to and fro.
+        """
+        if len(self._live) + self._connecting < self.connections:
+            return False
+        return any(
+            other.wants and (not other.held or other.held + 1 < pool.held)
+            for other in self._pools.values()
+            if other is not pool
+        )
+
     def _grow_others(self) -> None:
-        for origin, pool in self._pools.items():
-            if pool.waiting:
-                self._grow(origin, pool)
+        waiting = [item for item in self._pools.items() if item[1].waiting]
+        for origin, pool in sorted(waiting, key=lambda item: item[1].held):
+            self._grow(origin, pool)
 
     def _grow(self, origin: Origin, pool: _Pool) -> None:
         """Begin as many connections as requests wait for, within the limits."""
-        while len(pool.waiting) > pool.connecting < _MOST_CONNECTING and self._has_room():
+        while pool.wants and self._has_room():
             pool.connecting += 1
             self._connecting += 1
             task = self._loop.create_task(self._connect(origin, pool))
@@ -182,6 +213,11 @@ class RangeClient:
             )
         except OSError as error:
             problem = TransientError(f"cannot connect ({type(error).__name__})")
+        except Exception as error:  # of a host that is no name; whoever waits must hear of anything
+            problem = StoreError(
+                f"{origin[0]}://{origin[1]}",
+                f"cannot be connected to ({type(error).__name__}). Check the URL.",
+            )
         else:
             pool.live += 1
             self._live.add(connection)
@@ -191,7 +227,7 @@ class RangeClient:
             self._connecting -= 1
         # A host that does not answer at all fails everybody: 64 at a time would take for ever.
         failed = len(pool.waiting) if pool.live == 0 else min(1, len(pool.waiting))
-        for get in [pool.waiting.popleft() for _ in range(failed)]:
+        for get in [pool.next() for _ in range(failed)]:
             get.done(None, problem)
         self._grow_others()
         return None
