@@ -21,8 +21,11 @@ class Reads:
     def __init__(self) -> None:
         self.started: list[tuple[int, int, Done]] = []
         self.cancelled: list[int] = []
+        self.refused: dict[int, Exception] = {}  # by start: what asking raises
 
     def start(self, key: str, start: int, stop: int, token: str, done: Done) -> Reads.One:
+        if start in self.refused:
+            raise self.refused[start]
         self.started.append((start, stop, done))
         return Reads.One(self, start)
 
@@ -138,6 +141,20 @@ def test_an_error_ends_its_group_and_the_rest_of_it_is_not_read(rig: Rig) -> Non
     assert [one.error for one in rig.taken[0]] == [gone]
     assert 0 in rig.reads.cancelled
     assert 2000 in rig.reads.cancelled
+    assert rig.feed.in_flight == 0
+
+
+def test_a_group_that_cannot_be_asked_for_is_handed_over_with_its_error(rig: Rig) -> None:
+    """Raised into the loop it would be lost, and who waits for the group would wait for ever."""
+    bad = errors.StoreError("k", "is not a URL.")
+    rig.reads.refused[1000] = bad
+    rig.feed.ask([group(10, 10, tag="a"), group(20, tag="b")])
+    rig.on_loop()
+    rig.answer(1)  # b's
+    rig.decode(2)
+    taken = [one for groups in rig.taken for one in groups]
+    assert [(one.tag, one.error) for one in taken] == [("a", bad), ("b", None)]
+    assert rig.reads.cancelled == [0]
     assert rig.feed.in_flight == 0
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import shutil
 import threading
 import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from online_patching import (
     ForegroundMask,
@@ -123,6 +126,34 @@ def test_a_missing_object_and_a_dead_server(fault_server, stores):
         read_slide_index(f"{fault_server.url}/none.svs", stores=stores)
     with pytest.raises(errors.StoreUnavailableError, match="failed 3 times"):
         read_slide_index("http://127.0.0.1:9/a.svs", stores=stores)
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".example", "[::1]:9", "[::1"])
+def test_a_host_that_cannot_be_asked_ends_a_loader_with_one_error(small_indexes, host):
+    """An error that gets lost on the way hangs it."""
+    index = dataclasses.replace(small_indexes[0], uri=f"http://{host}/a.svs")
+    sampler = PatchSampler([index], [ForegroundMask.everything(index)], size_px=64, mpp=[0.5])
+    told: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            loader.next_batch()
+        except Exception as error:
+            told.append(error)
+
+    with PatchLoader(sampler, 4, retry=QUICK) as loader:
+        asker = threading.Thread(target=ask, daemon=True)
+        asker.start()
+        asker.join(20)
+    assert [isinstance(error, errors.StoreError) for error in told] == [True]
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".example", "[::1]:9", "[::1"])
+def test_a_host_that_cannot_be_asked_is_a_store_error_everywhere(stores, host):
+    for ask in (stores.version, lambda uri: stores.read(uri, 0, 9)):
+        with pytest.raises(errors.StoreError):
+            ask(f"http://{host}/a.svs")
+    assert not stores.http().active
 
 
 def test_a_slide_replaced_in_mid_run_is_noticed_and_never_mixed(
@@ -275,6 +306,28 @@ def test_secrets_do_not_survive_redaction():
         redact("simplecache::https://user:pw@host/a.svs?s=1") == "simplecache::https://host/a.svs"
     )
     assert redact("s3://bucket/a#1.svs?x") == "s3://bucket/a#1.svs?x"  # a name, in an object store
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://user:pw@[::1]:9/a.svs?s=1", "http://[::1]:9/a.svs"),
+        ("http://[fe80::1%25eth0]:80/x", "http://[fe80::1%25eth0]:80/x"),
+        ("zip://a.svs::https://u:p@h/a.zip?sig=SECRET", "zip://a.svs::https://h/a.zip"),
+        ("a::b::s3://k:secret@bucket/x", "a::b::s3://bucket/x"),
+        ("HTTPS://u:p@h/a?sig=SECRET", "HTTPS://h/a"),
+        ("https://u:p@h?sig=SECRET", "https://h"),
+        ("http://u:p@[::1/x?s", "http://[::1/x"),  # no URL, but a message must be made about it
+    ],
+)
+def test_redaction_knows_ipv6_chains_and_what_is_no_url(uri, shown):
+    assert redact(uri) == shown
+
+
+@given(st.text(st.sampled_from("htps:/@[]?#%.a1\n") | st.characters(), max_size=60))
+def test_redaction_of_anything_is_no_error(rest):
+    for uri in (rest, f"http://{rest}", f"https://u:SECRET@h/{rest}"):
+        assert "SECRET" not in redact(uri)
 
 
 def test_any_fsspec_filesystem_serves_a_slide(small_slides, small_indexes):

@@ -389,3 +389,16 @@ def test_context_views_have_an_axis_of_their_own(sampler):
 
     assert batch_shape(Views(), 5) == (5, 3, 32, 32, 3)
     assert batch_shape(sampler, 5) == (5, 80, 80, 3)
+
+
+def test_a_batch_released_twice_gives_nobody_else_s_place_away(sampler):
+    with PatchLoader(sampler, 8, workers=1, prefetch=1, copy=False) as loader:
+        first = next(loader)
+        first.release()
+        second = next(loader)
+        kept = second.pixels.copy()
+        first.release()
+        third = next(loader)
+        assert (second.pixels == kept).all()
+        second.release()
+        third.release()

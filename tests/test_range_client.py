@@ -6,18 +6,22 @@ import asyncio
 import os
 import re
 import shutil
+import socket
+import ssl
 import subprocess
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from email.parser import BytesParser
 from pathlib import Path
 
+import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from online_patching import errors
-from online_patching.stores import HttpStore, RetryPolicy
+from online_patching.stores import HttpStore, RetryPolicy, range_client, redirects
 from online_patching.stores.http_answer import MAX_HEAD_BYTES, UnusualAnswerError, parse_head
 from online_patching.stores.http_target import proxy_for, request_of, target_of
 from online_patching.stores.range_client import RangeClient
@@ -173,6 +177,8 @@ def test_whatever_arrives_is_the_range_or_an_error(data: tuple[bytes, list[int]]
         (answer("Content-Range: bytes 1000-1199/1200"), errors.ShortReadError, "1,200 bytes"),
         (answer("Content-Range:"), errors.RangeIgnoredError, "is not one"),
         (answer('ETag: "other"'), errors.ObjectChangedError, "changed"),
+        (answer("ETag:"), errors.ObjectChangedError, "answered without"),
+        (answer("Content-Encoding: gzip"), errors.StoreError, "Content-Encoding 'gzip'"),
         (answer(status="200 OK"), errors.RangeIgnoredError, "ignores byte ranges"),
         (answer(status="204 No Content"), errors.StoreError, "HTTP 204"),
         (answer(status="404 Not Found"), errors.ObjectNotFoundError, "HTTP 404"),
@@ -180,6 +186,13 @@ def test_whatever_arrives_is_the_range_or_an_error(data: tuple[bytes, list[int]]
         (answer(status="412 Precondition Failed"), errors.ObjectChangedError, "HTTP 412"),
         (answer("Content-Range: bytes */900", status="416 x"), errors.ShortReadError, "900 bytes"),
         (answer(status="429 Too Many Requests"), TransientError, "HTTP 429"),
+        (answer("Transfer-Encoding: chunked", status="503 x"), TransientError, "HTTP 503"),
+        (
+            answer(status="502 x").replace(b"HTTP/1.1", b"HTTP/1.0"),
+            TransientError,
+            "HTTP 502",
+        ),
+        (answer("Content-Length: x", status="404 x"), errors.ObjectNotFoundError, "HTTP 404"),
     ],
 )
 def test_each_answer_that_is_not_the_range_is_one_clear_error(
@@ -189,6 +202,11 @@ def test_each_answer_that_is_not_the_range_is_one_clear_error(
     assert [type(got) for _, got in told] == [error]
     assert words in str(told[0][1])
     assert not kept
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", "", "aws-chunked"])
+def test_an_encoding_that_is_none_is_none(encoding: str) -> None:
+    assert feed(answer(f"Content-Encoding: {encoding}"), [])[0] == [(BODY, None)]
 
 
 @pytest.mark.parametrize("data", [answer("Connection: close"), answer(body=BODY + b"more")])
@@ -233,10 +251,12 @@ async def serving(serve: Serve, **more: object):
     try:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
+        server.close()
+        await asyncio.sleep(0.01)  # what was accepted has its task by then
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        server.close()
+        await asyncio.sleep(0)  # and is closed
 
 
 def always(data: bytes, requests: list[bytes] | None = None, wait_s: float = 0.0) -> Serve:
@@ -430,6 +450,236 @@ def test_what_is_unusual_is_read_by_aiohttp_and_remembered(unusual: str) -> None
     run(work())
 
 
+def test_a_server_that_says_slow_down_in_chunks_is_retried_and_keeps_the_small_client() -> None:
+    async def work() -> None:
+        requests: list[bytes] = []
+        slow_down = (
+            b"HTTP/1.1 503 Slow Down\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+        )
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while True:
+                requests.append(await reader.readuntil(b"\r\n\r\n"))
+                writer.write(slow_down if len(requests) == 1 else answer())
+
+        async with serving(serve) as address:
+            store = HttpStore(QUICK)
+            for _ in range(3):
+                assert await read(store, address) == BODY
+            assert store.retries == 1
+            await store.close()
+        assert [b"online_patching" in asked for asked in requests] == [True] * 4
+
+    run(work())
+
+
+def test_whole_objects_are_not_taken_encoded_either() -> None:
+    async def work() -> None:
+        data = answer("Content-Encoding: gzip", status="200 OK")
+        async with serving(always(data)) as address:
+            store = HttpStore(QUICK)
+            with pytest.raises(errors.StoreError, match="Content-Encoding 'gzip'"):
+                await store.read(f"http://{address}/a", 0, None)
+            await store.close()
+
+    run(work())
+
+
+def test_cancelling_asks_nothing_of_those_who_still_wait() -> None:
+    """Cancelled ones are never sent, the rest in order. Nobody is compared with: that took n^2 steps."""
+    compared = 0
+
+    class Counted(Get):
+        __slots__ = ()
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return self is other
+
+        __hash__ = object.__hash__
+
+    async def work() -> None:
+        requests: list[bytes] = []
+        async with serving(always(answer(), requests)) as address:
+            client = RangeClient(QUICK, connections=1)
+            done: list[int] = []
+            gets = [
+                client.start(
+                    target_of(f"http://{address}/{i}"),
+                    "k",
+                    START,
+                    STOP,
+                    "",
+                    lambda *_, i=i: done.append(i),
+                )
+                for i in range(200)
+            ]
+            kept = set(range(0, 200, 20))
+            for i in reversed(range(200)):
+                if i not in kept:
+                    client.cancel(gets[i])
+            while len(done) < len(kept):
+                await asyncio.sleep(0.002)
+            await client.close()
+            assert done == sorted(kept)
+            assert len(requests) == len(kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(range_client, "Get", Counted)
+        run(work())
+    assert compared == 0
+
+
+@pytest.mark.parametrize("connections", [1, 2, 3])
+def test_an_origin_that_never_stops_asking_does_not_keep_all_connections(connections: int) -> None:
+    """While others are asked for without end, each still gets its answers."""
+
+    async def work() -> None:
+        async with (
+            serving(always(answer())) as a,
+            serving(always(answer())) as b,
+            serving(always(answer())) as c,
+        ):
+            client = RangeClient(QUICK, connections)
+            told: Counter[str] = Counter()
+
+            def ask(address: str) -> None:
+                def done(body: bytes | None, error: Exception | None) -> None:
+                    assert body == BODY
+                    told[address] += 1
+                    ask(address)
+
+                target = target_of(f"http://{address}/a")
+                client.start(target, "k", START, STOP, "", done)
+
+            for address in (a, b, c):
+                for _ in range(10):
+                    ask(address)
+                while told[address] < 10:
+                    await asyncio.sleep(0.002)
+            assert len(client._live) <= connections
+            await client.close()
+
+    run(work())
+
+
+def test_origins_that_both_wait_come_to_share_the_connections_and_keep_them() -> None:
+    async def work() -> None:
+        opened: Counter[str] = Counter()
+        inner = always(answer(), wait_s=0.001)
+
+        def counted(name: str) -> Serve:
+            async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                opened[name] += 1
+                await inner(reader, writer)
+
+            return serve
+
+        async with serving(counted("a")) as a, serving(counted("b")) as b:
+            client = RangeClient(QUICK, connections=5)
+            left = {a: 300, b: 300}
+
+            def start(address: str) -> None:
+                def done(*_: object) -> None:
+                    left[address] -= 1
+
+                client.start(target_of(f"http://{address}/a"), "k", START, STOP, "", done)
+
+            for address in (a, b):
+                for _ in range(300):
+                    start(address)
+            while left[a] > 100 and left[b] > 100:
+                await asyncio.sleep(0.001)
+            assert sorted(pool.held for pool in client._pools.values()) == [2, 3]
+            assert opened["a"] + opened["b"] <= 8  # none goes to and fro
+            while any(left.values()):
+                await asyncio.sleep(0.001)
+            await client.close()
+
+    run(work())
+
+
+def test_redirects_do_not_lead_into_a_private_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names are this machine's own when connected to, and public or not when looked at."""
+    named = {"public.example": "93.184.216.34", "inside.example": "10.1.2.3"}
+    named["elsewhere.example"] = "2606:4700::1111"
+
+    def resolve(host: str, port: int, *_: object, **__: object) -> list[tuple[object, ...]]:
+        address = "127.0.0.1" if host in named else host
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    async def look(host: str, port: int) -> list[str]:
+        return [named[host]]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(redirects, "addresses_of", look)
+
+    async def work() -> None:
+        asked: list[bytes] = []
+        async with serving(always(answer(), asked)) as there:
+            port = there.rpartition(":")[2]
+
+            async def follow(first: str, target: str) -> bytes:
+                away = f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n"
+                async with serving(always(away.encode())) as here:
+                    store = HttpStore(QUICK)
+                    try:
+                        return await read(store, f"{first}:{here.rpartition(':')[2]}")
+                    finally:
+                        await store.close()
+
+            for inside in ("127.0.0.1", "inside.example", "169.254.169.254", "[::1]", "10.0.0.1"):
+                with pytest.raises(errors.StoreError, match="private network"):
+                    await follow("public.example", f"http://{inside}:{port}/latest/meta-data")
+            with pytest.raises(errors.StoreError, match=r"not http\(s\)"):
+                await follow("public.example", "file:///etc/passwd")
+            assert not asked
+            assert await follow("public.example", f"http://elsewhere.example:{port}/a") == BODY
+            assert await follow("inside.example", f"http://127.0.0.1:{port}/a") == BODY
+            assert len(asked) == 2
+
+    run(work())
+
+
+def test_redirects_without_end_are_one_error() -> None:
+    async def work() -> None:
+        away = b"HTTP/1.1 302 Found\r\nLocation: /b\r\nContent-Length: 0\r\n\r\n"
+        asked: list[bytes] = []
+        async with serving(always(away, asked)) as address:
+            store = HttpStore(QUICK)
+            with pytest.raises(errors.StoreError, match="redirected more than 5 times"):
+                await store.version(f"http://{address}/a")
+            await store.close()
+        assert len(asked) == 6
+
+    run(work())
+
+
+def test_credentials_stay_with_their_origin() -> None:
+    """Kept where the redirect leads to the same origin, and not elsewhere (the next test)."""
+
+    async def work() -> None:
+        asked: list[bytes] = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while True:
+                asked.append(await reader.readuntil(b"\r\n\r\n"))
+                host = re.search(rb"Host: (\S+)", asked[-1])[1]
+                away = (
+                    b"HTTP/1.1 307 x\r\nLocation: http://%s/b\r\nContent-Length: 0\r\n\r\n" % host
+                )
+                writer.write(away if b"GET /a" in asked[-1] else answer())
+
+        async with serving(serve) as address:
+            store = HttpStore(QUICK)
+            assert await read(store, f"user:se%40cret@{address}") == BODY
+            await store.close()
+        assert [b"Authorization: Basic dXNlcjpzZUBjcmV0" in one for one in asked] == [True, True]
+
+    run(work())
+
+
 def test_credentials_go_through_aiohttp_and_not_to_another_host() -> None:
     async def work() -> None:
         here: list[bytes] = []
@@ -473,9 +723,9 @@ def test_proxies_of_the_environment_are_left_to_aiohttp(monkeypatch: pytest.Monk
         forget()
 
 
-def test_https_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ssl
-
+@pytest.fixture
+def tls(tmp_path: Path) -> ssl.SSLContext:
+    """A server's context, whose certificate is tmp_path / "c"."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not at hand to make a certificate")
     make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=x -keyout k -out c".split()
@@ -483,9 +733,33 @@ def test_https_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     subprocess.run([*make, *names], check=True, capture_output=True, cwd=tmp_path)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(tmp_path / "c", tmp_path / "k")
+    return context
 
+
+def test_no_redirect_from_https_to_http(
+    tls: ssl.SSLContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def work() -> None:
-        async with serving(always(answer()), ssl=context) as address:
+        asked: list[bytes] = []
+        async with serving(always(answer(), asked)) as plain:
+            away = f"HTTP/1.1 302 Found\r\nLocation: http://{plain}/b\r\nContent-Length: 0\r\n\r\n"
+            async with serving(always(away.encode()), ssl=tls) as address:
+                store = HttpStore(QUICK)
+                with pytest.raises(errors.StoreError, match="from https to http"):
+                    await read(store, address, scheme="https")
+                await store.close()
+        assert not asked
+
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "c"))
+    monkeypatch.setattr(aiohttp.connector, "_SSL_CONTEXT_VERIFIED", ssl.create_default_context())
+    run(work())
+
+
+def test_https_is_verified(
+    tls: ssl.SSLContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        async with serving(always(answer()), ssl=tls) as address:
             store = HttpStore(QUICK)
             with pytest.raises(errors.StoreError, match="certificate not trusted"):
                 await read(store, address, scheme="https")

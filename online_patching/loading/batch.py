@@ -132,9 +132,13 @@ class PatchBatch:
         return self.sampler.refs(self.columns)
 
     def release(self) -> None:
-        """Give the shared memory back to the loader; the pixels must not be used afterwards."""
-        if self.slot is not None:
-            self.slot.release()
+        """Give the shared memory back to the loader; the pixels must not be used afterwards.
+
+        Once: its place is another batch's from then on, which a second call must not give away.
+        """
+        slot, self.__dict__["slot"] = self.slot, None  # frozen for everybody else
+        if slot is not None:
+            slot.release()
 
 
 class Engine(Protocol):

@@ -90,7 +90,7 @@ class PatchLoader:
         if prefetch is None:
             prefetch = _prefetch(sampler, batch_size * max(1, workers))
         _refuse_senseless(batch_size, workers, threads, prefetch, rank, world_size, start_method)
-        _refuse_split_reads(batch_size, getattr(sampler, "patches_per_read", 1))
+        _refuse_split_reads(batch_size, first_draw, getattr(sampler, "patches_per_read", 1))
         self.sampler, self.batch_size, self.workers = sampler, batch_size, workers
         self.rank, self.world_size, self.gather = rank, world_size, gather
         self.start_method, self.copy = start_method, copy
@@ -318,7 +318,12 @@ def _refuse_senseless(
         raise LoaderError(f"start_method {start_method!r} is none of {', '.join(START_METHODS)}.")
 
 
-def _refuse_split_reads(batch_size: int, patches_per_read: int) -> None:
+def _refuse_split_reads(batch_size: int, first_draw: int, patches_per_read: int) -> None:
+    if first_draw < 0 or first_draw % patches_per_read:
+        raise LoaderError(
+            f"first_draw {first_draw} must be at least 0 and a multiple of the sampler's patches_per_read "
+            f"{patches_per_read}."
+        )
     if batch_size % patches_per_read:
         fits = max(patches_per_read, batch_size // patches_per_read * patches_per_read)
         raise LoaderError(

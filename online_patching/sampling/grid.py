@@ -200,6 +200,7 @@ class GridSampler(_Places):
     def _sheets(self) -> None:
         """Which slide at which µm/px, how many columns, and the number of its first place."""
         n, finer = len(self.corpus), min((1.0, *self.context))
+        self.corpus.check(np.arange(n))
         slide, mpp = np.repeat(np.arange(n), len(self.mpps)), np.tile(self.mpps, n)
         fine = self._finest(slide) <= MAX_UPSCALE * mpp * finer * (1 + 1e-9)
         self._too_fine = slide[~fine], mpp[~fine]

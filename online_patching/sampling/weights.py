@@ -146,7 +146,7 @@ class SlideShares:
     """
 
     def __init__(self, weights: Floats) -> None:
-        self._sums = np.cumsum(weights)
+        self._sums = np.cumsum(weights / weights.max())  # only ratios count, and sums stay finite
         self._last = int(np.flatnonzero(weights)[-1])
 
     def pick(self, u: Floats) -> NDArray[np.int64]:

@@ -8,18 +8,19 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
-from yarl import URL
 
 from online_patching.errors import StoreError, redact
 from online_patching.stores.http_answer import (
     Head,
+    check_encoding,
     check_range,
     check_token,
     content_range,
     raise_for_status,
     sent_more,
 )
-from online_patching.stores.http_target import if_match, proxy_for
+from online_patching.stores.http_target import if_match, parse_url, proxy_for
+from online_patching.stores.redirects import MOST_REDIRECTS, REDIRECTS, redirect_target
 from online_patching.stores.retry import RetryPolicy, TransientError
 
 MAX_OBJECT_BYTES = 256 * 2**20
@@ -29,7 +30,8 @@ MAX_OBJECT_BYTES = 256 * 2**20
 class FullClient:
     """One try of a read each: TransientError is worth another, everything else is final.
 
-    At most `slots` requests at once; a try's clock starts when it has a slot.
+    At most `slots` requests at once; a try's clock starts when it has a slot. Redirects are followed
+    where stores/redirects.py lets them.
     """
 
     def __init__(self, policy: RetryPolicy, slots: int = 64) -> None:
@@ -54,6 +56,7 @@ class FullClient:
             _checked(answer, check_token, key, head, token)
             if stop is None:
                 raise_for_status(key, head.status)
+                _checked(answer, check_encoding, key, head)
                 return await _body(key, answer, MAX_OBJECT_BYTES)
             _checked(answer, check_range, key, head, start, stop)
             body = await _body(key, answer, stop - start)
@@ -71,21 +74,11 @@ class FullClient:
     async def _get(
         self, key: str, headers: dict[str, str]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
-                timeout=aiohttp.ClientTimeout(
-                    total=self.policy.timeout_s, sock_connect=self.policy.connect_timeout_s
-                ),
-                headers={"Accept-Encoding": "identity"},
-                auto_decompress=False,
-            )
-        url = URL(key)
-        proxy = proxy_for(url.scheme, url.host or "")
         try:
             async with (
                 self._slots,
-                self._session.get(url, headers=headers, max_redirects=5, proxy=proxy) as answer,
+                asyncio.timeout(self.policy.timeout_s),
+                await self._follow(key, headers) as answer,
             ):
                 yield answer
         except aiohttp.ClientConnectorCertificateError:
@@ -94,8 +87,35 @@ class FullClient:
             raise TransientError(type(error).__name__) from None
         except TimeoutError:
             raise TransientError(f"no answer within {self.policy.timeout_s:g} s") from None
-        except aiohttp.ClientError as error:
+        except (aiohttp.ClientError, UnicodeError) as error:  # the latter of a host that is no name
             raise StoreError(redact(key), f"{type(error).__name__}.") from None
+
+    async def _follow(self, key: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        """The first answer that is no redirect."""
+        first = url = parse_url(key)
+        for _ in range(MOST_REDIRECTS + 1):
+            proxy = proxy_for(url.scheme, url.host or "")
+            answer = await self._client().get(
+                url, headers=headers, allow_redirects=False, proxy=proxy
+            )
+            location = answer.headers.get("Location")
+            if answer.status not in REDIRECTS or location is None:
+                return answer
+            answer.release()
+            url = await redirect_target(key, first, url, location)
+        raise StoreError(redact(key), f"is redirected more than {MOST_REDIRECTS} times.")
+
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(
+                    total=None, sock_connect=self.policy.connect_timeout_s
+                ),
+                headers={"Accept-Encoding": "identity"},
+                auto_decompress=False,
+            )
+        return self._session
 
 
 def _checked(answer: aiohttp.ClientResponse, check: Callable[..., None], *args: Any) -> None:

@@ -53,8 +53,8 @@ def parse_url(key: str) -> URL:
     """A URL in parts; StoreError when it is none."""
     try:
         return URL(key)
-    except ValueError as error:
-        raise StoreError(redact(key), f"is not a URL: {error}.") from None
+    except ValueError:  # whose words may hold a password
+        raise StoreError(redact(key), "is not a URL.") from None
 
 
 @lru_cache(4096)

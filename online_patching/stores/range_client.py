@@ -71,6 +71,7 @@ class RangeClient:
         self._loop = asyncio.get_running_loop()
         self._pools: dict[Origin, _Pool] = {}
         self._live: set[Connection] = set()
+        self._leaving: set[Connection] = set()  # aborted and not counted any more
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._tls: ssl.SSLContext | None = None
@@ -112,7 +113,7 @@ class RangeClient:
         for connection in self._live:
             connection.get = None
             connection.abort()
-        while self._live:  # noqa: ASYNC110 - a socket is closed a turn of the loop after its abort
+        while self._live or self._leaving:  # noqa: ASYNC110 - a socket is closed a turn of the loop after its abort
             await asyncio.sleep(0)
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -126,6 +127,7 @@ class RangeClient:
             connection.abort()
         elif pool.waiting:
             if connection.answers and len(self._pools) > 1 and self._is_owed(pool):
+                self._leaving.add(connection)
                 self.lost(connection)  # now, not when it has closed: others may be freed meanwhile
                 connection.abort()
             else:
@@ -137,7 +139,8 @@ class RangeClient:
 
     def lost(self, connection: Connection) -> None:
         """Make room for another."""
-        if connection not in self._live:  # it broke before it was ours, or we are closed
+        if connection not in self._live:  # it broke before it was ours, or went to make room
+            self._leaving.discard(connection)
             return
         self._live.discard(connection)
         pool = self._pools.get(connection.origin)
