@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from online_patching.decode import BadTileError, decode_tile
-from online_patching.errors import ObjectChangedError, TileDecodeError
+from online_patching.errors import ObjectChangedError, SamplerError, TileDecodeError
 from online_patching.fetch import Body, Piece, fetch_local, fetch_remote, pieces_of, plan_request
 from online_patching.formats import read_slide_index, zarr
 from online_patching.formats.fallback import worker
@@ -71,6 +71,10 @@ class Slide:
         asked, decoded smaller where it is twice as fine or more, resampled with antialiasing. Refuses
         (SamplerError) to upscale more than 2x. What lies outside the slide is white.
         """
+        if not (math.isfinite(x_um) and math.isfinite(y_um)) or size_px < 1 or size_px % 1:
+            raise SamplerError(
+                f"a patch of {size_px} px at ({x_um:g}, {y_um:g}) µm: give a whole size_px of at least 1 and a place."
+            )
         mpp_x, mpp_y = self.index.mpp_x, self.index.mpp_y
         corner, sides = (x_um / mpp_x, y_um / mpp_y), (size_px * mpp / mpp_x, size_px * mpp / mpp_y)
         return self.read_plan(plan_square(self.index, mpp, corner, sides, size_px))

@@ -220,7 +220,7 @@ def test_past_the_budget_all_ranks_stop_at_the_same_step_with_the_whole_list(sli
     assert len(delivered[0]) == len(delivered[1]) == len(delivered[2]) > 2
     assert len({len(failed) for failed in own}) > 1
     assert told[0] == told[1] == told[2]
-    listed = re.search(r"(\d+) of \d+ draws failed.*: (\d+) x torn: TileDecodeError", told[0])
+    listed = re.search(r"(\d+) failures in \d+ draws.*: (\d+) x torn: TileDecodeError", told[0])
     assert listed and int(listed[1]) == int(listed[2]) >= sum(map(len, own))
     assert afterwards[0] == afterwards[1] == afterwards[2]
     assert afterwards[0]["next_draw"] == 12 * len(delivered[0])

@@ -139,12 +139,13 @@ class Ledger:
 
     def check_budget(self, draws: int, max_failed_fraction: float) -> None:
         """Raise FailureBudgetError, with the list, when too many of so many draws failed."""
-        draws, failed = max(draws, _PROBATION_DRAWS), self.failed.total()
-        if failed <= max_failed_fraction * draws:
+        failed = self.failed.total()
+        if failed <= max_failed_fraction * max(draws, _PROBATION_DRAWS):
             return
         listed = "; ".join(f"{n:,} x {kind}" for kind, n in self.failed.most_common(5))
         raise FailureBudgetError(
-            f"{failed:,} of {draws:,} draws failed, more than {max_failed_fraction:.1%}: {listed}. "
+            f"{failed:,} failures in {draws:,} draws, more than {max_failed_fraction:.1%} of at least "
+            f"{_PROBATION_DRAWS}: {listed}. "
             "Leave these slides out, or raise max_failed_fraction."
         )
 
