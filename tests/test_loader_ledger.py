@@ -125,7 +125,7 @@ def test_the_budget_is_lenient_at_first_and_names_what_failed():
     five.check_budget(5, 0.05)
     six = five.after([Failure(9, 0, "s2", "TileDecodeError: x")])
     with pytest.raises(
-        errors.FailureBudgetError, match=r"6 of 100 draws .*5 x s1: ShortReadError; 1 x s2"
+        errors.FailureBudgetError, match=r"6 failures in 10 draws.*5 x s1: ShortReadError; 1 x s2"
     ):
         six.check_budget(10, 0.05)
     six.check_budget(120, 0.05)
