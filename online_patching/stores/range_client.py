@@ -25,6 +25,9 @@ DEFAULT_CONNECTIONS = 512
 
 _MOST_CONNECTING = 64
 _ADDRESSES_KEPT_S = 30.0
+_TURN = (
+    16  # answers that a connection has given before it may have to make room for another origin's
+)
 
 
 @dataclass(eq=False)
@@ -35,6 +38,7 @@ class _Pool:
     waiting: OrderedDict[Get, None] = field(default_factory=OrderedDict)  # oldest first
     live: int = 0
     connecting: int = 0
+    last_turn: int = 0  # when it last got to make one, counted
     addresses: list[tuple[str, int]] = field(default_factory=list)
     refusing: set[tuple[str, int]] = field(default_factory=set)
     resolved_at: float = -1e9
@@ -67,7 +71,7 @@ class RangeClient:
         self.policy, self.connections = policy, min(connections, _half_of_open_files())
         self.stale = 0
         self.buffer = memoryview(bytearray(READ_BYTES))
-        self._connecting = 0
+        self._connecting = self._turns = 0
         self._loop = asyncio.get_running_loop()
         self._pools: dict[Origin, _Pool] = {}
         self._live: set[Connection] = set()
@@ -126,7 +130,7 @@ class RangeClient:
         if pool is None or not connection.usable:
             connection.abort()
         elif pool.waiting:
-            if connection.answers and len(self._pools) > 1 and self._is_owed(pool):
+            if connection.answers >= _TURN and len(self._pools) > 1 and self._is_owed(pool):
                 self._leaving.add(connection)
                 self.lost(connection)  # now, not when it has closed: others may be freed meanwhile
                 connection.abort()
@@ -182,7 +186,7 @@ class RangeClient:
 
     def _grow_others(self) -> None:
         waiting = [item for item in self._pools.items() if item[1].waiting]
-        for origin, pool in sorted(waiting, key=lambda item: item[1].held):
+        for origin, pool in sorted(waiting, key=lambda item: (item[1].held, item[1].last_turn)):
             self._grow(origin, pool)
 
     def _grow(self, origin: Origin, pool: _Pool) -> None:
@@ -190,6 +194,8 @@ class RangeClient:
         while pool.wants and self._has_room():
             pool.connecting += 1
             self._connecting += 1
+            self._turns += 1
+            pool.last_turn = self._turns
             task = self._loop.create_task(self._connect(origin, pool))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
