@@ -12,7 +12,10 @@ setup(
         Extension(
             "online_patching.native._jpeg",
             sources=["online_patching/native/_jpeg.c", "online_patching/native/_states.c"],
-            depends=["online_patching/native/_states.h", "online_patching/native/include/jpeglib.h"],
+            depends=[
+                "online_patching/native/_states.h",
+                "online_patching/native/include/jpeglib.h",
+            ],
             # Contraction into fused multiply-adds would round a resampling weight differently
             # from CPU to CPU.
             extra_compile_args=["-O3", "-ffp-contract=off", "-fvisibility=hidden"],

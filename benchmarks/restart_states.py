@@ -137,7 +137,8 @@ class Reads:
         """A block under names never used before: a new one a canvas, so that no tile is known."""
         n = len(self.plans[block])
         self.next_key += n
-        return self.read(block, np.arange(self.next_key, self.next_key + n, dtype=np.uint64) << 20)
+        fresh = np.arange(self.next_key, self.next_key + n, dtype=np.uint64)
+        return self.read(block, fresh << np.uint64(20))
 
 
 def _keys(key: int) -> NDArray[np.uint64]:
