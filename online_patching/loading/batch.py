@@ -155,16 +155,6 @@ class Engine(Protocol):
         """Stop everything."""
 
 
-def draw_with(
-    source: DrawSource,
-    draws: ArrayLike,
-    attempt: ArrayLike = 0,
-    barred: Mapping[int, int] | None = None,
-) -> Draws:
-    """`source.draw_batch`."""
-    return source.draw_batch(draws, attempt, barred)
-
-
 def no_patches(source: DrawSource) -> PatchBatch:
     """A batch of no patches: what a rank gets of a last step that others fill."""
     columns = source.draw_batch([0]).take(slice(0))

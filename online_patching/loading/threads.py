@@ -51,7 +51,6 @@ from online_patching.loading.batch import (
     LoaderOptions,
     PatchBatch,
     batch_shape,
-    draw_with,
 )
 from online_patching.loading.turn import BatchInMaking, Turn
 from online_patching.plan import merge_ranges, plan_patch
@@ -66,7 +65,7 @@ _REPLACED = (SlideError, ObjectNotFoundError, ObjectChangedError)
 """Failures of one slide, for which a draw moves to its next attempt. Other store errors stop."""
 
 _PIECE = 64
-"""The most canvases a decode thread takes at once: a call costs half a millisecond of Python."""
+"""The most canvases a decode thread takes at once: each call has its own cost in Python."""
 
 
 class ThreadEngine:
@@ -84,9 +83,8 @@ class ThreadEngine:
         self._pending: deque[BatchInMaking] = deque()
         self._checked: set[str] = set()
         self._retries_seen = 0
-        if (
-            options.remember_bytes > native.remembered()["limit"]
-        ):  # the process's, not this engine's
+        # The table is the process's, not this engine's: it only ever grows.
+        if options.remember_bytes > native.remembered()["limit"]:
             native.remember(options.remember_bytes)
         self._from_states_seen = native.remembered()["hits"]
         self._feed: Feed | None = None
@@ -132,7 +130,7 @@ class ThreadEngine:
     # --- a batch's way: begin -> read rows -> arrived, or read again ---
 
     def _begin(self, batch: BatchInMaking, draws: NDArray[np.int64]) -> None:
-        batch.columns = draw_with(self.sampler, draws, 0, batch.barred)
+        batch.columns = self.sampler.draw_batch(draws, 0, batch.barred)
         batch.left = len(draws)
         if not len(draws):
             batch.done.set_result(None)
@@ -361,7 +359,7 @@ class ThreadEngine:
                 f"draw {last.draw} failed {MAX_ATTEMPTS} times, last on {last.slide_id}: {last.reason}"
             )
         try:
-            again = draw_with(self.sampler, columns.draw, columns.attempt + 1, batch.barred)
+            again = self.sampler.draw_batch(columns.draw, columns.attempt + 1, batch.barred)
         except SamplerError as cause:
             raise LoaderError(
                 f"draw {last.draw} cannot be replaced after {last.slide_id}: {last.reason} ({cause})"
