@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
-from online_patching.errors import redact
+from online_patching.errors import PatchingError, redact
 from online_patching.stores.any_fsspec import FsspecStore
 from online_patching.stores.http import HttpStore
+from online_patching.stores.listing import MOST_LISTED, Listed, list_folder
 from online_patching.stores.local import LocalStore, atomic_write_bytes, atomic_write_text
 from online_patching.stores.retry import RetryPolicy
 
@@ -25,6 +26,7 @@ __all__ = [
     "AsyncStore",
     "FsspecStore",
     "HttpStore",
+    "Listed",
     "LocalStore",
     "LoopThread",
     "RetryPolicy",
@@ -35,6 +37,14 @@ __all__ = [
     "local_path",
     "redact",
 ]
+
+Request = tuple[str, int, int | None, str]
+"""A range wanted: URI, first byte, the one past the last (None: to the end), version token ('' : any)."""
+
+Answers = list[bytes | PatchingError]
+"""For each range its bytes, or what went wrong with it."""
+
+_MOST_AT_ONCE = 512  # as many as HttpStore has connections
 
 
 class AsyncStore(Protocol):
@@ -48,6 +58,10 @@ class AsyncStore(Protocol):
 
     async def read(self, key: str, start: int, stop: int | None, token: str = "") -> bytes:
         """Exactly the bytes start..stop (or all when stop is None), or an error."""
+        ...
+
+    async def list(self, prefix: str, most: int = MOST_LISTED) -> list[Listed]:
+        """Every object below a prefix, sorted by URI; StoreError past `most` of them."""
         ...
 
     async def close(self) -> None:
@@ -165,6 +179,47 @@ class Stores:
             data: bytes = self.loop.run(self.remote(uri).read(uri, start, stop, token))
             return data
         return self.local.read(local_path(uri), start, stop)
+
+    def list(self, prefix: str, most: int = MOST_LISTED) -> list[Listed]:
+        """Every object below a folder or prefix (or the object itself), sorted by URI.
+
+        ObjectNotFoundError when there is nothing, StoreError past `most` objects and for http(s).
+        """
+        if is_remote(prefix):
+            found: list[Listed] = self.loop.run(self.remote(prefix).list(prefix, most))
+            return found
+        return list_folder(local_path(prefix), most)
+
+    def read_many(self, requests: Sequence[Request]) -> Answers:
+        """The bytes of each (uri, start, stop, token), or what went wrong with it, in the same order.
+
+        Remote ones are read at the same time. `stop` None means to the end.
+        """
+        remote = [i for i, request in enumerate(requests) if is_remote(request[0])]
+        answers = (
+            self.loop.submit(self._read_remote([requests[i] for i in remote])) if remote else None
+        )
+        found: dict[int, bytes | PatchingError] = {}
+        for i in sorted(set(range(len(requests))) - set(remote)):
+            try:
+                found[i] = self.read(*requests[i])
+            except PatchingError as error:
+                found[i] = error
+        if answers is not None:
+            found |= zip(remote, answers.result(), strict=True)
+        return [found[i] for i in range(len(requests))]
+
+    async def _read_remote(self, requests: Sequence[Request]) -> Answers:
+        turn = asyncio.Semaphore(_MOST_AT_ONCE)
+
+        async def one(request: Request) -> bytes | PatchingError:
+            async with turn:
+                try:
+                    return await self.remote(request[0]).read(*request)
+                except PatchingError as error:
+                    return error
+
+        return await asyncio.gather(*map(one, requests))
 
     def close(self) -> None:
         """Close clients, descriptors and the loop thread."""

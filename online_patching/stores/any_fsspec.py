@@ -8,9 +8,11 @@ from typing import Any
 import fsspec
 
 from online_patching.errors import ObjectNotFoundError, ShortReadError, StoreError, redact
+from online_patching.stores.listing import MOST_LISTED, Listed, check_count, in_order
 from online_patching.stores.retry import RetryPolicy, TransientError, with_retries
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
+_ETAGS = ("ETag", "etag")
 
 
 class FsspecStore:
@@ -27,10 +29,7 @@ class FsspecStore:
     async def version(self, key: str) -> tuple[int, str]:
         """Size in bytes and whatever identifies this version (ETag, mtime) where there is one."""
         info = await self._call(key, lambda fs, path: fs.info(path))
-        token = (
-            info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified")
-        )
-        return int(info["size"] or 0), str(token or "")
+        return int(info["size"] or 0), _token(info)
 
     async def read(self, key: str, start: int, stop: int | None, token: str = "") -> bytes:
         """Bytes start..stop of an object, or all of it when stop is None. `token` is not used."""
@@ -38,6 +37,19 @@ class FsspecStore:
         if stop is not None and len(data) != stop - start:
             raise ShortReadError(redact(key), start, stop, start + len(data))
         return bytes(data)
+
+    async def list(self, prefix: str, most: int = MOST_LISTED) -> list[Listed]:
+        """Every object below a prefix, by URI."""
+
+        def find(fs: Any, path: str) -> list[Listed]:
+            infos = fs.find(path, detail=True)
+            check_count(prefix, len(infos), most)
+            return [
+                Listed(_uri(fs, prefix, path, name), int(info["size"] or 0), _token(info))
+                for name, info in infos.items()
+            ]
+
+        return in_order(prefix, await self._call(prefix, find))
 
     async def close(self) -> None:
         """Filesystems are cached by fsspec itself; nothing to close."""
@@ -66,6 +78,19 @@ class FsspecStore:
             self.retries += 1
 
         return await with_retries(self.policy, redact(key), once, count)
+
+
+def _uri(fs: Any, prefix: str, path: str, name: str) -> str:
+    """A name that its filesystem gave, spelt as the prefix was: `path` is what it made of that."""
+    if name == path or name.startswith(f"{path.rstrip('/')}/"):
+        return prefix.rstrip("/") + name[len(path.rstrip("/")) :]
+    return str(fs.unstrip_protocol(name))
+
+
+def _token(info: dict[str, Any]) -> str:
+    """Whatever identifies a version of an object; '' where its filesystem tells nothing."""
+    names = (*_ETAGS, "mtime", "LastModified", "last_modified", "updated", "modified", "created")
+    return str(next((info[name] for name in names if info.get(name)), ""))
 
 
 def _filesystem(key: str) -> tuple[Any, str]:

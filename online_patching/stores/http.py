@@ -9,6 +9,7 @@ from online_patching.errors import StoreError, redact
 from online_patching.stores.http_answer import UnusualAnswerError
 from online_patching.stores.http_full import FullClient
 from online_patching.stores.http_target import Origin, Target, target_of
+from online_patching.stores.listing import MOST_LISTED, Listed, cannot_list
 from online_patching.stores.range_client import DEFAULT_CONNECTIONS, RangeClient
 from online_patching.stores.range_connection import Done, Get
 from online_patching.stores.retry import RetryPolicy, TransientError, with_retries
@@ -104,6 +105,10 @@ class HttpStore:
         read is cancelled. Call it on the loop's thread.
         """
         return RangeRead(self, key, start, stop, token, done)
+
+    async def list(self, prefix: str, most: int = MOST_LISTED) -> list[Listed]:
+        """StoreError: http(s) has no listing."""
+        raise cannot_list(prefix)
 
     async def close(self) -> None:
         """Close every connection; reads under way end with an error."""
