@@ -29,7 +29,7 @@ from common import about_this_run, in_turns, last_core, paired, pin, tissue, wri
 from numpy.typing import NDArray
 
 from online_patching import PatchSampler, Slide, read_slide_index
-from online_patching.decode import rebuild_jpeg
+from online_patching.decode.jpeg import rebuild_jpeg
 
 SIZE_PX, BLOCK = 224, 64
 SAMPLE = 100

@@ -109,12 +109,14 @@ class BatchPlan:
 
 
 def can_plan(corpus: Corpus, slides: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which corpus rows `plan_batch` can plan: byte ranges of one object, in JPEG."""
+    """Which corpus rows `plan_batch` can plan: byte ranges of one object, in whole JPEG streams."""
     used, at = np.unique(
         corpus.levels["codec"][corpus.records["first_level"][slides]], return_inverse=True
     )
-    jpeg = np.asarray([corpus.codecs[int(i)].kind == "jpeg" for i in used], bool)
-    return np.asarray((corpus.records["reader"][slides] == READERS.index("ranges")) & jpeg[at])
+    codecs = [corpus.codecs[int(i)] for i in used]
+    jpeg = np.asarray([codec.kind == "jpeg" and not codec.headless for codec in codecs], bool)
+    ranges = corpus.records["reader"][slides] == READERS.index("ranges")
+    return np.asarray(ranges & (corpus.records["n_objects"][slides] == 0) & jpeg[at])
 
 
 def plan_batch(

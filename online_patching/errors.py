@@ -51,7 +51,9 @@ def redact(uri: str) -> str:
 
 
 class PatchingError(Exception):
-    """Root of every error this package raises on purpose."""
+    """Root of every error this package raises on purpose. `code` names its kind in tables."""
+
+    code = "error"
 
 
 class SlideError(PatchingError):
@@ -69,17 +71,29 @@ class SlideError(PatchingError):
 class NotASlideError(SlideError):
     """The file is not a whole-slide image that any reader at hand recognises."""
 
+    code = "not_a_slide"
+
 
 class UnsupportedSlideError(SlideError):
-    """The file is an image, but not one to train an H&E or IHC model on."""
+    """The file is an image, but not one to train an H&E or IHC model on; `code` says which kind."""
+
+    code = "unsupported"
+
+    def __init__(self, uri: str, reason: str, code: str = "unsupported") -> None:
+        super().__init__(uri, reason)
+        self.code = code
 
 
 class DamagedSlideError(SlideError):
     """The slide is truncated or its headers contradict its bytes."""
 
+    code = "damaged"
+
 
 class ShortReadError(DamagedSlideError):
     """The object ended before the bytes its tile index promises."""
+
+    code = "truncated"
 
     def __init__(self, uri: str, start: int, stop: int, size_bytes: int) -> None:
         super().__init__(
@@ -93,6 +107,8 @@ class ShortReadError(DamagedSlideError):
 class TileDecodeError(DamagedSlideError):
     """A tile's bytes do not decode to the tile they claim to be."""
 
+    code = "bad_tile"
+
     def __init__(self, uri: str, level: int, tile: int, why: str) -> None:
         super().__init__(uri, f"level {level} tile {tile} does not decode: {why}")
         self.level, self.tile, self.why = level, tile, why
@@ -100,6 +116,8 @@ class TileDecodeError(DamagedSlideError):
 
 class MppError(SlideError):
     """The slide carries no µm per pixel, or one that no scanner makes."""
+
+    code = "no_mpp"
 
 
 class StoreError(PatchingError):
@@ -117,33 +135,49 @@ class StoreError(PatchingError):
 class ObjectNotFoundError(StoreError):
     """There is no such object (or it may not be seen)."""
 
+    code = "missing"
+
 
 class RangeIgnoredError(StoreError):
     """The server did not honour a byte range; reading on would download whole slides."""
+
+    code = "no_ranges"
 
 
 class ObjectChangedError(StoreError):
     """The object is not the one whose headers were indexed."""
 
+    code = "changed"
+
 
 class StoreUnavailableError(StoreError):
     """The store kept failing past every retry."""
+
+    code = "unavailable"
 
 
 class MaskError(PatchingError):
     """A foreground mask is empty, damaged or belongs to another slide."""
 
+    code = "mask"
+
 
 class CorpusError(PatchingError):
     """A corpus folder is missing, stale or damaged."""
+
+    code = "corpus"
 
 
 class SamplerError(PatchingError):
     """No patch can be drawn under the conditions asked for."""
 
+    code = "sampler"
+
 
 class LoaderError(PatchingError):
     """The stream of batches cannot go on."""
+
+    code = "loader"
 
 
 class FailureBudgetError(LoaderError):

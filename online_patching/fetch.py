@@ -24,13 +24,15 @@ DEFAULT_GAP_BYTES = 16 * 2**10
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One stored piece of a tile: the object it lies in and its range (stop None: all of it)."""
+    """One stored piece of a tile: the object it lies in, its range there (stop None: all of it), and the
+    object's token."""
 
     tile: Tile
     part: int
     key: str
     start: int
     stop: int | None
+    token: str = ""
 
 
 def pieces_of(index: SlideIndex, plan: ReadPlan) -> list[Piece]:
@@ -44,7 +46,10 @@ def pieces_of(index: SlideIndex, plan: ReadPlan) -> list[Piece]:
                 out.append(Piece(tile, part, key, 0, None))
             else:
                 start, stop = level.byte_range(tile.number * level.parts + part)
-                out.append(Piece(tile, part, index.uri, start, stop))
+                if start == stop:  # not stored: it lies nowhere
+                    out.append(Piece(tile, part, index.uri, 0, 0))
+                else:
+                    out.append(Piece(tile, part, *index.locate(start, stop)))
     return out
 
 
@@ -76,22 +81,25 @@ def fetch_local(index: SlideIndex, pieces: list[Piece], stores: Stores, stats: S
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to ask a remote store for one patch: merged ranges, and the bytes to reserve for them."""
+    """What to ask a remote store for one patch: merged ranges of each object, and the bytes to reserve."""
 
-    ranges: list[tuple[int, int]]
+    ranges: dict[str, list[tuple[int, int]]]
     size_bytes: int
 
 
 def plan_request(
     index: SlideIndex, plan: ReadPlan, pieces: list[Piece], gap_bytes: int = DEFAULT_GAP_BYTES
 ) -> Request:
-    """Ranges for a slide in one object; for chunks, whose sizes are not known, what they decode to."""
+    """Ranges of the objects that pieces lie in; for chunks, whose sizes are not known, what they decode to."""
     level = index.levels[plan.level]
     if level.keys is not None:
         decoded = level.tile_width_px * level.tile_height_px * level.codec.samples
-        return Request([], decoded * len(pieces))
-    ranges = merge_ranges([(p.start, p.stop or 0) for p in pieces], gap_bytes)
-    return Request(ranges, sum(stop - start for start, stop in ranges))
+        return Request({}, decoded * len(pieces))
+    wanted: dict[str, list[Range]] = {}
+    for piece in pieces:
+        wanted.setdefault(piece.key, []).append((piece.start, piece.stop or 0))
+    ranges = {key: merge_ranges(some, gap_bytes) for key, some in wanted.items()}
+    return Request(ranges, sum(b - a for some in ranges.values() for a, b in some))
 
 
 async def fetch_remote(
@@ -100,9 +108,18 @@ async def fetch_remote(
     """The bytes of each piece of a remote slide. Reserve `request.size_bytes` around this and decoding."""
     if index.levels[0].keys is not None:
         return await _fetch_chunks(pieces, stores, stats)
-    wanted = [(p.start, p.stop or 0) for p in pieces]
-    bodies = await fetch_ranges(index.uri, index.token, wanted, request.ranges, stores, stats)
-    return [body or None for body in bodies]
+    bodies: list[Body] = [None] * len(pieces)
+
+    async def one(key: str) -> None:
+        places = [i for i, piece in enumerate(pieces) if piece.key == key]
+        wanted = [(pieces[i].start, pieces[i].stop or 0) for i in places]
+        token, ranges = pieces[places[0]].token, request.ranges[key]
+        got = await fetch_ranges(key, token, wanted, ranges, stores, stats)
+        for i, body in zip(places, got, strict=True):
+            bodies[i] = body or None
+
+    await asyncio.gather(*(one(key) for key in request.ranges))
+    return bodies
 
 
 async def fetch_ranges(

@@ -2,7 +2,8 @@
 
 The level rule, in one place: the coarsest level whose µm/px is at most 2 % coarser than asked; if
 there is none, the finest, and then never more than 2x upscaled. A JPEG level at least 2, 4 or 8 times finer
-than asked is decoded at 1/2, 1/4 or 1/8 of its size, which libjpeg does in the inverse transform.
+than asked is decoded at 1/2, 1/4 or 1/8 of its size, which libjpeg does in the inverse transform; a JPEG 2000
+level likewise, by leaving out its finest wavelet bands.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from online_patching.errors import SamplerError
 from online_patching.geometry import Box, PatchRef
-from online_patching.slide_index import Level, SlideIndex
+from online_patching.slide_index import Codec, Level, SlideIndex
 
 LEVEL_TOLERANCE = 0.02
 MAX_UPSCALE = 2.0
@@ -27,6 +28,9 @@ HALF = 0.5 + 1e-6
 
 DCT_SCALES = (8, 4, 2)
 """How much smaller a JPEG tile can be decoded, the largest first."""
+
+MAX_REDUCTIONS = 5
+"""How many times a JPEG 2000 tile is halved at most, whatever its stream allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +107,23 @@ def plan_square(
     return plan_window(level, number, window, (size_px, size_px), scale)
 
 
+def scales_of(codec: Codec) -> tuple[int, ...]:
+    """How many times smaller tiles of a codec can be decoded, the largest first; () for not at all."""
+    if codec.kind == "jpeg":
+        return DCT_SCALES
+    if codec.kind == "jpeg2000":
+        return tuple(2**n for n in range(min(codec.reductions, MAX_REDUCTIONS), 0, -1))
+    return ()
+
+
 def choose_scale(level: Level, reduction: float) -> int:
     """By how much the tiles of a level are decoded smaller when it is `reduction` times too fine.
 
-    The largest of DCT_SCALES that leaves it no more than 2 % too coarse, among those that divide the
-    tile's sides; 1 for what is not a JPEG.
+    The largest of `scales_of` its codec that leaves it no more than 2 % too coarse, among those that
+    divide the tile's sides.
     """
-    if level.codec.kind != "jpeg":
-        return 1
     sides = (level.tile_width_px, level.tile_height_px)
-    fits = (s for s in DCT_SCALES if s <= reduction * (1 + LEVEL_TOLERANCE))
+    fits = (s for s in scales_of(level.codec) if s <= reduction * (1 + LEVEL_TOLERANCE))
     return next((s for s in fits if not any(side % s for side in sides)), 1)
 
 

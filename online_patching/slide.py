@@ -174,17 +174,25 @@ class Slide:
 def check_unchanged(index: SlideIndex, stores: Stores) -> None:
     """Raise ObjectChangedError, or ObjectNotFoundError, unless the slide is the one that was indexed.
 
-    By size and mtime (local), ETag or the like (remote), or the Zarr group's metadata. Meant for the
-    first touch of a slide; over HTTP every request is checked by its ETag besides.
+    By size and mtime (local), ETag or the like (remote), or the Zarr group's metadata; of a slide of several
+    local objects, each of them. Meant for the first touch of a slide; over HTTP every request is checked by
+    its ETag besides, and remote objects of a slide are by that alone.
     """
+    if index.objects and not is_remote(index.uri):
+        for number, item in enumerate(index.objects):
+            key = index.object_key(number)
+            _refuse_changed(key, item.token, stores.version(key)[1])
     if not index.token:
         return
     is_zarr = index.container == "ome-zarr"
     now = zarr.fingerprint(index.uri, stores) if is_zarr else stores.version(index.uri)[1]
-    if now != index.token:
+    _refuse_changed(index.uri, index.token, now)
+
+
+def _refuse_changed(key: str, then: str, now: str) -> None:
+    if now != then:
         raise ObjectChangedError(
-            index.uri,
-            f"changed since it was indexed ({index.token[:40]}, now {now[:40]}). Index it again.",
+            key, f"changed since it was indexed ({then[:40]}, now {now[:40]}). Index it again."
         )
 
 

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import struct
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ MPP_OVERRIDE = "override table"
 CODEC_KINDS = frozenset({"jpeg", "jpeg2000", "raw", "deflate", "lzw", "zstd", "chunk"})
 """What `Codec.kind` may be: the ways of storing a tile that decode.py undoes."""
 
-_MAGIC = b"PFMINDX1"
+_MAGIC = b"PFMINDX2"
 _MAX_HEADER_BYTES = 64 * 2**20
 _LENGTH_BITS = np.uint64(24)
 _LENGTH_MASK = np.uint64(2**24 - 1)
@@ -46,8 +46,10 @@ class Codec:
 
     `kind`: jpeg, jpeg2000, raw, deflate, lzw, zstd (TIFF), or chunk (Zarr: `filters` is the
     list of codec configurations to undo, last first). `colour` is the space stored in a JPEG or
-    JPEG 2000 stream: rgb, ycbcr or gray. `tables` are abbreviated JPEG tables. `predictor` 2 is
-    TIFF's horizontal differencing. `fill` is the value of a tile that is not stored.
+    JPEG 2000 stream: rgb, ycbcr or gray. `tables` are abbreviated JPEG tables; where the tiles are
+    `headless` (bare restart intervals) they are a whole stream up to the end of its SOS header.
+    `predictor` 2 is TIFF's horizontal differencing. `fill` is the value of a tile that is not stored.
+    `reductions` is how many times a JPEG 2000 stream can be halved (its decomposition levels).
     """
 
     kind: str
@@ -58,6 +60,8 @@ class Codec:
     planar: bool = False
     filters: tuple[dict[str, Any], ...] = ()
     fill: int = 255
+    headless: bool = False
+    reductions: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only."""
@@ -171,13 +175,37 @@ def pack_rows(
 
 
 @dataclass(frozen=True)
+class SlideObject:
+    """One of the objects that a slide of several lies in: a DICOM instance, a Zarr shard.
+
+    `name` is relative to the slide's URI; `token` (size-mtime, or ETag) tells whether it is the same.
+    """
+
+    name: str
+    size_bytes: int
+    token: str = ""
+
+    def __post_init__(self) -> None:
+        parts = str(self.name).split("/")
+        inside = not {"", ".", ".."} & set(parts) and not {"\\", "?", "#", "%"} & set(
+            str(self.name)
+        )
+        if not inside or type(self.size_bytes) is not int or not 0 <= self.size_bytes < _MAX_OFFSET:
+            raise CorpusError(f"an object {str(self.name)[:60]!r} of {self.size_bytes} bytes")
+
+
+@dataclass(frozen=True)
 class SlideIndex:
     """What is known of one slide without opening it.
 
     `uri` is where its bytes are; `token` (ETag, or size-mtime) tells whether they are still the
     same. `content_hash` is a reader's own fingerprint of the pixels, where it has one.
-    `container` is svs, tiff, ome-tiff, ome-zarr, or the fallback reader's name (openslide,
-    tiffslide). `mpp_source` says where µm/px came from.
+    `container` is svs, tiff, ome-tiff, philips-tiff, ndpi, dicom, ome-zarr, zarr, or the fallback
+    reader's name (openslide, tiffslide). `mpp_source` says where µm/px came from.
+
+    A slide may lie in several `objects` below its URI. Tile rows then hold addresses: the objects laid
+    one after another in this order, so that object k begins where those before it end. No tile crosses
+    objects. Without `objects` everything lies in `uri` itself, and an address is an offset in it.
     """
 
     slide_id: str
@@ -191,6 +219,7 @@ class SlideIndex:
     size_bytes: int = 0
     token: str = ""
     content_hash: str = ""
+    objects: tuple[SlideObject, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         check_mpp(self.uri, self.mpp_x, self.mpp_y, self.mpp_source)
@@ -227,11 +256,31 @@ class SlideIndex:
         return sum(level.n_tiles for level in self.levels)
 
     @cached_property
+    def object_starts(self) -> NDArray[np.int64]:
+        """Address of each object's first byte, and the one past the last object; (0,) without objects."""
+        return np.cumsum([0, *(item.size_bytes for item in self.objects)], dtype=np.int64)
+
+    def object_key(self, number: int) -> str:
+        """The URI of an object."""
+        return f"{self.uri.rstrip('/')}/{self.objects[number].name}"
+
+    def locate(self, start: int, stop: int) -> tuple[str, int, int, str]:
+        """Key, start, stop and token of the bytes start..stop of the slide, which lie in one object."""
+        if not self.objects:
+            return self.uri, start, stop, self.token
+        number = int(np.searchsorted(self.object_starts, start, side="right")) - 1
+        if not 0 <= number < len(self.objects) or stop > self.object_starts[number + 1]:
+            raise CorpusError(f"{self.uri}: bytes {start:,}-{stop:,} lie in no object of the slide")
+        base = int(self.object_starts[number])
+        return self.object_key(number), start - base, stop - base, self.objects[number].token
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides pixels: not the URI, so that a copy has the same."""
         header = self._header()
         for name in ("uri", "token", "slide_id"):
             header.pop(name)
+        header["objects"] = [size for _, size, _ in header["objects"]]
         hasher = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
         for level in self.levels:
             if level.rows is not None:
@@ -247,7 +296,9 @@ class SlideIndex:
         return replace(self, mpp_x=mpp_x, mpp_y=mpp_y, mpp_source=source, levels=levels)
 
     def _header(self, keep_secrets: bool = False) -> dict[str, Any]:
-        fields = {k: v for k, v in self.__dict__.items() if k not in ("levels", "digest")}
+        left_out = ("levels", "digest", "object_starts")
+        fields = {k: v for k, v in self.__dict__.items() if k not in left_out}
+        fields["objects"] = [astuple(item) for item in self.objects]
         fields["uri"] = self.uri if keep_secrets else redact(self.uri)
         fields["levels"] = [_level_to_json(level) for level in self.levels]
         return fields
@@ -280,6 +331,7 @@ class SlideIndex:
                 start += count
             if start != len(rows):
                 raise ValueError(f"it names {start} tiles and holds {len(rows)}")
+            fields["objects"] = tuple(SlideObject(*item) for item in fields["objects"])
             return cls(levels=tuple(levels), **fields)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MppError) as error:
             why = " ".join(str(error).split())[:200]  # a hostile name may hold line ends
@@ -354,7 +406,7 @@ def _checked(level: Level) -> Level:
     if not all(type(v) in (int, float) and 0 < v < 1e12 for v in scales):
         raise ValueError(f"a level of scales {scales}")
     codec = level.codec
-    numbers = (codec.predictor, codec.samples, codec.fill)
+    numbers = (codec.predictor, codec.samples, codec.fill, codec.reductions)
     if codec.kind not in CODEC_KINDS or not all(type(n) is int and 0 <= n < 2**16 for n in numbers):
         raise ValueError(f"a codec {codec.kind!r} of {numbers}")
     if level.rows is not None and len(level.rows) != level.n_tiles * level.parts:

@@ -194,7 +194,7 @@ def test_secrets_and_odd_names_stay_in_memory_and_never_reach_a_packed_file(
     (tmp_path / "slides").mkdir()
     header, rows = index.to_bytes(keep_secrets=True)  # as no index of ours is saved
     length = len(header).to_bytes(8, "little")
-    (tmp_path / "slides" / "a.index").write_bytes(b"PFMINDX1" + length + header + rows.tobytes())
+    (tmp_path / "slides" / "a.index").write_bytes(b"PFMINDX2" + length + header + rows.tobytes())
     mask.save(tmp_path / "masks" / "a.png")
     on_disk = Corpus.build(tmp_path)
     assert on_disk.uri(0) == on_disk.index(0).uri == "https://host/a\udcff ü.svs"

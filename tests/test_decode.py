@@ -6,7 +6,8 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from online_patching.decode import BadTileError, decode_tile, rebuild_jpeg
+from online_patching.decode import BadTileError, decode_tile
+from online_patching.decode.jpeg import rebuild_jpeg
 from online_patching.slide_index import Codec
 from online_patching.testing.writers import split_tables
 from tests.conftest import noise

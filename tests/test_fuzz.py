@@ -304,7 +304,7 @@ def test_a_header_that_is_none_is_told(header: bytes, tmp_path: Path) -> None:
     with pytest.raises(errors.CorpusError, match="not a slide index"):
         SlideIndex.from_bytes(header, np.empty(0, np.uint64))
     path = tmp_path / "a.index"
-    path.write_bytes(b"PFMINDX1" + struct.pack("<Q", len(header)) + header)
+    path.write_bytes(b"PFMINDX2" + struct.pack("<Q", len(header)) + header)
     with pytest.raises(errors.CorpusError, match=r"a\.index: not a readable slide index"):
         SlideIndex.load(path)
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from online_patching.mask import ForegroundMask
 from online_patching.slide_index import Codec, SlideIndex
 from online_patching.stores import atomic_write_text, is_remote
 
-VERSION = 2
+VERSION = 3
 """Of the packed form: what corpus.json says must be this."""
 
 FILES = {name: f"{name}.bin" for name in KINDS}
@@ -113,6 +113,7 @@ class Packer:
             {"keys": asdict(level.keys) if level.keys else None, "overflow": level.overflow}
             for level in index.levels
         ]
+        rest["objects"] = [astuple(item) for item in index.objects]
         uri = index.uri if self._keep_secrets else redact(index.uri)
         strings = (index.slide_id, uri, index.token, json.dumps(rest))
         return [text.encode(errors="surrogatepass") for text in strings]
@@ -169,7 +170,7 @@ def _fill_slide(
 ) -> None:
     record["width_px0"], record["height_px0"] = index.dimensions
     record["mpp_x"], record["mpp_y"] = index.mpp_x, index.mpp_y
-    record["n_levels"] = len(index.levels)
+    record["n_levels"], record["n_objects"] = len(index.levels), len(index.objects)
     record["reader"] = 2 if index.fallback else int(index.levels[0].rows is None)
     record["mask_width"], record["mask_height"] = mask.width, mask.height
     record["tissue_cells"] = mask.tissue_cells

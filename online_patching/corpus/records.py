@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from online_patching.bitmaps import PADDING_BYTES
 from online_patching.errors import CorpusError, PatchingError
 from online_patching.mask import QUANTILE_SIDES_UM
-from online_patching.slide_index import MPP_SANE_RANGE, ChunkKeys, Codec, Level, SlideIndex
+from online_patching.slide_index import (
+    MPP_SANE_RANGE,
+    ChunkKeys,
+    Codec,
+    Level,
+    SlideIndex,
+    SlideObject,
+)
 
 SLIDE_RECORD = np.dtype(
     [
@@ -29,13 +36,14 @@ SLIDE_RECORD = np.dtype(
         ("mask_offset", "<i8"), ("mask_width", "<i4"), ("mask_height", "<i4"), ("tissue_cells", "<i8"),
         ("size_bytes", "<i8"), ("mtime_ns", "<i8"),
         ("text_offset", "<i8"), ("slide_id_bytes", "<i4"), ("uri_bytes", "<i4"),
-        ("token_bytes", "<i4"), ("rest_bytes", "<i4"),
+        ("token_bytes", "<i4"), ("rest_bytes", "<i4"), ("n_objects", "<i4"), ("pad", "<i4"),
         ("rich_fractions", "<f4", (len(QUANTILE_SIDES_UM),)),
     ]
 )  # fmt: skip
-"""One slide, 200 bytes: what a draw needs, and where the rest lies.
+"""One slide, 208 bytes: what a draw needs, and where the rest lies.
 
 `size_bytes` and `mtime_ns` are those of a local file when it was indexed (mtime 0: not known).
+`n_objects` is 0 where the slide lies in one object, its URI.
 """
 
 LEVEL_RECORD = np.dtype(
@@ -116,6 +124,7 @@ def read_index(packed: Packed, codecs: Sequence[Codec], row: int) -> SlideIndex:
             fields["overflow"] = tuple((int(a), int(b)) for a, b in extra["overflow"])
             fields["keys"] = ChunkKeys(**extra["keys"]) if extra["keys"] else None
             levels.append(Level(**fields))
+        rest["objects"] = tuple(SlideObject(*item) for item in rest["objects"])
         slide_id, uri, token = (read_text(packed, row, which) for which in range(3))
         return SlideIndex(
             slide_id, uri, levels=tuple(levels), token=token, size_bytes=int(record["size_bytes"]),
