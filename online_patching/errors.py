@@ -21,12 +21,44 @@ PatchingError
     ├── StateMismatchError     a saved state that belongs to another stream
     └── WorkerDiedError        a loader process ended without saying why
 
-Messages say what, where, the numbers and the remedy, in one line; the facts are fields too.
+Messages say what, where, the numbers and the remedy, in one line; the facts are fields too. Every error
+has a `code`, one of CODES: what tables of refused slides are counted by. Codes stay what they are.
 """
 
 from __future__ import annotations
 
 import re
+
+CODES = {
+    # about a slide
+    "not_a_slide": "no reader at hand recognises a whole-slide image in it",
+    "damaged": "its headers contradict its bytes, or themselves",
+    "truncated": "it ends before the bytes its headers promise: cut short, or still uploading",
+    "bad_tile": "a tile's bytes do not decode to that tile",
+    "unsupported": "an image, but not in a way of storing it that can be read here",
+    "fluorescence": "a fluorescence image: not what an H&E or IHC model is trained on",
+    "multiplex": "many stains in channels of their own: not an RGB image",
+    "no_mpp": "it carries no µm/px; give it in an override table",
+    "bad_mpp": "µm/px that no scanner makes, or that differ by axis; give them in an override table",
+    "slide": "something else about the slide, said in the reason",
+    # about reading bytes
+    "missing": "there is no such file or object, or it may not be seen",
+    "access": "the store refuses these credentials, or the file's permissions do",
+    "no_ranges": "a server that does not honour byte ranges",
+    "changed": "other bytes than those that were indexed",
+    "unavailable": "the store kept failing past every retry",
+    "store": "something else about reading bytes, said in the reason",
+    # about what is made of slides
+    "mask": "a foreground mask that is empty, damaged or another slide's",
+    "corpus": "a corpus folder that is missing, stale or damaged",
+    "sampler": "nothing can be drawn under the conditions asked for",
+    "loader": "the stream of batches cannot go on",
+    "too_many_failures": "more draws failed than the run allows",
+    "other_stream": "a saved state of another stream",
+    "worker": "a loader process ended without saying why",
+    "error": "anything else",
+}
+"""What each `code` of an error means, in a few words."""
 
 _NEXT_LINK = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]*://)")  # not the '::' of an IPv6 address
 
@@ -58,6 +90,8 @@ class PatchingError(Exception):
 
 class SlideError(PatchingError):
     """One slide cannot be used; `uri` names it and `reason` says why, without the URI."""
+
+    code = "slide"
 
     def __init__(self, uri: str, reason: str) -> None:
         uri = redact(uri)
@@ -115,18 +149,28 @@ class TileDecodeError(DamagedSlideError):
 
 
 class MppError(SlideError):
-    """The slide carries no µm per pixel, or one that no scanner makes."""
+    """The slide carries no µm per pixel, or (code bad_mpp) one that no scanner makes."""
 
     code = "no_mpp"
 
+    def __init__(self, uri: str, reason: str, code: str = "no_mpp") -> None:
+        super().__init__(uri, reason)
+        self.code = code
+
 
 class StoreError(PatchingError):
-    """Bytes could not be read; `key` names the object without credentials or query."""
+    """Bytes could not be read; `key` names the object without credentials or query.
 
-    def __init__(self, key: str, reason: str) -> None:
+    `code` says so where it was for want of rights ("access").
+    """
+
+    code = "store"
+
+    def __init__(self, key: str, reason: str, code: str | None = None) -> None:
         key = redact(key)
         super().__init__(f"{key}: {reason}")
         self.key, self.reason = key, reason
+        self.code = code or self.code
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.args, self.__dict__))
@@ -183,13 +227,19 @@ class LoaderError(PatchingError):
 class FailureBudgetError(LoaderError):
     """More draws failed than the run allows."""
 
+    code = "too_many_failures"
+
 
 class StateMismatchError(LoaderError):
     """A saved loader state belongs to another corpus, mask set or sampler."""
 
+    code = "other_stream"
+
 
 class WorkerDiedError(LoaderError):
     """A loader process ended without handing over an error."""
+
+    code = "worker"
 
 
 def _rebuild(

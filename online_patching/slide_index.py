@@ -372,6 +372,7 @@ def check_mpp(uri: str, mpp_x: float, mpp_y: float, source: str) -> None:
                 uri,
                 f"{mpp:g} µm/px ({source}) is outside {low:g} to {high:g}. "
                 "Give the right value in the µm/px override table.",
+                "bad_mpp",
             )
     if source != MPP_OVERRIDE and abs(mpp_x - mpp_y) > MPP_AXES_TOLERANCE * max(mpp_x, mpp_y):
         raise MppError(
@@ -379,6 +380,7 @@ def check_mpp(uri: str, mpp_x: float, mpp_y: float, source: str) -> None:
             f"µm/px differ by axis: {mpp_x:g} and {mpp_y:g} ({source}), more than "
             f"{MPP_AXES_TOLERANCE:.0%}. Give the right value in the µm/px override table, or "
             "mpp=(x, y) if they do differ.",
+            "bad_mpp",
         )
 
 

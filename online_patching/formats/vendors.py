@@ -44,7 +44,8 @@ class Mpp:
         try:
             x, y = (float(v) for v in (mpp if isinstance(mpp, (tuple, list)) else (mpp, mpp)))
         except (TypeError, ValueError):
-            raise MppError(uri, f"{mpp!r} is no µm/px: give one number, or two (x, y).") from None
+            told = f"{mpp!r} is no µm/px: give one number, or two (x, y)."
+            raise MppError(uri, told, "bad_mpp") from None
         return cls(x, y, MPP_OVERRIDE)
 
 
@@ -122,12 +123,12 @@ def refuse_fluorescence(uri: str, text: str) -> None:
     """Refuse what vendors mark as fluorescence or multiplex in their own words."""
     if "PerkinElmer-QPI-ImageDescription" in text:
         raise UnsupportedSlideError(
-            uri, "multiplex fluorescence (PerkinElmer QPI), not a stained slide."
+            uri, "multiplex fluorescence (PerkinElmer QPI), not a stained slide.", "multiplex"
         )
     match = re.search(r"ExcitationWaveLength=([0-9]{1,18})", text)
     if match and int(match[1]) > 0:
         raise UnsupportedSlideError(
-            uri, f"fluorescence (excitation at {match[1]} nm), not a stained slide."
+            uri, f"fluorescence (excitation at {match[1]} nm), not a stained slide.", "fluorescence"
         )
 
 

@@ -66,7 +66,9 @@ class FsspecStore:
                     redact(key), "there is no such object. Check the URI."
                 ) from None
             except PermissionError:
-                raise StoreError(redact(key), "access refused. Check the credentials.") from None
+                raise StoreError(
+                    redact(key), "access refused. Check the credentials.", "access"
+                ) from None
             except (OSError, TimeoutError) as error:
                 raise TransientError(type(error).__name__) from None
             except Exception as error:  # filesystems raise their SDKs' own types

@@ -174,7 +174,7 @@ def raise_for_status(key: str, status: int) -> None:
     if status in (404, 410):
         raise ObjectNotFoundError(name, f"HTTP {status}: there is no such object. Check the URL.")
     if status in (401, 403):
-        raise StoreError(name, f"HTTP {status}: access refused. Check the credentials.")
+        raise StoreError(name, f"HTTP {status}: access refused. Check the credentials.", "access")
     if status == 412:
         raise ObjectChangedError(name, "changed since it was indexed (HTTP 412). Index it again.")
     if status in _RETRIED:

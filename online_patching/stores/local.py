@@ -40,7 +40,7 @@ class LocalStore:
         except FileNotFoundError:
             raise ObjectNotFoundError(key, "there is no such file. Check the path.") from None
         except OSError as error:
-            raise StoreError(key, f"cannot be opened: {error.strerror}.") from None
+            raise _cannot_be_opened(key, error) from None
         return stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}"
 
     def read(self, key: str, start: int, stop: int | None) -> bytes:
@@ -94,7 +94,7 @@ class LocalStore:
             except FileNotFoundError:
                 raise ObjectNotFoundError(key, "there is no such file. Check the path.") from None
             except OSError as error:
-                raise StoreError(key, f"cannot be opened: {error.strerror}.") from None
+                raise _cannot_be_opened(key, error) from None
         try:
             yield handle
         finally:
@@ -106,6 +106,11 @@ class LocalStore:
                     stale.append(self._handles.pop(next(iter(self._handles))))
             for old in stale:
                 os.close(old)
+
+
+def _cannot_be_opened(key: str, error: OSError) -> StoreError:
+    code = "access" if isinstance(error, PermissionError) else None
+    return StoreError(key, f"cannot be opened: {error.strerror}.", code)
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
