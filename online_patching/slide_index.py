@@ -32,7 +32,9 @@ MPP_OVERRIDE = "override table"
 CODEC_KINDS = frozenset({"jpeg", "jpeg2000", "raw", "deflate", "lzw", "zstd", "chunk"})
 """What `Codec.kind` may be: the ways of storing a tile that decode.py undoes."""
 
-_MAGIC = b"PFMINDX2"
+INDEX_MAGIC = b"PFMINDX2"
+"""How a saved index begins; another form of it has another name."""
+
 _MAX_HEADER_BYTES = 64 * 2**20
 _LENGTH_BITS = np.uint64(24)
 _LENGTH_MASK = np.uint64(2**24 - 1)
@@ -340,14 +342,16 @@ class SlideIndex:
     def save(self, path: str | Path) -> None:
         """Write the index atomically: magic, header length, JSON header, tile rows."""
         header, rows = self.to_bytes()
-        atomic_write_bytes(path, _MAGIC + struct.pack("<Q", len(header)) + header + rows.tobytes())
+        atomic_write_bytes(
+            path, INDEX_MAGIC + struct.pack("<Q", len(header)) + header + rows.tobytes()
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> SlideIndex:
         """Read what `save` wrote; anything else raises CorpusError."""
         try:
             data = Path(path).read_bytes()
-            if data[:8] != _MAGIC:
+            if data[:8] != INDEX_MAGIC:
                 raise ValueError("it does not start as a slide index does")
             (length,) = struct.unpack("<Q", data[8:16])
             if length > min(_MAX_HEADER_BYTES, len(data) - 16):
