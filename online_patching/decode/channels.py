@@ -5,6 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+_AWAY = np.arange(256) - 128
+# JFIF's full-range YCbCr (ITU-T T.871), rounded as libjpeg and OpenSlide do: sums in 1/65536.
+_R_CR = ((91_881 * _AWAY + 32_768) >> 16).astype(np.int16)
+_B_CB = ((116_130 * _AWAY + 32_768) >> 16).astype(np.int16)
+_G_CB, _G_CR = (-22_554 * _AWAY).astype(np.int32), (-46_802 * _AWAY + 32_768).astype(np.int32)
+
 
 def three_channels(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The first three channels; gray three times."""
@@ -16,14 +22,11 @@ def three_channels(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def ycbcr_to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """JFIF's full-range YCbCr (ITU-T T.871) to RGB, rounded to nearest."""
-    y, cb, cr = (pixels[:, :, i].astype(np.float32) for i in range(3))
-    rgb = np.stack(
-        [
-            y + 1.402 * (cr - 128),
-            y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128),
-            y + 1.772 * (cb - 128),
-        ],
-        axis=2,
-    )
-    return np.asarray(np.clip(np.rint(rgb), 0, 255), np.uint8)
+    """JFIF's full-range YCbCr to RGB: at most one grey level from the exact value."""
+    y, cb, cr = (pixels[:, :, i] for i in range(3))
+    luma = y.astype(np.int16)
+    out = np.empty((*y.shape, 3), np.uint8)
+    green = ((_G_CB[cb] + _G_CR[cr]) >> 16).astype(np.int16)
+    for number, chroma in enumerate((_R_CR[cr], green, _B_CB[cb])):
+        out[:, :, number] = np.clip(luma + chroma, 0, 255)
+    return out

@@ -1,51 +1,76 @@
-"""JPEG 2000 tiles -> RGB."""
+"""JPEG 2000 tiles -> RGB: whole, a region, or at a lower resolution."""
 
 from __future__ import annotations
 
-import struct
-
-import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
 from online_patching.decode.bad_tile import BadTileError
 from online_patching.decode.channels import three_channels, ycbcr_to_rgb
+from online_patching.decode.codestream import Frame, check_complete, codestream_of
+from online_patching.decode.openjpeg import decode_planes
+from online_patching.geometry import Box
 from online_patching.slide_index import Codec
 
 
-def decode(codec: Codec, data: bytes, width: int, height: int, scale: int = 1) -> NDArray[np.uint8]:
-    """RGB pixels of one codestream."""
-    if scale != 1:
-        raise BadTileError(f"it is not decoded at 1/{scale}")
-    # SIZ is the first segment of a codestream (ISO 15444-1 A.5.1). Exactly these bytes are decoded, so
-    # that the size checked is the size allocated.
-    data = _codestream(data)
-    if data[:4] != b"\xff\x4f\xff\x51" or len(data) < 24:
-        raise BadTileError("it is not a JPEG 2000 codestream")
-    right, bottom, left, top = struct.unpack(">IIII", data[8:24])
-    if (right - left, bottom - top) != (width, height):
+def decode(
+    codec: Codec, data: bytes, width: int, height: int, scale: int = 1, box: Box | None = None
+) -> NDArray[np.uint8]:
+    """RGB pixels of one codestream, or of `box` of them (px of the tile decoded at 1/scale).
+
+    At 1/scale the finest wavelet bands are left out: pixels are the low-pass band of that resolution.
+    Only code blocks that a box needs are decoded; its pixels are those of the whole.
+    """
+    data = codestream_of(data)
+    frame = check_complete(data)
+    if (frame.width, frame.height) != (width, height):
         raise BadTileError(
-            f"its frame says {right - left} x {bottom - top} px, not {width} x {height}"
+            f"its frame says {frame.width} x {frame.height} px, not {width} x {height}"
         )
-    pixels = imagecodecs.jpeg2k_decode(data)
-    if codec.colour == "ycbcr":
-        return ycbcr_to_rgb(pixels)
-    return three_channels(pixels)
+    reductions = scale.bit_length() - 1
+    if reductions > frame.reductions:
+        raise BadTileError(f"it can be halved {frame.reductions} times, not {reductions}")
+    size = (-(-width // scale), -(-height // scale))
+    whole = Box(0, 0, *size)
+    seen = whole if box is None else _aligned(box, frame, whole)
+    area = None
+    if seen != whole:
+        area = (seen.left * scale, seen.top * scale,
+                min(seen.right * scale, width), min(seen.bottom * scale, height))  # fmt: skip
+    pixels = _joined(decode_planes(data, reductions, area), frame, seen)
+    if codec.colour == "ycbcr" and pixels.shape[2] == 3:
+        pixels = ycbcr_to_rgb(pixels)
+    else:
+        pixels = three_channels(pixels)
+    if box is None or box == seen:
+        return pixels
+    cut = box.shift(-seen.left, -seen.top)
+    return pixels[cut.top : cut.bottom, cut.left : cut.right]
 
 
-def _codestream(data: bytes) -> bytes:
-    """The codestream of a JP2 file (its jp2c box, ISO 15444-1 I.4), or the data when it is one."""
-    if data[4:8] != b"jP  ":
-        return data
-    position = 0
-    while position + 16 <= len(data):
-        length, kind = struct.unpack(">I4s", data[position : position + 8])
-        head = 16 if length == 1 else 8
-        if kind == b"jp2c":
-            return data[position + head :]
-        if length == 1:
-            (length,) = struct.unpack(">Q", data[position + 8 : position + 16])
-        if length < head:
-            break
-        position += length
-    raise BadTileError("it is a JP2 file without a codestream")
+def _aligned(box: Box, frame: Frame, whole: Box) -> Box:
+    """A box grown to whole samples of every component."""
+    across = max(x for x, _ in frame.subsampling)
+    down = max(y for _, y in frame.subsampling)
+    return Box(
+        box.left // across * across,
+        box.top // down * down,
+        min(-(-box.right // across) * across, whole.right),
+        min(-(-box.bottom // down) * down, whole.bottom),
+    )
+
+
+def _joined(planes: list[NDArray[np.uint8]], frame: Frame, seen: Box) -> NDArray[np.uint8]:
+    """Planes as one picture; subsampled ones have their samples repeated, as OpenSlide does."""
+    if len(planes) != frame.components:
+        raise BadTileError(f"it has {len(planes)} components, not {frame.components}")
+    pixels = np.empty((seen.height, seen.width, len(planes)), np.uint8)
+    for number, (plane, (across, down)) in enumerate(zip(planes, frame.subsampling, strict=True)):
+        if across > 1:
+            plane = np.repeat(plane, across, axis=1)
+        if down > 1:
+            plane = np.repeat(plane, down, axis=0)
+        if plane.shape[0] < seen.height or plane.shape[1] < seen.width:
+            raise BadTileError(f"a component holds {plane.shape[1]} x {plane.shape[0]} px")
+        pixels[:, :, number] = plane[: seen.height, : seen.width]
+    return pixels
