@@ -19,7 +19,7 @@ from online_patching.errors import (
     ShortReadError,
     UnsupportedSlideError,
 )
-from online_patching.formats import vendors
+from online_patching.formats import ndpi, vendors
 from online_patching.formats.tiff_tags import (
     BadTagError,
     Directory,
@@ -46,7 +46,7 @@ _COMPRESSIONS = {
 }  # fmt: skip
 _RGB, _YCBCR, _MINISBLACK = 2, 6, 1
 _MACRO_FLAG = 8
-_DESCRIPTION, _NDPI, _MAKE, _JPEG_TABLES = 270, 65420, 271, 347
+_DESCRIPTION, _JPEG_TABLES = 270, 347
 _TILE_OFFSETS, _STRIP_OFFSETS, _TILE_LENGTHS, _STRIP_LENGTHS = 324, 273, 325, 279
 
 
@@ -58,16 +58,18 @@ def is_tiff(head: bytes) -> bool:
 def read_index(
     uri: str, slide_id: str, override: Mpp | None, stores: Stores, size: int, token: str
 ) -> SlideIndex | None:
-    """The index of a tiled 8-bit RGB TIFF; None when it needs a fallback reader (an NDPI, strips, ...).
+    """The index of a tiled 8-bit RGB TIFF, or of an NDPI (ndpi.py); None when it needs a fallback reader.
 
     Takes at most about 64 MiB and a second whatever the file says, and over a network at most
     `tiff_tags.MAX_REQUESTS` requests.
     """
     try:
         tags = TiffTags(partial(_fetch, uri, stores, token), size)
+        if tags.directories and ndpi.FLAG in tags.directories[0]:
+            return ndpi.read_index(uri, slide_id, override, stores, size, token)
         return _from_tags(tags, uri, slide_id, override)
-    except FarOffsetsError:
-        return None
+    except FarOffsetsError:  # beyond 4 GiB only an NDPI says what a classic TIFF's offsets mean
+        return ndpi.read_index(uri, slide_id, override, stores, size, token)
     except PastEndError as error:
         raise ShortReadError(redact(uri), error.start, error.stop, size) from None
     except BadTagError as error:
@@ -123,8 +125,6 @@ def _from_tags(tags: TiffTags, uri: str, slide_id: str, override: Mpp | None) ->
     first = pages[0]
     description = first.tags.text(_DESCRIPTION, _MAX_TEXT_BYTES)
     vendors.refuse_fluorescence(name, description)
-    if _NDPI in first.tags and _MAKE in first.tags:
-        return None
     _refuse_channels(name, pages)
     levels = _pyramid(tags, pages)
     codecs = [_codec(page) for page in levels]
