@@ -40,6 +40,7 @@ CODES = {
     "multiplex": "many stains in channels of their own: not an RGB image",
     "no_mpp": "it carries no µm/px; give it in an override table",
     "bad_mpp": "µm/px that no scanner makes, or that differ by axis; give them in an override table",
+    "duplicate": "another slide of the cohort has the same address once queries are left out",
     "slide": "something else about the slide, said in the reason",
     # about reading bytes
     "missing": "there is no such file or object, or it may not be seen",
