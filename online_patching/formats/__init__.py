@@ -18,7 +18,7 @@ from online_patching.stores import Stores, is_remote, local_path, redact
 
 __all__ = ["find_slides", "read_slide_index"]
 
-_NOT_SLIDES = frozenset(
+NOT_SLIDES = frozenset(
     {
         ".csv",
         ".json",
@@ -34,7 +34,7 @@ _NOT_SLIDES = frozenset(
     }
     | {".py", ".sh", ".zip", ".index", ".bin", ".sha256", ".md5"}
 )
-_DICOM = frozenset({".dcm", ".dicom"})
+DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
 
 
 def read_slide_index(
@@ -105,7 +105,7 @@ def _walk(folder: Path, found: list[str], above: frozenset[Path] = frozenset()) 
         return  # a symbolic link to a folder above
     entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     files = [p for p in entries if p.is_file()]
-    instances = [p for p in files if p.suffix.lower() in _DICOM]
+    instances = [p for p in files if p.suffix.lower() in DICOM_SUFFIXES]
     if instances and len(instances) == len(files):
         found.append(str(folder))
         return
@@ -114,7 +114,7 @@ def _walk(folder: Path, found: list[str], above: frozenset[Path] = frozenset()) 
             found.append(str(path))
         elif path.is_dir():
             _walk(path, found, above | {here})
-        elif path.is_file() and path.suffix.lower() not in _NOT_SLIDES:
+        elif path.is_file() and path.suffix.lower() not in NOT_SLIDES:
             found.append(str(path))
 
 
@@ -130,7 +130,7 @@ def is_zarr(uri: str) -> bool:
 
 def dicom_files(folder: Path) -> list[Path]:
     """The DICOM instances directly inside a folder, sorted."""
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in _DICOM)
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in DICOM_SUFFIXES)
 
 
 def slide_id_of(uri: str) -> str:
