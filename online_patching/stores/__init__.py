@@ -221,6 +221,30 @@ class Stores:
 
         return await asyncio.gather(*map(one, requests))
 
+    def version_many(self, uris: Sequence[str]) -> list[tuple[int, str] | PatchingError]:
+        """Size and token of each object, or what went wrong with it; remote ones are asked at the same time."""
+
+        def local(uri: str) -> tuple[int, str] | PatchingError:
+            try:
+                return self.version(uri)
+            except PatchingError as error:
+                return error
+
+        async def away() -> list[tuple[int, str] | PatchingError]:
+            turn = asyncio.Semaphore(_MOST_AT_ONCE)
+
+            async def one(uri: str) -> tuple[int, str] | PatchingError:
+                async with turn:
+                    try:
+                        return await self.remote(uri).version(uri)
+                    except PatchingError as error:
+                        return error
+
+            return await asyncio.gather(*(one(uri) for uri in uris if is_remote(uri)))
+
+        remote = iter(self.loop.run(away()) if any(map(is_remote, uris)) else ())
+        return [next(remote) if is_remote(uri) else local(uri) for uri in uris]
+
     def close(self) -> None:
         """Close clients, descriptors and the loop thread."""
         self.local.close()
