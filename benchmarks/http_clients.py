@@ -114,11 +114,12 @@ async def ours(url: str, stack: AsyncExitStack, certificate: str) -> Read:
 async def ours_by_aiohttp(url: str, stack: AsyncExitStack, certificate: str) -> Read:
     """What every read cost before there was a range client, and what unusual hosts still cost."""
     from online_patching.stores import HttpStore
+    from online_patching.stores.address import plain_address
 
     store = HttpStore()
     stack.push_async_callback(store.close)
     token = (await store.version(url))[1]
-    return lambda start, stop: store.full.read(url, start, stop, token)
+    return lambda start, stop: store.full.read(url, start, stop, token, plain_address(url))
 
 
 async def aiohttp(url: str, stack: AsyncExitStack, certificate: str) -> Read:

@@ -106,7 +106,7 @@ def test_one_500_is_retried(fault_server, stores, small_slides):
         (Faults("403"), errors.StoreError, "HTTP 403: access refused"),
         (Faults("ignore-range"), errors.RangeIgnoredError, "ignores byte ranges"),
         (Faults("wrong-range"), errors.RangeIgnoredError, "asked for bytes 0-0, got 1-1"),
-        (Faults("hang"), errors.StoreUnavailableError, "no answer within 0.5 s"),
+        (Faults("hang"), errors.StoreUnavailableError, "not finished within 0.5 s"),
         (Faults("truncate", only_data=True), errors.StoreUnavailableError, "failed 3 times"),
     ],
 )
@@ -345,8 +345,6 @@ def test_any_fsspec_filesystem_serves_a_slide(small_slides, small_indexes):
         read_slide_index("memory://bucket/none.svs")
 
 
-def test_a_scheme_without_its_package_names_the_pip_install():
-    with pytest.raises(errors.StoreError, match=r"pip install 'pathfm\[gcs\]'"):
-        read_slide_index("gs://bucket/a.svs")
+def test_a_scheme_that_nobody_knows_is_refused():
     with pytest.raises(errors.StoreError, match="no reader knows the scheme"):
         read_slide_index("gopher://bucket/a.svs")

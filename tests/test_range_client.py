@@ -199,7 +199,8 @@ def test_each_answer_that_is_not_the_range_is_one_clear_error(
     data: bytes, error: type[Exception], words: str
 ) -> None:
     told, kept = feed(data, [])
-    assert [type(got) for _, got in told] == [error]
+    assert len(told) == 1
+    assert isinstance(told[0][1], error)
     assert words in str(told[0][1])
     assert not kept
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from online_patching.errors import StoreError, redact
-from online_patching.stores.http_answer import UnusualAnswerError
+from online_patching.stores.address import Address, Addresses, PlainAddresses
+from online_patching.stores.http_answer import RefusedError, UnusualAnswerError
 from online_patching.stores.http_full import FullClient
-from online_patching.stores.http_target import Origin, Target, target_of
+from online_patching.stores.http_target import Origin, Target
 from online_patching.stores.listing import MOST_LISTED, Listed, cannot_list
 from online_patching.stores.range_client import DEFAULT_CONNECTIONS, RangeClient
 from online_patching.stores.range_connection import Done, Get
 from online_patching.stores.retry import RetryPolicy, TransientError, with_retries
+
+T = TypeVar("T")
 
 
 class HttpStore:
@@ -27,9 +31,13 @@ class HttpStore:
     """
 
     def __init__(
-        self, policy: RetryPolicy | None = None, connections: int = DEFAULT_CONNECTIONS
+        self,
+        policy: RetryPolicy | None = None,
+        connections: int = DEFAULT_CONNECTIONS,
+        addresses: Addresses | None = None,
     ) -> None:
         self.policy = policy or RetryPolicy()
+        self.addresses = addresses or PlainAddresses()
         self.connections = connections
         self.retries = 0
         self.full = FullClient(self.policy)
@@ -45,9 +53,7 @@ class HttpStore:
 
     async def version(self, key: str) -> tuple[int, str]:
         """Size in bytes and the ETag (or Last-Modified): from a one-byte range request."""
-        return await with_retries(
-            self.policy, redact(key), lambda: self.full.version(key), self.count_retry
-        )
+        return await self.asked(key, lambda address: self.full.version(key, address))
 
     async def read(self, key: str, start: int, stop: int | None, token: str = "") -> bytes:
         """Bytes start..stop of an object, or all of it when stop is None.
@@ -56,11 +62,8 @@ class HttpStore:
         """
         if stop is not None:
             return (await self.read_many([(key, start, stop, token)]))[0]
-        return await with_retries(
-            self.policy,
-            redact(key),
-            lambda: self.full.read(key, start, None, token),
-            self.count_retry,
+        return await self.asked(
+            key, lambda address: self.full.read(key, start, None, token, address)
         )
 
     async def read_many(self, ranges: Sequence[tuple[str, int, int, str]]) -> list[bytes]:
@@ -120,9 +123,26 @@ class HttpStore:
             await ranges.close()
         await self.full.close()
 
-    def plain(self, key: str) -> Target | None:
-        """Where a URL's ranges are asked for, if the small client may do it."""
-        target = target_of(key)
+    async def asked(self, key: str, once: Callable[[Address], Awaitable[T]]) -> T:
+        """What `once` gets from the key's address, with retries and one renewal of credentials."""
+        renewed = False
+
+        async def attempt() -> T:
+            nonlocal renewed
+            address = self.addresses.at_once(key) or await self.addresses.soon(key)
+            try:
+                return await once(address)
+            except RefusedError:
+                if renewed or not self.addresses.refused(key, address):
+                    raise
+            renewed = True
+            return await once(await self.addresses.soon(key))
+
+        return await with_retries(self.policy, redact(key), attempt, self.count_retry)
+
+    def plain(self, address: Address) -> Target | None:
+        """Where an address's ranges are asked for, if the small client may do it."""
+        target = address.target
         return None if target is None or target.origin in self._unusual else target
 
     def client(self) -> RangeClient:
@@ -131,11 +151,10 @@ class HttpStore:
             self._ranges = RangeClient(self.policy, self.connections)
         return self._ranges
 
-    def leave_to_aiohttp(self, key: str) -> None:
+    def leave_to_aiohttp(self, address: Address) -> None:
         """This host answers in a way that needs a complete client: ask it with one from now on."""
-        target = target_of(key)
-        if target is not None:
-            self._unusual.add(target.origin)
+        if address.target is not None:
+            self._unusual.add(address.target.origin)
 
     def count_retry(self) -> None:
         """One more try."""
@@ -145,14 +164,15 @@ class HttpStore:
 class RangeRead:
     """One range on its way, through all its tries; made by `HttpStore.start`."""
 
-    __slots__ = ("_done", "_failed", "_step", "_store", "_wanted")
+    __slots__ = ("_address", "_done", "_failed", "_renewed", "_step", "_store", "_wanted")
 
     def __init__(
         self, store: HttpStore, key: str, start: int, stop: int, token: str, done: Done
     ) -> None:
         self._store, self._wanted = store, (key, start, stop, token)
         self._done: Done | None = done
-        self._failed = 0
+        self._failed, self._renewed = 0, False
+        self._address: Address | None = None
         self._step: Get | asyncio.Handle | asyncio.Task[None] | None = None
         if start < stop:
             self._try()  # raises in the asker when the key is no URL
@@ -181,15 +201,27 @@ class RangeRead:
             self._step.cancel()
 
     def _try(self) -> None:
-        target = self._store.plain(self._wanted[0])
+        self._address = address = self._store.addresses.at_once(self._wanted[0])
+        if address is None:
+            self._step = asyncio.get_running_loop().create_task(self._make_ready())
+            return
+        target = self._store.plain(address)
         if target is not None:
             self._step = self._store.client().start(target, *self._wanted, self._answered)
         else:
-            self._step = asyncio.get_running_loop().create_task(self._ask_aiohttp())
+            self._step = asyncio.get_running_loop().create_task(self._ask_aiohttp(address))
 
-    async def _ask_aiohttp(self) -> None:
+    async def _make_ready(self) -> None:
         try:
-            body = await self._store.full.read(*self._wanted)
+            await self._store.addresses.soon(self._wanted[0])
+        except Exception as error:
+            self._answered(None, error)
+        else:
+            self._try()
+
+    async def _ask_aiohttp(self, address: Address) -> None:
+        try:
+            body = await self._store.full.read(*self._wanted, address)
         except Exception as error:
             self._answered(None, error)
         else:
@@ -199,8 +231,12 @@ class RangeRead:
         policy, key = self._store.policy, self._wanted[0]
         if self._done is None:
             return
-        if isinstance(error, UnusualAnswerError):
-            self._store.leave_to_aiohttp(key)
+        address = self._address
+        if isinstance(error, UnusualAnswerError) and address is not None:
+            self._store.leave_to_aiohttp(address)
+            self._try()
+        elif isinstance(error, RefusedError) and self._may_renew():
+            self._renewed = True
             self._try()
         elif not isinstance(error, TransientError):
             self._end(body, error)
@@ -210,7 +246,13 @@ class RangeRead:
             self._failed += 1
             self._store.count_retry()
             loop = asyncio.get_running_loop()
-            self._step = loop.call_later(policy.delay_s(self._failed), self._try)
+            self._step = loop.call_later(policy.delay_s(self._failed, error.after_s), self._try)
+
+    def _may_renew(self) -> bool:
+        """Whether new credentials may be accepted where these were not; once a read."""
+        if self._renewed or self._address is None:
+            return False
+        return self._store.addresses.refused(self._wanted[0], self._address)
 
     def _end(self, body: bytes | None, error: Exception | None) -> None:
         done, self._done = self._done, None

@@ -8,8 +8,10 @@ complete HTTP client should ask again.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 
 from online_patching.errors import (
     ObjectChangedError,
@@ -30,7 +32,7 @@ _HEAD = re.compile(
 )
 _FIELDS = re.compile(
     r"\r\n(connection|content-encoding|content-length|content-range|etag|last-modified"
-    r"|transfer-encoding):([^\r]*)",
+    r"|retry-after|transfer-encoding):([^\r]*)",
     re.IGNORECASE,
 )
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18})")
@@ -45,7 +47,8 @@ class Head:
     """What an answer's head says about its object: '' or -1 for what it does not say.
 
     `length` is Content-Length in bytes, `token` the ETag (or else Last-Modified), `encoding` the
-    Content-Encoding, `keep` whether the connection may carry another request.
+    Content-Encoding, `keep` whether the connection may carry another request, `after_s` what an error
+    says of when to ask again.
     """
 
     status: int
@@ -54,13 +57,17 @@ class Head:
     length: int = -1
     keep: bool = True
     encoding: str = ""
+    after_s: float = 0.0
 
     @classmethod
     def of(cls, status: int, headers: Mapping[str, str]) -> Head:
         """The same from another client's parsed answer, whose body that client counts."""
         token = headers.get("ETag") or headers.get("Last-Modified", "")
         encoding = headers.get("Content-Encoding", "")
-        return cls(status, headers.get("Content-Range", ""), token, encoding=encoding)
+        after_s = _seconds(headers.get("Retry-After", ""))
+        return cls(
+            status, headers.get("Content-Range", ""), token, encoding=encoding, after_s=after_s
+        )
 
 
 def parse_head(data: bytes) -> Head:
@@ -78,7 +85,8 @@ def parse_head(data: bytes) -> Head:
     status, fields = int(match[2]), _FIELDS.findall(match[3])
     kept = {name.lower(): value.strip(" \t") for name, value in fields}
     if status >= 400:
-        return Head(status, kept.get("content-range", ""), keep=False)
+        after_s = _seconds(kept.get("retry-after", ""))
+        return Head(status, kept.get("content-range", ""), keep=False, after_s=after_s)
     if match[1] == "0":
         raise UnusualAnswerError("HTTP/1.0")
     if len(kept) != len(fields):
@@ -104,6 +112,16 @@ def _head(status: int, kept: dict[str, str]) -> Head:
         kept.get("connection", "keep-alive").lower() == "keep-alive",
         kept.get("content-encoding", ""),
     )
+
+
+def _seconds(retry_after: str) -> float:
+    """What a Retry-After means from now on: seconds, or a date. 0 for nothing and for nonsense."""
+    if not retry_after or re.fullmatch(r"[0-9]{1,9}", retry_after):
+        return float(retry_after or 0)
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, OverflowError, TypeError):
+        return 0.0
 
 
 def check_token(key: str, head: Head, token: str) -> None:
@@ -152,7 +170,7 @@ def check_range(key: str, head: Head, start: int, stop: int) -> None:
         )
     if head.status == 416:
         raise ShortReadError(redact(key), start, stop, max(0, content_range(key, head)[2]))
-    return raise_for_status(key, head.status)
+    return raise_for_status(key, head)
 
 
 def check_length(key: str, head: Head, wanted: int) -> None:
@@ -168,17 +186,23 @@ def sent_more(key: str, limit: int) -> RangeIgnoredError:
     return RangeIgnoredError(redact(key), f"sent more than the {limit:,} bytes asked for.")
 
 
-def raise_for_status(key: str, status: int) -> None:
+class RefusedError(StoreError):
+    """HTTP 400, 401 or 403: an expired signature is answered so, among other things."""
+
+
+def raise_for_status(key: str, head: Head) -> None:
     """Returns for 200 only."""
-    name = redact(key)
+    name, status = redact(key), head.status
     if status in (404, 410):
         raise ObjectNotFoundError(name, f"HTTP {status}: there is no such object. Check the URL.")
     if status in (401, 403):
-        raise StoreError(name, f"HTTP {status}: access refused. Check the credentials.", "access")
+        raise RefusedError(name, f"HTTP {status}: access refused. Check the credentials.", "access")
     if status == 412:
         raise ObjectChangedError(name, "changed since it was indexed (HTTP 412). Index it again.")
     if status in _RETRIED:
-        raise TransientError(f"HTTP {status}")
+        raise TransientError(f"HTTP {status}", head.after_s)
+    if status == 400:
+        raise RefusedError(name, "HTTP 400, which is no answer to this request.")
     if status != 200:
         raise StoreError(name, f"HTTP {status}, which is no answer to this request.")
 

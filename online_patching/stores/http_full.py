@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 
 from online_patching.errors import StoreError, redact
+from online_patching.stores.address import Address
 from online_patching.stores.http_answer import (
     Head,
     check_encoding,
@@ -19,6 +20,7 @@ from online_patching.stores.http_answer import (
     raise_for_status,
     sent_more,
 )
+from online_patching.stores.http_headers import headers_for
 from online_patching.stores.http_target import if_match, parse_url, proxy_for
 from online_patching.stores.redirects import MOST_REDIRECTS, REDIRECTS, redirect_target
 from online_patching.stores.retry import RetryPolicy, TransientError
@@ -39,23 +41,27 @@ class FullClient:
         self._slots = asyncio.Semaphore(slots)
         self._session: aiohttp.ClientSession | None = None
 
-    async def version(self, key: str) -> tuple[int, str]:
+    async def version(self, key: str, address: Address) -> tuple[int, str]:
         """Size in bytes and the ETag (or Last-Modified): from a one-byte range request."""
-        async with self._get(key, {"Range": "bytes=0-0"}) as answer:
+        async with self._get(key, address, {"Range": "bytes=0-0"}) as answer:
             head = Head.of(answer.status, answer.headers)
+            if head.status == 416:  # only an empty object has no first byte
+                return 0, head.token
             _checked(answer, check_range, key, head, 0, 1)
             return content_range(key, head)[2], head.token
 
-    async def read(self, key: str, start: int, stop: int | None, token: str) -> bytes:
+    async def read(
+        self, key: str, start: int, stop: int | None, token: str, address: Address
+    ) -> bytes:
         """Bytes start..stop of an object, or all of it when stop is None."""
         headers = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
         if if_match(token):
             headers["If-Match"] = token
-        async with self._get(key, headers) as answer:
+        async with self._get(key, address, headers) as answer:
             head = Head.of(answer.status, answer.headers)
             _checked(answer, check_token, key, head, token)
             if stop is None:
-                raise_for_status(key, head.status)
+                raise_for_status(key, head)
                 _checked(answer, check_encoding, key, head)
                 return await _body(key, answer, MAX_OBJECT_BYTES)
             _checked(answer, check_range, key, head, start, stop)
@@ -63,6 +69,15 @@ class FullClient:
             if len(body) != stop - start:
                 raise TransientError(f"{len(body):,} bytes where {stop - start:,} were promised")
             return body
+
+    async def header(self, key: str, url: str, name: str) -> str:
+        """One header of the answer, whatever it is, to a HEAD request; '' when it is not there."""
+        async with self._told(key):
+            there = parse_url(url, encoded=True)
+            proxy = proxy_for(there.scheme, there.host or "")
+            asked = self._client().head(there, allow_redirects=False, proxy=proxy)
+            async with self._soon(), asked as answer:
+                return answer.headers.get(name, "")
 
     async def close(self) -> None:
         """Close the session and its connections."""
@@ -72,36 +87,55 @@ class FullClient:
 
     @asynccontextmanager
     async def _get(
-        self, key: str, headers: dict[str, str]
+        self, key: str, address: Address, headers: dict[str, str]
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        try:
-            async with (
-                self._slots,
-                asyncio.timeout(self.policy.timeout_s),
-                await self._follow(key, headers) as answer,
-            ):
+        async with self._told(key):
+            async with self._soon():
+                answer = await self._follow(key, address, headers | dict(address.headers))
+            async with answer:
                 yield answer
+
+    @asynccontextmanager
+    async def _soon(self) -> AsyncIterator[None]:
+        """A block that ends within the time for connecting and for a first byte."""
+        limit_s = self.policy.connect_timeout_s + self.policy.first_byte_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                yield
+        except TimeoutError:
+            raise TransientError(f"no answer within {limit_s:g} s") from None
+
+    @asynccontextmanager
+    async def _told(self, key: str) -> AsyncIterator[None]:
+        """One of the slots and the time for a whole try, with aiohttp's errors told as ours."""
+        try:
+            async with self._slots, asyncio.timeout(self.policy.timeout_s):
+                yield
         except aiohttp.ClientConnectorCertificateError:
             raise StoreError(redact(key), "certificate not trusted.") from None
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             raise TransientError(type(error).__name__) from None
         except TimeoutError:
-            raise TransientError(f"no answer within {self.policy.timeout_s:g} s") from None
+            raise TransientError(f"not finished within {self.policy.timeout_s:g} s") from None
         except (aiohttp.ClientError, UnicodeError) as error:  # the latter of a host that is no name
             raise StoreError(redact(key), f"{type(error).__name__}.") from None
 
-    async def _follow(self, key: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
+    async def _follow(
+        self, key: str, address: Address, headers: dict[str, str]
+    ) -> aiohttp.ClientResponse:
         """The first answer that is no redirect."""
-        first = url = parse_url(key)
+        first = url = parse_url(address.url, encoded=address.signed)
         for _ in range(MOST_REDIRECTS + 1):
             proxy = proxy_for(url.scheme, url.host or "")
             answer = await self._client().get(
-                url, headers=headers, allow_redirects=False, proxy=proxy
+                url, headers=headers | dict(headers_for(url)), allow_redirects=False, proxy=proxy
             )
             location = answer.headers.get("Location")
             if answer.status not in REDIRECTS or location is None:
                 return answer
             answer.release()
+            if address.signed:  # what is signed is meant for one host
+                raise StoreError(redact(key), f"is redirected (HTTP {answer.status}).")
             url = await redirect_target(key, first, url, location)
         raise StoreError(redact(key), f"is redirected more than {MOST_REDIRECTS} times.")
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
 from yarl import URL
 
 from online_patching.errors import StoreError, redact
+from online_patching.stores.http_headers import headers_for, on_forget
 
 Origin = tuple[str, str, int]
 """(scheme, host, port): what a connection may be shared between."""
 
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 _STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e]*"')  # weak ones (W/...) may not be used with If-Match
 
 
@@ -28,7 +31,7 @@ class Target:
     """Where a URL's requests go, and all that its requests have in common."""
 
     origin: Origin
-    prefix: bytes
+    prefix: bytes = field(repr=False)  # may hold a signature
 
 
 @lru_cache(256)  # looking through the environment takes longer than a request
@@ -49,10 +52,10 @@ def _is_here(host: str) -> bool:
         return host == "localhost"
 
 
-def parse_url(key: str) -> URL:
-    """A URL in parts; StoreError when it is none."""
+def parse_url(key: str, encoded: bool = False) -> URL:
+    """A URL in parts; StoreError when it is none. An `encoded` one is left as it is."""
     try:
-        return URL(key)
+        return URL(key, encoded=encoded)
     except ValueError:  # whose words may hold a password
         raise StoreError(redact(key), "is not a URL.") from None
 
@@ -69,14 +72,24 @@ def target_of(key: str) -> Target | None:
         return None
     if url.raw_password is not None or proxy_for(url.scheme, host):
         return None
+    return make_target((url.scheme, host, port), url.raw_path_qs, headers_for(url))
+
+
+def make_target(origin: Origin, path: str, headers: Sequence[tuple[str, str]] = ()) -> Target:
+    """A target from its parts: `path` with its query, percent-encoded, sent as it is."""
+    scheme, host, port = origin
     named = f"[{host}]" if ":" in host else host
-    if not url.is_default_port():
+    if port != _DEFAULT_PORTS[scheme]:
         named += f":{port}"
     head = (
-        f"GET {url.raw_path_qs} HTTP/1.1\r\nHost: {named}\r\nAccept: */*\r\n"
+        f"GET {path} HTTP/1.1\r\nHost: {named}\r\nAccept: */*\r\n"
         "Accept-Encoding: identity\r\nUser-Agent: online_patching\r\n"
     )
-    return Target((url.scheme, host, port), head.encode("ascii"))
+    head += "".join(f"{name}: {value}\r\n" for name, value in headers)
+    return Target(origin, head.encode("ascii"))
+
+
+on_forget(target_of.cache_clear)
 
 
 def request_of(target: Target, start: int, stop: int, token: str) -> bytes:
