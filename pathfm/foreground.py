@@ -27,7 +27,7 @@ from online_patching.errors import PatchingError
 from online_patching.mask import ForegroundMask
 from online_patching.slide_index import SlideIndex
 from online_patching.stores.local import atomic_write_bytes, atomic_write_text
-from pathfm.cohort import write_csv
+from pathfm.cohorts import write_csv
 from pathfm.pictures import jpeg_data_uri, outline
 from pathfm.runtime import PathfmError, console, make_folder, one_line, progress, save_config
 

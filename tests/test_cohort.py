@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pathfm.cohort import Cohort, CohortRow, MppOverrides, write_csv
+from pathfm.cohorts import Cohort, CohortRow, MppOverrides, read_cohort, write_csv
 from pathfm.runtime import PathfmError
 
 
@@ -15,7 +15,7 @@ def patients(*names: str) -> Cohort:
 def test_a_table_is_read_with_paths_beside_it(tmp_path: Path) -> None:
     table = tmp_path / "c.csv"
     table.write_text("\ufeffURI,Patient,mpp,note\na.svs,p1,0.5,x\nhttp://h/b.svs, p2 ,,\n")
-    a, b = Cohort.read(table).rows
+    a, b = read_cohort(table).rows
     assert a == CohortRow(str(tmp_path / "a.svs"), patient="p1", mpp=0.5)
     assert b == CohortRow("http://h/b.svs", patient="p2")
 
@@ -28,14 +28,14 @@ def test_a_table_is_read_with_paths_beside_it(tmp_path: Path) -> None:
         ("uri,mpp\na.svs,500", "500 µm/px is outside 0.05 to 8"),
         ("uri\na.svs\na.svs", "is listed twice"),
         ("uri", "has no rows"),
-        ("uri,patient,split\na,p,train\nb,p,test", "patient 'p' is in the splits"),
+        ("uri,patient,split\na,p,train\nb,p,test", "are of one patient, case or image"),
     ],
 )
 def test_a_bad_table_is_refused_in_words(tmp_path: Path, text: str, says: str) -> None:
     table = tmp_path / "c.csv"
     table.write_text(text)
     with pytest.raises(PathfmError, match=says):
-        Cohort.read(table)
+        read_cohort(table)
 
 
 def test_the_digest_follows_every_cell() -> None:
@@ -86,8 +86,11 @@ def test_overrides_match_by_name_or_longer_ending_of_the_path(tmp_path: Path) ->
         ("file,mpp\na,0.01", "line 2: 0.01 µm/px is outside"),
         ("file,mpp\na,nan", "line 2: nan µm/px is outside"),
         ("file,mpp\na,0,5", "line 2: 0 µm/px"),
-        ("file,mpp\na,0.5\na,0.6", "a has two values"),
-        ("file,um\na,0.5", "no column 'mpp'; found: file, um"),
+        ("file,mpp\na,0.5\na,0.6", "a has two values, 0.5 and 0.6 µm/px"),
+        ("file,mpp_x,mpp_y\na,0.5,", "line 2: mpp_x and mpp_y go together"),
+        ("file,mpp_x,mpp_y\na,0.5,9", "line 2: 9 µm/px is outside"),
+        ("file,mpp\na,", "line 2: no µm/px for a"),
+        ("file,um\na,0.5", r"no column 'mpp' \(nor 'mpp_x' and 'mpp_y'\); found: file, um"),
     ],
 )
 def test_an_absurd_override_is_refused_with_its_line(tmp_path: Path, text: str, says: str) -> None:
@@ -97,7 +100,14 @@ def test_an_absurd_override_is_refused_with_its_line(tmp_path: Path, text: str, 
         MppOverrides.read(table)
 
 
+def test_overrides_may_differ_by_axis(tmp_path: Path) -> None:
+    table = tmp_path / "mpp.csv"
+    table.write_text("file,mpp,mpp_x,mpp_y\na.svs,,0.5,0.25\nb.svs,0.5,,\nc.svs,,0.4,0.4\n")
+    overrides = MppOverrides.read(table)
+    assert [overrides.find(f"/x/{name}.svs") for name in "abc"] == [(0.5, 0.25), 0.5, 0.4]
+
+
 def test_what_is_written_reads_back(tmp_path: Path) -> None:
     write_csv(tmp_path / "c.csv", ("uri", "label"), [("/x/a,b.svs", 'say "tumour"')])
-    (row,) = Cohort.read(tmp_path / "c.csv").rows
+    (row,) = read_cohort(tmp_path / "c.csv").rows
     assert (row.uri, row.label) == ("/x/a,b.svs", 'say "tumour"')

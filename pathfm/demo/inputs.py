@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from online_patching.testing import demo_slides, write_demo_slides, write_labelled_patches
-from pathfm.cohort import write_csv
+from pathfm.cohorts import write_csv
 from pathfm.demo import DemoConfig
 from pathfm.runtime import PathfmError, progress
 
