@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ _CODES = {2: "s", 3: "H", 4: "I", 5: "2I", 9: "i", 11: "f"}
 _WIDE = 16
 """Here: a number of 8 bytes that is declared as a LONG, as NDPI has it."""
 _RED_PX = (60, 120)
+_JPEG_MAX_PX = 65_500
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,12 @@ def encode(
     quality: int = 80,
     zero_frame: bool = False,
 ) -> bytes:
-    """A JPEG stream with a restart marker every so many MCUs; its frame may claim 0 x 0 px."""
+    """A JPEG stream with a restart marker every so many MCUs; its frame may claim 0 x 0 px.
+
+    Beyond the 65,500 px that libjpeg writes it is joined from streams of one interval each, as 0 x 0 px.
+    """
+    if max(picture.shape) > _JPEG_MAX_PX:
+        return _joined(picture, interval_mcus or 1, subsampling, quality)
     options = {"restart_marker_blocks": interval_mcus} if interval_mcus else {}
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=quality, subsampling=subsampling, **options)
@@ -64,6 +70,29 @@ def encode(
         at = stream.index(b"\xff\xc0")
         stream = stream[: at + 5] + bytes(4) + stream[at + 9 :]
     return stream
+
+
+def _joined(picture: Picture, interval: int, subsampling: Any, quality: int) -> bytes:
+    """A stream of any size whose intervals were encoded one by one: they depend on nothing else."""
+    wide, high = {"4:4:4": (8, 8), "4:2:2": (16, 8), "4:2:0": (16, 16)}[subsampling]
+    height, width = picture.shape[:2]
+    codes, head = [], b""
+    for top in range(0, height, high):
+        for left in range(0, width, wide * interval):
+            block = picture[top : top + high, left : left + wide * interval]
+            stream = encode(block, None, subsampling=subsampling, quality=quality)
+            first = interval_starts(stream)[0]
+            head = stream[:first]
+            codes.append(stream[first:-2])
+    frame, scan = head.index(b"\xff\xc0"), head.index(b"\xff\xda")
+    head = (
+        head[: frame + 5]
+        + bytes(4)
+        + head[frame + 9 : scan]
+        + (struct.pack(">HHH", 0xFFDD, 4, interval) + head[scan:])
+    )
+    marked = (code + bytes((0xFF, 0xD0 + k % 8)) for k, code in enumerate(codes[:-1]))
+    return head + b"".join(marked) + codes[-1] + b"\xff\xd9"
 
 
 def interval_starts(stream: bytes) -> list[int]:
