@@ -29,7 +29,9 @@ MPP_AXES_TOLERANCE = 0.05
 MPP_OVERRIDE = "override table"
 """The `mpp_source` of µm/px that a person gave: these may differ by axis as they like."""
 
-CODEC_KINDS = frozenset({"jpeg", "jpeg2000", "raw", "deflate", "lzw", "zstd", "chunk"})
+CODEC_KINDS = frozenset(
+    {"jpeg", "jpeg2000", "raw", "deflate", "lzw", "zstd", "packbits", "webp", "chunk"}
+)
 """What `Codec.kind` may be: the ways of storing a tile that decode.py undoes."""
 
 INDEX_MAGIC = b"PFMINDX2"

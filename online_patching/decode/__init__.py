@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from online_patching.decode import chunk, jpeg, jpeg2000, packed
+from online_patching.decode import chunk, jpeg, jpeg2000, openjpeg, packed
 from online_patching.decode.bad_tile import BadTileError
 from online_patching.geometry import Box
 from online_patching.slide_index import CODEC_KINDS, Codec
@@ -22,7 +22,8 @@ from online_patching.slide_index import CODEC_KINDS, Codec
 __all__ = ["DECODER", "BadTileError", "decode_tile"]
 
 DECODER = (
-    f"simplejpeg {simplejpeg.__version__} (libjpeg-turbo), imagecodecs {imagecodecs.__version__}"
+    f"simplejpeg {simplejpeg.__version__} (libjpeg-turbo), imagecodecs {imagecodecs.__version__}, "
+    f"{openjpeg.about()}"
 )
 _SCALED = {"jpeg": jpeg.decode, "jpeg2000": jpeg2000.decode}
 """(codec, data, width, height, scale) -> the whole tile at 1/scale."""
@@ -31,10 +32,19 @@ _WHOLE = {
     "deflate": packed.deflate,
     "lzw": packed.lzw,
     "zstd": packed.zstd,
+    "packbits": packed.packbits,
+    "webp": packed.webp,
     "chunk": chunk.decode,
 }
 """(codec, data, width, height) -> the whole tile."""
-_BOXES: dict[str, Callable[[Codec, bytes, int, int, int, Box], NDArray[np.uint8]]] = {}
+_BOXES: dict[str, Callable[[Codec, bytes, int, int, int, Box], NDArray[np.uint8]]] = {
+    "jpeg2000": jpeg2000.decode,
+    "raw": packed.raw,
+    "deflate": packed.deflate,
+    "lzw": packed.lzw,
+    "packbits": packed.packbits,
+    "zstd": packed.zstd,
+}
 """(codec, data, width, height, scale, box) -> the pixels of the box: of kinds that save work by it, asked
 when less than the tile is wanted. Damage that lies beyond the box need not be seen."""
 assert frozenset(_SCALED | _WHOLE) == CODEC_KINDS, "every codec kind has a decoder, and vice versa"

@@ -21,6 +21,15 @@ def three_channels(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels[:, :, :3]
 
 
+def over_white(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """RGB of RGBA laid over white, as glass is; alpha is not multiplied in already."""
+    alpha = pixels[:, :, 3:]
+    if alpha.size and alpha.min() == 255:
+        return pixels[:, :, :3]
+    seen = pixels[:, :, :3].astype(np.uint16) * alpha + 255 * (255 - alpha.astype(np.uint16))
+    return np.asarray((seen + 127) // 255, np.uint8)
+
+
 def ycbcr_to_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """JFIF's full-range YCbCr to RGB: at most one grey level from the exact value."""
     y, cb, cr = (pixels[:, :, i] for i in range(3))

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from online_patching.decode.bad_tile import BadTileError
-from online_patching.decode.channels import three_channels, ycbcr_to_rgb
+from online_patching.decode.channels import over_white, three_channels, ycbcr_to_rgb
 from online_patching.decode.codestream import Frame, check_complete, codestream_of
 from online_patching.decode.openjpeg import decode_planes
 from online_patching.geometry import Box
@@ -16,10 +16,10 @@ from online_patching.slide_index import Codec
 def decode(
     codec: Codec, data: bytes, width: int, height: int, scale: int = 1, box: Box | None = None
 ) -> NDArray[np.uint8]:
-    """RGB pixels of one codestream, or of `box` of them (px of the tile decoded at 1/scale).
+    """RGB pixels of one codestream, or of a part of it (px of the tile decoded at 1/scale).
 
     At 1/scale the finest wavelet bands are left out: pixels are the low-pass band of that resolution.
-    Only code blocks that a box needs are decoded; its pixels are those of the whole.
+    Only code blocks that a part needs are decoded; its pixels are those of the whole.
     """
     data = codestream_of(data)
     frame = check_complete(data)
@@ -30,9 +30,9 @@ def decode(
     reductions = scale.bit_length() - 1
     if reductions > frame.reductions:
         raise BadTileError(f"it can be halved {frame.reductions} times, not {reductions}")
-    size = (-(-width // scale), -(-height // scale))
-    whole = Box(0, 0, *size)
-    seen = whole if box is None else _aligned(box, frame, whole)
+    whole = Box(0, 0, -(-width // scale), -(-height // scale))
+    box = box or whole
+    seen = _aligned(box, frame, whole)
     area = None
     if seen != whole:
         area = (seen.left * scale, seen.top * scale,
@@ -40,24 +40,22 @@ def decode(
     pixels = _joined(decode_planes(data, reductions, area), frame, seen)
     if codec.colour == "ycbcr" and pixels.shape[2] == 3:
         pixels = ycbcr_to_rgb(pixels)
+    elif pixels.shape[2] == 4:
+        pixels = over_white(pixels)
     else:
         pixels = three_channels(pixels)
-    if box is None or box == seen:
-        return pixels
     cut = box.shift(-seen.left, -seen.top)
     return pixels[cut.top : cut.bottom, cut.left : cut.right]
 
 
 def _aligned(box: Box, frame: Frame, whole: Box) -> Box:
-    """A box grown to whole samples of every component."""
+    """A part grown to whole samples of every component."""
     across = max(x for x, _ in frame.subsampling)
     down = max(y for _, y in frame.subsampling)
-    return Box(
-        box.left // across * across,
-        box.top // down * down,
-        min(-(-box.right // across) * across, whole.right),
-        min(-(-box.bottom // down) * down, whole.bottom),
-    )
+    left, top = box.left // across * across, box.top // down * down
+    right = min(-(-box.right // across) * across, whole.width)
+    bottom = min(-(-box.bottom // down) * down, whole.height)
+    return Box(left, top, right, bottom)
 
 
 def _joined(planes: list[NDArray[np.uint8]], frame: Frame, seen: Box) -> NDArray[np.uint8]:
@@ -66,11 +64,9 @@ def _joined(planes: list[NDArray[np.uint8]], frame: Frame, seen: Box) -> NDArray
         raise BadTileError(f"it has {len(planes)} components, not {frame.components}")
     pixels = np.empty((seen.height, seen.width, len(planes)), np.uint8)
     for number, (plane, (across, down)) in enumerate(zip(planes, frame.subsampling, strict=True)):
-        if across > 1:
-            plane = np.repeat(plane, across, axis=1)
-        if down > 1:
-            plane = np.repeat(plane, down, axis=0)
-        if plane.shape[0] < seen.height or plane.shape[1] < seen.width:
+        grown = plane if across == 1 else np.repeat(plane, across, axis=1)
+        grown = grown if down == 1 else np.repeat(grown, down, axis=0)
+        if grown.shape[0] < seen.height or grown.shape[1] < seen.width:
             raise BadTileError(f"a component holds {plane.shape[1]} x {plane.shape[0]} px")
-        pixels[:, :, number] = plane[: seen.height, : seen.width]
+        pixels[:, :, number] = grown[: seen.height, : seen.width]
     return pixels

@@ -1,7 +1,7 @@
 """OpenJPEG through ctypes: a codestream's planes, at fewer resolutions, of a region. Releases the GIL.
 
-Pillow's wheel, imagecodecs' wheel and systems ship the library, whose interface (libopenjp2.so.7) is frozen;
-what Pillow and imagecodecs make of it neither cuts out a region nor (imagecodecs) leaves out resolutions, and
+The wheels of imagecodecs and Pillow, and systems, ship the library, whose interface (libopenjp2.so.7) is frozen;
+what the two make of it neither cuts out a region nor (imagecodecs) leaves out resolutions, and
 Pillow decodes under the GIL. `docs/decisions/0017-tiff-codecs.md` has the measurements.
 
 Only opj_decode is called without the GIL: the other calls take microseconds, and to get it back from a busy
@@ -30,17 +30,16 @@ _SEEK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, _POINTER)
 _MESSAGE = ctypes.CFUNCTYPE(None, ctypes.c_char_p, _POINTER)
 _NOTHING_READ = _SIZE(-1).value
 _J2K = 0
-_PARAMETERS_BYTES = 16384  # opj_dparameters_t has 8,252 bytes; defaults are filled in by the library
+_PARAMETERS_BYTES = (
+    16384  # opj_dparameters_t has 8,252 bytes; defaults are filled in by the library
+)
 
 
 class _Component(ctypes.Structure):
     """opj_image_comp_t."""
 
     _fields_ = [
-        *[
-            (name, _U32)
-            for name in "dx dy w h x0 y0 prec bpp sgnd resno_decoded factor".split()
-        ],
+        *[(name, _U32) for name in "dx dy w h x0 y0 prec bpp sgnd resno_decoded factor".split()],
         ("data", _POINTER),
         ("alpha", ctypes.c_uint16),
     ]
@@ -94,7 +93,6 @@ class _Reading(threading.local):
 _reading = _Reading()
 
 
-@_READ
 def _read(target: int, count: int, _: object) -> int:
     size = min(count, len(_reading.data) - _reading.position)
     if size <= 0:
@@ -104,7 +102,6 @@ def _read(target: int, count: int, _: object) -> int:
     return size
 
 
-@_SKIP
 def _skip(count: int, _: object) -> int:
     before = _reading.position
     _reading.position = min(max(before + count, 0), len(_reading.data))
@@ -112,7 +109,6 @@ def _skip(count: int, _: object) -> int:
     return moved if moved or not count else -1
 
 
-@_SEEK
 def _seek(position: int, _: object) -> int:
     if not 0 <= position <= len(_reading.data):
         return 0
@@ -120,9 +116,11 @@ def _seek(position: int, _: object) -> int:
     return 1
 
 
-@_MESSAGE
 def _say(text: bytes, _: object) -> None:
     _reading.message = _reading.message or text.decode("latin-1").strip()
+
+
+_CALLBACKS = (_READ(_read), _SKIP(_skip), _SEEK(_seek), _MESSAGE(_say))
 
 
 class _Library:
@@ -141,9 +139,9 @@ class _Library:
 
 
 def _candidates() -> list[str]:
-    """Paths of OpenJPEG builds: Pillow's, imagecodecs', the system's."""
+    """Paths of OpenJPEG builds: imagecodecs', Pillow's, the system's (the last float bit may differ)."""
     found = []
-    for name in ("pillow", "imagecodecs"):
+    for name in ("imagecodecs", "pillow"):
         try:
             package = distribution(name)
         except PackageNotFoundError:  # pragma: no cover - both are dependencies
@@ -180,7 +178,9 @@ def decode_planes(
     """
     opj = library()
     if opj is None:
-        raise BadTileError("no OpenJPEG library is at hand: install Pillow's wheel, or libopenjp2")
+        raise BadTileError(
+            "no OpenJPEG library is at hand: install imagecodecs' or Pillow's wheel, or libopenjp2"
+        )
     with _opened(opj, data) as (stream, codec):
         image = _IMAGE()
         try:
@@ -192,7 +192,7 @@ def decode_planes(
             _must(opj.decode(codec, stream, image))
             return [_plane(image.contents.comps[i]) for i in range(image.contents.numcomps)]
         finally:
-            if image:
+            if bool(image):  # not a null pointer
                 opj.image_destroy(image)
 
 
@@ -208,10 +208,11 @@ def _opened(opj: _Library, data: bytes) -> Iterator[tuple[int, int]]:
         if not stream or not codec:
             raise MemoryError("no memory for a JPEG 2000 decoder")
         opj.stream_set_user_data_length(stream, len(data))
-        opj.stream_set_read_function(stream, _read)
-        opj.stream_set_skip_function(stream, _skip)
-        opj.stream_set_seek_function(stream, _seek)
-        opj.set_error_handler(codec, _say, None)
+        read, skip, seek, say = _CALLBACKS
+        opj.stream_set_read_function(stream, read)
+        opj.stream_set_skip_function(stream, skip)
+        opj.stream_set_seek_function(stream, seek)
+        opj.set_error_handler(codec, say, None)
         parameters = ctypes.create_string_buffer(_PARAMETERS_BYTES)
         opj.set_default_decoder_parameters(parameters)
         _must(opj.setup_decoder(codec, parameters))
