@@ -44,6 +44,9 @@ Request = tuple[str, int, int | None, str]
 Answers = list[bytes | PatchingError]
 """For each range its bytes, or what went wrong with it."""
 
+Versions = list[tuple[int, str] | PatchingError]
+"""For each object its size and token, or what went wrong with it."""
+
 _MOST_AT_ONCE = 512  # as many as HttpStore has connections
 
 
@@ -221,7 +224,7 @@ class Stores:
 
         return await asyncio.gather(*map(one, requests))
 
-    def version_many(self, uris: Sequence[str]) -> list[tuple[int, str] | PatchingError]:
+    def version_many(self, uris: Sequence[str]) -> Versions:
         """Size and token of each object, or what went wrong with it; remote ones are asked at the same time."""
 
         def local(uri: str) -> tuple[int, str] | PatchingError:
@@ -230,7 +233,7 @@ class Stores:
             except PatchingError as error:
                 return error
 
-        async def away() -> list[tuple[int, str] | PatchingError]:
+        async def away() -> Versions:
             turn = asyncio.Semaphore(_MOST_AT_ONCE)
 
             async def one(uri: str) -> tuple[int, str] | PatchingError:
