@@ -25,7 +25,7 @@ from pathfm.foreground import ForegroundConfig
 from pathfm.pretrain import PretrainConfig
 
 SET_BY_DEMO = {
-    "pretrain": ("corpus", "out", "tracking", "backbone", "weights"),
+    "pretrain": ("corpus", "out", "tracking", "backbone", "weights", "dry_run", "estimate"),
     "foreground": ("corpus",),
 }
 """Fields of the stages' configs that follow from the demo's own options."""

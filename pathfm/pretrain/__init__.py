@@ -2,6 +2,7 @@
 
     settings here      loop.py      train() and train_step(): the story
     records.py         sampled.jsonl, pictures, summary.json: what a run leaves behind
+    dry_run.py         what a run would read and cost, of forecast.py's plans
 
 A run folder: config.yaml, metrics.jsonl, sampled.jsonl, checkpoints/, backbone/, pictures/,
 summary.json. The same command goes on where a run was stopped or killed; bit for bit on a CPU.
@@ -88,6 +89,22 @@ class ReadingConfig(BaseModel, frozen=True, extra="forbid"):
     )
 
 
+class EstimateConfig(BaseModel, frozen=True, extra="forbid"):
+    """What `--dry-run` counts, and what time and money are reckoned with."""
+
+    draws: int = Field(
+        16_384, ge=1, le=2**22, description="first draws of the run that are planned, at most"
+    )
+    time_patches: int = Field(
+        256, ge=0, le=65_536, description="patches that are really read to time it; 0: none are"
+    )
+    patches_per_s: float | None = Field(
+        None, gt=0, description="rate at which training takes patches, where it is known"
+    )
+    price_per_gb: float = Field(0, ge=0, description="price of a GB (10^9 bytes) read remotely")
+    price_per_1000_gets: float = Field(0, ge=0, description="price of 1,000 remote requests")
+
+
 class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     """What to train, on what, for how long."""
 
@@ -137,6 +154,13 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
         description="rows of sampled.jsonl; later draws follow from the seed anyway",
     )
     tracking: TrackingConfig = Field(TrackingConfig(), description="where the run is recorded")
+    dry_run: bool = Field(
+        False,
+        exclude=True,  # of no run, so in no run's config
+        description="train nothing, write nothing: print requests, bytes, patches by µm/px and slide, "
+        "hours and egress",
+    )
+    estimate: EstimateConfig = Field(EstimateConfig(), exclude=True, description="of --dry-run")
 
     @field_validator("mpp")
     @classmethod
@@ -166,8 +190,13 @@ class PretrainResult:
 def run(config: PretrainConfig) -> PretrainResult:
     """Trains to the end, or goes on from the newest valid checkpoint in `config.out`.
 
-    Raises PathfmError, or a PatchingError of the slides' side.
+    With `dry_run` it only prints what that would read. Raises PathfmError, or a PatchingError of the slides' side.
     """
+    if config.dry_run:
+        from pathfm.pretrain.dry_run import show
+
+        show(config)
+        return PretrainResult(config.out, 0, finished=False)
     from pathfm.pretrain.loop import train
 
     return train(config)
