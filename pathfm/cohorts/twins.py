@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,15 @@ PARTS = 16
 MOST_TILES = 1024
 """Slides whose coarsest level has more tiles get no fingerprint: a pyramid's has a few dozen."""
 MOST_RMS = 3.0
-"""Grey levels by which the parts of twins differ, root mean square; a recompressed copy: below 1."""
-FEWEST_CONTRAST = 4.0
+"""Grey levels by which the parts of twins differ, root mean square, once their means are equal.
+
+Copies in another codec, tiling or pyramid of the real slides at hand: 0.5 to 1.9.
+"""
+MOST_OF_CONTRAST = 0.25
+"""And at most this part of the slide's own contrast, which a pale section has little of."""
+MOST_OFFSET = 4.0
+"""Grey levels by which the means of twins differ: coarse levels are rounded; measured up to 1.5."""
+FEWEST_CONTRAST = 3.0
 """Standard deviation over the parts, in grey levels, below which a slide is too empty to be recognised."""
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _BLOCK = 2048
@@ -81,27 +88,36 @@ def _decoded(text: str) -> bytes:
 
 def _first_alike(prints: NDArray[np.float32]) -> list[int]:
     """For each row the first row that it agrees with, directly or by way of others."""
-    first = list(range(len(prints)))
+    from scipy.sparse import coo_array  # late: commands that look for no twins start sooner
+    from scipy.sparse.csgraph import connected_components
 
-    def root(i: int) -> int:
-        while first[i] != i:
-            first[i] = first[first[i]]
-            i = first[i]
-        return i
+    unique, place = np.unique(
+        prints, axis=0, return_inverse=True
+    )  # copies by the thousand are quick
+    pairs = np.concatenate(list(_alike(unique)))
+    ones = np.ones(len(pairs), bool)
+    graph = coo_array((ones, (pairs[:, 0], pairs[:, 1])), (len(unique), len(unique)))
+    groups = connected_components(graph, directed=False)[1][place.ravel()]
+    first = np.unique(groups, return_index=True)[1]
+    return [int(first[group]) for group in groups]
 
-    squares = (prints**2).sum(axis=1)
-    most = MOST_RMS**2 * prints.shape[1]
-    for start in range(0, len(prints), _BLOCK):
+
+def _alike(prints: NDArray[np.float32]) -> Iterator[NDArray[np.intp]]:
+    """Pairs (n, 2) of rows that agree, block by block; each with itself too."""
+    n, parts = prints.shape
+    means = prints.mean(axis=1)
+    centred = prints - means[:, None]
+    squares = (centred**2).sum(axis=1)
+    most = np.minimum(parts * MOST_RMS**2, MOST_OF_CONTRAST**2 * squares)
+    for start in range(0, n, _BLOCK):
         block = slice(start, start + _BLOCK)
-        for at in range(start, len(prints), _BLOCK):
+        for at in range(start, n, _BLOCK):
             other = slice(at, at + _BLOCK)
-            apart = (
-                squares[block, None] + squares[None, other] - 2 * prints[block] @ prints[other].T
-            )
-            for i, j in np.argwhere(apart <= most):
-                one, two = root(start + int(i)), root(at + int(j))
-                first[max(one, two)] = min(one, two)
-    return [root(i) for i in range(len(prints))]
+            apart = squares[block, None] + squares[None, other]
+            apart -= 2 * centred[block] @ centred[other].T
+            alike = apart <= np.minimum(most[block, None], most[None, other])
+            alike &= np.abs(means[block, None] - means[None, other]) <= MOST_OFFSET
+            yield np.argwhere(alike) + np.array([start, at])
 
 
 def _part_means(slide: Slide, number: int) -> NDArray[np.float64]:
