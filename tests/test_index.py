@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from online_patching import SlideIndex
+from online_patching.errors import StoreError
 from online_patching.testing import SyntheticSlide, write_ome_zarr, write_tiff
-from pathfm import index
 from pathfm.cli import main
+from pathfm.cohorts import CohortRow, index_row
 from pathfm.index import IndexConfig, run
 from pathfm.runtime import PathfmError
 
@@ -51,14 +52,15 @@ def test_usable_slides_are_saved_and_the_others_listed_with_a_reason(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run(IndexConfig(slides=(str(folder),), out=tmp_path / "c"))
-    assert sorted(index.slide_id for index in result.slides) == ["a", "c"]
+    assert (result.slides, result.skipped) == (2, {"no_mpp": 1, "truncated": 2})
     saved = SlideIndex.load(tmp_path / "c" / "slides" / "a.index")
     assert saved.dimensions == SIZES_PX0[0]
     reasons = {Path(row["uri"]).name: row["reason"] for row in rows(tmp_path / "c" / "skipped.csv")}
     assert {"bare.svs", "broken.svs", "cut.svs"} <= set(reasons)
     assert "µm/px" in reasons["bare.svs"]
     table = rows(tmp_path / "c" / "slides.csv")
-    assert [row["slide_id"] for row in table] == [index.slide_id for index in result.slides]
+    assert [row["slide_id"] for row in table] == ["a", "c"]
+    assert result.tiles == sum(int(row["tiles"]) for row in table) > 0
     shown = capsys.readouterr().out
     for said in ("900 x 700", "0.25", "vendor tag", "broken.svs", "bare.svs"):
         assert said in shown
@@ -69,7 +71,8 @@ def test_an_override_makes_a_slide_usable_and_unmatched_rows_are_told(
 ) -> None:
     table = overrides(folder, "file,mpp\nbare.svs,0.5\ntypo.svs,1\n")
     result = run(IndexConfig(slides=(str(folder),), out=tmp_path / "c", mpp_overrides=table))
-    bare = next(index for index in result.slides if index.slide_id == "bare")
+    assert result.slides == 3
+    bare = SlideIndex.load(tmp_path / "c" / "slides" / "bare.index")
     assert (bare.mpp, bare.mpp_source) == (0.5, "override table")
     assert "what is not among the slides: typo.svs" in capsys.readouterr().out
 
@@ -83,11 +86,11 @@ def test_a_rerun_takes_over_what_did_not_change(folder: Path, tmp_path: Path) ->
     overrides(folder, "file,mpp\nbare.svs,0.6\n")  # another µm/px: made anew
     again = run(config)
     assert again.reused == 1
-    assert {i.slide_id: i.mpp for i in again.slides}["bare"] == 0.6
+    assert SlideIndex.load(tmp_path / "c" / "slides" / "bare.index").mpp == 0.6
     (folder / "a.svs").unlink()
     (folder / "a.svs").write_bytes((folder / "bare.svs").read_bytes())  # other bytes: refused now
     last = run(config)
-    assert [index.slide_id for index in last.slides] == ["bare"]
+    assert (last.slides, last.reused) == (1, 1)
     assert not (tmp_path / "c" / "slides" / "a.index").exists()
 
 
@@ -103,7 +106,7 @@ def test_a_damaged_index_of_an_earlier_run_is_made_anew(folder: Path, tmp_path: 
 def test_a_cohort_table_names_slides_and_patients(folder: Path, tmp_path: Path) -> None:
     table = folder / "cohort.csv"
     table.write_text("uri,patient,mpp\na.svs,p1,\nbare.svs,p2,0.5\n")
-    run(IndexConfig(slides=(str(table),), out=tmp_path / "c"))
+    run(IndexConfig(slides=(str(table),), out=tmp_path / "c", cohort={"ids": "plain"}))
     told = {row["slide_id"]: row["patient"] for row in rows(tmp_path / "c" / "slides.csv")}
     assert told == {"a": "p1", "bare": "p2"}
 
@@ -133,13 +136,6 @@ def test_a_folder_without_any_slide_is_told(tmp_path: Path) -> None:
         run(IndexConfig(slides=(str(tmp_path / "in"),), out=tmp_path / "c"))
 
 
-def test_two_slides_of_one_name_are_refused(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "in" / "sub").mkdir()
-    (tmp_path / "in" / "sub" / "a.svs").write_bytes((folder / "a.svs").read_bytes())
-    with pytest.raises(PathfmError, match="two slides have the id 'a'"):
-        run(IndexConfig(slides=(str(folder),), out=tmp_path / "c"))
-
-
 def test_an_unwritable_output_is_told(folder: Path) -> None:
     with pytest.raises(PathfmError, match="cannot make the folder"):  # not even for root
         run(IndexConfig(slides=(str(folder),), out=Path("/proc/corpus")))
@@ -151,22 +147,34 @@ def test_an_output_that_is_a_file_is_told(folder: Path, tmp_path: Path) -> None:
         run(IndexConfig(slides=(str(folder),), out=tmp_path / "c"))
 
 
-def test_tables_hold_no_secrets_and_another_set_of_slides_drops_the_packed_corpus(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_tables_hold_no_secrets(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    uri = "http://bob:s3cret@h/a.svs?X-Amz-Signature=SIG"
-    corpus, true_one = tmp_path / "c", index._index_one
+    uri = "http://bob:s3cret@h.invalid/a.svs?X-Amz-Signature=SIG"
+    corpus = tmp_path / "c"
 
-    def one(given: str, *more: Any) -> Any:
-        return (f"{uri} is gone", False) if given == uri else true_one(given, *more)
+    def one(row: CohortRow, *more: Any, **others: Any) -> Any:
+        if row.uri == uri:
+            raise StoreError(uri, f"{uri} is gone")
+        return index_row(row, *more, **others)
 
-    monkeypatch.setattr(index, "_index_one", one)
+    monkeypatch.setattr("pathfm.index.reading.index_row", one)
     table = tmp_path / "cohort.csv"
     table.write_text(f"uri\n{drawn / 'a.svs'}\n{uri}\n")
     run(IndexConfig(slides=(str(table),), out=corpus))
-    for path in corpus.glob("*.*"):
-        assert "s3cret" not in path.read_text()
-        assert "SIG" not in path.read_text()
+    written = [path for path in corpus.rglob("*") if path.is_file()]
+    assert {"skipped.parquet", "index.journal"} <= {path.name for path in written}
+    for path in written:
+        assert b"s3cret" not in path.read_bytes()
+        assert b"SIG" not in path.read_bytes()
+    said = capsys.readouterr()
+    assert "s3cret" not in said.out + said.err
+    assert "SIG" not in said.out + said.err
+
+
+def test_another_set_of_slides_drops_the_packed_corpus(drawn: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "c"
+    run(IndexConfig(slides=(str(drawn / "a.svs"),), out=corpus))
     (corpus / "corpus.json").write_text("{}")
     run(IndexConfig(slides=(str(drawn / "a.svs"),), out=corpus))
     assert (corpus / "corpus.json").exists()

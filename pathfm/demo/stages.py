@@ -133,9 +133,7 @@ def _index(demo: Demo, slides: tuple[str, ...]) -> None:
         result = index.run(config)
         tracked.cohort("slides", result.cohort_digest, "indexing")
         tracked.summary(
-            slides=len(result.slides),
-            skipped=len(result.skipped),
-            tiles=sum(slide.n_tiles for slide in result.slides),
+            slides=result.slides, skipped=sum(result.skipped.values()), tiles=result.tiles
         )
         for name in ("slides.csv", "skipped.csv"):
             tracked.artifact(config.out / name)

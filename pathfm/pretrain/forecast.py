@@ -50,8 +50,8 @@ class Reads:
     @classmethod
     def of(cls, rows: list[tuple[int, int, int, int, int, int, bool]]) -> Reads:
         """Columns of rows."""
-        table = np.asarray(rows, np.int64).reshape(-1, 7).T
-        return cls(*table[:6], table[6].astype(bool))
+        place, slide, tiles, requests, wanted, read, exact = np.asarray(rows, np.int64).T
+        return cls(place, slide, tiles, requests, wanted, read, exact.astype(bool))
 
 
 def forecast(sampler: PatchSampler, n_draws: int, gap_bytes: int) -> Iterator[tuple[Draws, Reads]]:
