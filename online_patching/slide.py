@@ -184,7 +184,7 @@ def check_unchanged(index: SlideIndex, stores: Stores) -> None:
             _refuse_changed(key, item.token, stores.version(key)[1])
     if not index.token:
         return
-    is_zarr = index.container == "ome-zarr"
+    is_zarr = index.container in ("ome-zarr", "zarr")
     now = zarr.fingerprint(index.uri, stores) if is_zarr else stores.version(index.uri)[1]
     _refuse_changed(index.uri, index.token, now)
 

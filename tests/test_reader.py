@@ -219,18 +219,6 @@ def test_ome_zarr_equals_zarr_python(tmp_path, version, compressor, channel_chun
             assert (slide.read_box(number, box) == whole).all()
 
 
-def test_a_sharded_zarr_is_refused_with_its_reason(tmp_path):
-    path = write_ome_zarr(
-        tmp_path / "s.ome.zarr",
-        SyntheticSlide(4, 700, 500),
-        version="0.5",
-        chunk_px=128,
-        shard_px=256,
-    )
-    with pytest.raises(errors.UnsupportedSlideError, match="shard"):
-        read_slide_index(str(path))
-
-
 def test_a_dicom_folder_goes_through_openslide_and_says_so(real_slides):
     index = real_slides["gallery-06_oral_scc_dicom"]
     assert (index.container, index.fallback, index.mpp_source) == ("openslide", True, "vendor tag")

@@ -1,6 +1,6 @@
 """Bytes of a header -> SlideIndex. One file a container; `read_slide_index` picks the one that fits.
 
-Own index (byte ranges): tiff.py (SVS, generic tiled TIFF, OME-TIFF) and zarr.py (OME-Zarr).
+Own index (byte ranges): tiff.py (SVS, generic tiled TIFF, OME-TIFF), dicom.py and zarr.py (OME-Zarr).
 Everything else that OpenSlide or tiffslide opens: fallback.py, read region by region.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from online_patching.errors import NotASlideError, ObjectNotFoundError, UnsupportedSlideError
-from online_patching.formats import fallback, tiff, zarr
+from online_patching.formats import dicom, fallback, tiff, zarr
 from online_patching.formats.vendors import Mpp
 from online_patching.slide_index import SlideIndex
 from online_patching.stores import Stores, is_remote, local_path, redact
@@ -62,13 +62,25 @@ def _read(uri: str, override: Mpp | None, stores: Stores) -> SlideIndex:
     if is_zarr(uri):
         return zarr.read_index(uri, slide_id, override, stores)
     if not is_remote(uri) and Path(uri).is_dir():
-        if dicom_files(Path(uri)):
-            return fallback.read_index(uri, slide_id, override)
+        series = dicom.read_index(uri, slide_id, override, stores)
+        if series is not None:
+            return series
         raise NotASlideError(
             redact(uri), "a folder that is neither OME-Zarr nor DICOM. Name a slide."
         )
-    size, token = stores.version(uri)
-    head = stores.read(uri, 0, min(size, 16), token) if size else b""
+    try:
+        size, token = stores.version(uri)
+    except ObjectNotFoundError:  # a prefix that does not say what lies below it
+        below = _below(uri, slide_id, override, stores) if is_remote(uri) else None
+        if below is None:
+            raise
+        return below
+    below = _below(uri, slide_id, override, stores) if is_remote(uri) and not size else None
+    if below is not None:
+        return below
+    head = stores.read(uri, 0, min(size, 132), token) if size else b""
+    if dicom.is_dicom(head):
+        return dicom.read_file_index(uri, slide_id, override, stores, size, token)
     if tiff.is_tiff(head):  # what it calls damaged is: others would read such headers without end
         found = tiff.read_index(uri, slide_id, override, stores, size, token)
         if found is not None:
@@ -76,14 +88,27 @@ def _read(uri: str, override: Mpp | None, stores: Stores) -> SlideIndex:
     if is_remote(uri):
         raise UnsupportedSlideError(
             redact(uri),
-            "only tiled TIFF/SVS and OME-Zarr are read remotely; copy this slide to disk.",
+            "only tiled TIFF/SVS, DICOM and OME-Zarr are read remotely; copy this slide to disk.",
         )
     return replace(fallback.read_index(uri, slide_id, override), size_bytes=size, token=token)
 
 
+def _below(uri: str, slide_id: str, override: Mpp | None, stores: Stores) -> SlideIndex | None:
+    """The slide whose objects lie below a remote prefix; None when there is none."""
+    if zarr.is_there(uri, stores):
+        return zarr.read_index(uri, slide_id, override, stores)
+    if uri.startswith(("http://", "https://")):  # which cannot list
+        return None
+    try:
+        return dicom.read_index(uri, slide_id, override, stores)
+    except ObjectNotFoundError:
+        return None
+
+
 def find_slides(root: str) -> list[str]:
     """URIs under a folder that may be slides, sorted: every file that is not plainly something
-    else, OME-Zarr folders, and one URI for each folder of DICOM instances (or lone instance).
+    else, OME-Zarr folders, and one URI for each slide of DICOM instances: their folder where there is
+    nothing else in it, or else one of them.
 
     A file or URL comes back as itself. Hidden files are left out.
     """
@@ -105,37 +130,40 @@ def _walk(folder: Path, found: list[str], above: frozenset[Path] = frozenset()) 
         return  # a symbolic link to a folder above
     entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     files = [p for p in entries if p.is_file()]
-    instances = [p for p in files if p.suffix.lower() in DICOM_SUFFIXES]
-    if instances and len(instances) == len(files):
-        found.append(str(folder))
-        return
-    for path in entries:
+    series = dicom.group_files([str(p) for p in files if dicom.may_be_dicom(p.name)])
+    instances = {path for group in series for path in group}
+    slides = [
+        str(p) for p in files if str(p) not in instances and p.suffix.lower() not in NOT_SLIDES
+    ]
+    if len(series) == 1 and not slides:
+        slides = [str(folder)]
+    else:
+        slides += [group[0] for group in series]
+    for path in (p for p in entries if p.is_dir()):
         if is_zarr(str(path)):
-            found.append(str(path))
-        elif path.is_dir():
-            _walk(path, found, above | {here})
-        elif path.is_file() and path.suffix.lower() not in NOT_SLIDES:
-            found.append(str(path))
+            slides.append(str(path))
+        else:
+            _walk(path, slides, above | {here})
+    found.extend(sorted(slides))
 
 
 def is_zarr(uri: str) -> bool:
-    """Whether a URI names a Zarr store by its suffix or, locally, by its metadata files."""
+    """Whether a URI names a Zarr store: by its suffix, as an image within one, or, locally, by its metadata."""
     path = urlsplit(uri).path if is_remote(uri) else uri
     if path.rstrip("/").endswith(".zarr"):
         return True
     if is_remote(uri):
-        return False
-    return any((Path(uri) / name).is_file() for name in (".zgroup", "zarr.json"))
-
-
-def dicom_files(folder: Path) -> list[Path]:
-    """The DICOM instances directly inside a folder, sorted."""
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in DICOM_SUFFIXES)
+        return ".zarr/" in path and "." not in path.rpartition(".zarr/")[2]
+    return any((Path(uri) / name).is_file() for name in (".zgroup", ".zarray", "zarr.json"))
 
 
 def slide_id_of(uri: str) -> str:
     """A name for a slide from its URI: the last part without suffixes, safe as a file name."""
-    name = (urlsplit(uri).path if is_remote(uri) else uri).rstrip("/").rsplit("/", 1)[-1]
+    path = (urlsplit(uri).path if is_remote(uri) else uri).rstrip("/")
+    store, inside, image = path.rpartition(".zarr/")
+    if inside and "." not in image:  # a.zarr/0: every container has a 0
+        path = f"{store.removesuffix('.ome')}_{image.replace('/', '_')}"
+    name = path.rsplit("/", 1)[-1]
     for suffix in (".ome.tiff", ".ome.tif", ".ome.zarr"):
         if name.lower().endswith(suffix):
             name = name[: -len(suffix)]

@@ -1,16 +1,15 @@
-"""OME-Zarr 0.4 (Zarr v2) and 0.5 (Zarr v3) -> SlideIndex: tiles are chunks, ranges are objects.
+"""OME-Zarr 0.4 (Zarr v2) and 0.5 (Zarr v3) and plain arrays -> SlideIndex.
 
-The few metadata documents are fetched through our own stores and handed to zarr-python, which
-knows both versions; chunks are planned, fetched and decoded by us.
+An unsharded chunk is an object with a computed name; a sharded one is a byte range of its shard, whose tables
+are read here, once (zarr_shards.py). Metadata documents are few and small and are read by ourselves, strictly
+(zarr_image.py, zarr_metadata.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from typing import Any, cast
-
-import numpy as np
+from dataclasses import replace
+from typing import Any
 
 from online_patching.errors import (
     DamagedSlideError,
@@ -19,216 +18,241 @@ from online_patching.errors import (
     UnsupportedSlideError,
 )
 from online_patching.formats.vendors import Mpp, require_mpp
+from online_patching.formats.zarr_image import Documents, ZarrImage, find_image
+from online_patching.formats.zarr_metadata import BadDocumentError, NotReadError, ZarrArray
+from online_patching.formats.zarr_shards import Stored, most_stored_bytes, read_tables
 from online_patching.slide_index import ChunkKeys, Codec, Level, SlideIndex
 from online_patching.stores import Stores, redact
 
-_GROUP_DOCUMENTS = ("zarr.json", ".zgroup", ".zattrs")
-_ARRAY_DOCUMENTS = ("zarr.json", ".zarray")
-_MAX_LEVELS = 32
 _MAX_CHUNK_BYTES = 64 * 2**20
-_TO_UM = {"micrometer": 1.0, "millimeter": 1e3, "nanometer": 1e-3, "meter": 1e6, "centimeter": 1e4}
-_COMPRESSORS = frozenset({"blosc", "zstd", "gzip", "zlib"})
+_MIN_CHUNK_PX = 64
+_MAX_TILES = 2**28
+_HASHED_BYTES = 2**20
+_JPEG_HEAD_BYTES = 64 * 2**10
 
 
 def read_index(uri: str, slide_id: str, override: Mpp | None, stores: Stores) -> SlideIndex:
-    """The index of an OME-Zarr image: its first multiscale, 8-bit RGB, t = z = 0."""
-    try:
-        return _read_index(uri, slide_id, override, stores)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise DamagedSlideError(
-            uri, f"its Zarr metadata cannot be read ({type(error).__name__}: {str(error)[:80]})."
-        ) from None
+    """The index of a Zarr image: the first multiscale of a group, or an array; 8-bit RGB, t = z = 0.
+
+    Takes a bounded time and 64 MiB whatever the metadata says, and one round of requests for the
+    documents of all levels, and one for the tables of all shards.
+    """
+    name = redact(uri)
+    documents = Documents(uri, stores)
+    image = find_image(name, documents)
+    levels = [_stored(name, path, documents, image) for path in image.paths]
+    _check_sizes(name, levels)
+    mpp = require_mpp(name, override, image.mpp)
+    found = [_level(name, stored, levels[0], mpp) for stored in levels]
+    index = SlideIndex(
+        slide_id, uri, image.container, "ome" if image.container == "ome-zarr" else "zarr",
+        mpp.x, mpp.y, mpp.source, tuple(found), token=image.fingerprint,
+    )  # fmt: skip
+    if any(stored.array.shard is not None for stored in levels):
+        objects, rows = read_tables(uri, levels, stores)
+        ranged = (
+            replace(level, keys=None, rows=packed, overflow=large)
+            for level, (packed, large) in zip(found, rows, strict=True)
+        )
+        index = replace(index, levels=tuple(ranged), objects=objects)
+    head, digest = _middle_chunk(index, stores)
+    return replace(_coloured(index, head), content_hash=digest)
 
 
 def fingerprint(uri: str, stores: Stores) -> str:
-    """SHA-256 of the group's metadata documents: the token of a Zarr slide.
+    """SHA-256 of the image's metadata documents: the token of a Zarr slide.
 
     ObjectNotFoundError when there are none: the store is gone.
     """
-    documents = _fetch(uri, "", _GROUP_DOCUMENTS, stores)
-    if not documents:
-        raise ObjectNotFoundError(uri, "its Zarr metadata is gone. Index the slide again.")
-    return hashlib.sha256(repr(sorted(documents.items())).encode()).hexdigest()
-
-
-def _content_hash(uri: str, levels: tuple[Level, ...], stores: Stores) -> str:
-    """SHA-256 of the middle chunk of the coarsest level: metadata alone cannot tell images apart."""
-    level = levels[-1]
-    assert level.keys is not None
-    rows = level.n_tiles // level.columns
-    key = level.keys.key(rows // 2, level.columns // 2, 0)
+    documents = Documents(uri, stores)
     try:
-        body = stores.read(f"{uri.rstrip('/')}/{key}", 0, None)
-    except ObjectNotFoundError:
-        body = b""
-    return hashlib.sha256(body).hexdigest()
-
-
-def _read_index(uri: str, slide_id: str, override: Mpp | None, stores: Stores) -> SlideIndex:
-    name = redact(uri)
-    documents = _fetch(uri, "", _GROUP_DOCUMENTS, stores)
-    if not documents:
-        raise NotASlideError(name, "no Zarr group is there (neither zarr.json nor .zgroup).")
-    multiscale = _multiscale(name, documents)
-    axes = _axes(name, multiscale)
-    datasets = multiscale.get("datasets")
-    if not isinstance(datasets, list) or not 0 < len(datasets) <= _MAX_LEVELS:
-        raise DamagedSlideError(
-            name, f"its multiscale lists no usable datasets ({datasets!r:.80})."
-        )
-    for dataset in datasets:
-        path = _safe_path(name, dataset)
-        documents |= {
-            f"{path}/{k}": v for k, v in _fetch(uri, path, _ARRAY_DOCUMENTS, stores).items()
-        }
-    found = require_mpp(name, override, _mpp(multiscale, datasets[0], axes))
-    levels = _levels(name, documents, [_safe_path(name, d) for d in datasets], axes, found)
-    return SlideIndex(
-        slide_id, uri, "ome-zarr", "ome", found.x, found.y, found.source, levels,
-        token=fingerprint(uri, stores), content_hash=_content_hash(uri, levels, stores),
-    )  # fmt: skip
-
-
-def _fetch(uri: str, path: str, names: tuple[str, ...], stores: Stores) -> dict[str, bytes]:
-    found = {}
-    for name in names:
-        try:
-            key = "/".join(part for part in (uri.rstrip("/"), path, name) if part)
-            found[name] = stores.read(key, 0, None)
-        except ObjectNotFoundError:
-            continue
-    return found
-
-
-def _multiscale(name: str, documents: dict[str, bytes]) -> dict[str, Any]:
-    try:
-        if "zarr.json" in documents:
-            attributes = json.loads(documents["zarr.json"]).get("attributes", {})
-            attributes = attributes.get("ome", attributes)
-        else:
-            attributes = json.loads(documents.get(".zattrs", b"{}"))
-        return cast(dict[str, Any], attributes["multiscales"][0])
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise NotASlideError(
-            name, "a Zarr group without OME multiscales. Point at the image's group."
+        return find_image(redact(uri), documents).fingerprint
+    except NotASlideError:
+        raise ObjectNotFoundError(
+            uri, "its Zarr metadata is gone. Index the slide again."
         ) from None
 
 
-def _axes(name: str, multiscale: dict[str, Any]) -> str:
-    raw = multiscale.get("axes", ["t", "c", "z", "y", "x"])
-    axes = "".join(str(a["name"] if isinstance(a, dict) else a) for a in raw)
-    if not set("yx") <= set(axes) <= set("tczyx") or len(set(axes)) != len(axes):
-        raise UnsupportedSlideError(name, f"axes {axes!r}; only t, c, z, y, x are read.")
-    return axes
+def is_there(uri: str, stores: Stores) -> bool:
+    """Whether a Zarr array or group lies at a URI that does not say so by its name."""
+    documents = Documents(uri, stores)
+    documents.load("")
+    return documents.version("") > 0
 
 
-def _safe_path(name: str, dataset: Any) -> str:
-    path = str(dataset.get("path", "")) if isinstance(dataset, dict) else ""
-    if not path or path.startswith("/") or ".." in path.split("/") or "://" in path or "%" in path:
-        raise DamagedSlideError(name, f"a dataset path {path[:60]!r} leaves the store.")
-    return path.strip("/")
-
-
-def _mpp(multiscale: dict[str, Any], dataset: dict[str, Any], axes: str) -> Mpp | None:
-    """Level 0's scale times the multiscale's own, in µm, when the axes carry a unit of length."""
+def _stored(name: str, path: str, documents: Documents, image: ZarrImage) -> Stored:
     try:
-        units = [a.get("unit") for a in multiscale["axes"] if a["name"] in "yx"]
-        scale = np.ones(len(axes))
-        for holder in (dataset, multiscale):
-            for transform in holder.get("coordinateTransformations", []):
-                if transform["type"] == "scale":
-                    scale = scale * np.asarray(transform["scale"], float)
-        y, x = (float(scale[axes.index(a)]) * _TO_UM[u] for a, u in zip("yx", units, strict=True))
-        return Mpp(x, y, "ome metadata")
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
-
-
-def _levels(
-    name: str, documents: dict[str, bytes], paths: list[str], axes: str, mpp: Mpp
-) -> tuple[Level, ...]:
-    # zarr-python costs 0.4 s to import; only Zarr slides pay for it.
-    import zarr
-    from zarr.core.buffer import default_buffer_prototype
-    from zarr.storage import MemoryStore
-
-    make = default_buffer_prototype().buffer.from_bytes
-    store = MemoryStore({k: make(v) for k, v in documents.items()})
-    out: list[Level] = []
-    for path in paths:
-        try:
-            array = zarr.open_array(store, path=path, mode="r")
-        except Exception as error:  # zarr raises many types on hostile metadata
-            raise DamagedSlideError(
-                name,
-                f"level {path!r} is not a readable Zarr array ({type(error).__name__}: {str(error)[:80]}).",
-            ) from None
-        out.append(_level(name, path, array, axes, out[0] if out else None, mpp))
-    return tuple(out)
-
-
-def _level(name: str, path: str, array: Any, axes: str, first: Level | None, mpp: Mpp) -> Level:
-    size = dict(zip(axes, array.shape, strict=True))
-    chunk = dict(zip(axes, array.chunks, strict=True))
-    if str(array.dtype) != "uint8" or size.get("c", 1) not in (3, 4):
-        raise UnsupportedSlideError(
-            name,
-            f"{size.get('c', 1)} channel(s) of {array.dtype}: not 8-bit RGB; fluorescence or multiplex.",
+        array = documents.array(path)
+    except BadDocumentError as error:
+        raise DamagedSlideError(
+            name, f"level {path!r} is no readable Zarr array: {error}."
+        ) from None
+    except NotReadError as error:
+        raise UnsupportedSlideError(name, f"level {path!r}: {error}.") from None
+    if array is None:
+        raise DamagedSlideError(name, f"level {path!r} is named, and there is no such array.")
+    axes = image.axes or _guessed_axes(name, array.shape)
+    if len(axes) != len(array.shape):
+        raise DamagedSlideError(
+            name, f"level {path!r} has {len(array.shape)} axes, and its image {axes!r}."
         )
-    held = chunk["c"]
-    if held < 3 and held != 1:
-        raise UnsupportedSlideError(
-            name, f"chunks of {held} channels split RGB; store 1 or 3 together."
-        )
-    if chunk["x"] * chunk["y"] * held > _MAX_CHUNK_BYTES:
-        raise UnsupportedSlideError(
-            name, f"chunks of {chunk['x']} x {chunk['y']} px are too large to read at random."
-        )
-    codec = _codec(name, array, axes, min(held, size["c"]) if held > 1 else 1)
-    width, height = size["x"], size["y"]
-    dx = first.width_px / width if first else 1.0
-    dy = first.height_px / height if first else 1.0
-    prefix, separator = _chunk_names(array, path)
-    return Level(
-        width, height, chunk["x"], chunk["y"], dx, dy, mpp.x * dx, mpp.y * dy, codec,
-        keys=ChunkKeys(prefix, separator, axes), parts=3 if held == 1 else 1,
-    )  # fmt: skip
+    sizes, chunk = (dict(zip(axes, s, strict=True)) for s in (array.shape, array.chunk))
+    _refuse_channels(name, array.dtype, sizes.get("c", 1))
+    if any(chunk.get(axis, 1) > 1 for axis in "tz"):
+        raise UnsupportedSlideError(name, "chunks of several planes (t, z) are not read.")
+    if image.container == "zarr" and any(sizes.get(axis, 1) > 1 for axis in "tz"):
+        raise UnsupportedSlideError(name, f"a stack of planes {array.shape}; name one picture.")
+    return Stored(path, array, axes, 3 if chunk["c"] == 1 else 1)
 
 
-def _codec(name: str, array: Any, axes: str, samples: int) -> Codec:
-    spatial = [a for a in axes if a in "cyx"]
-    if spatial not in (["c", "y", "x"], ["y", "x", "c"]):
-        raise UnsupportedSlideError(name, f"axes {axes!r}; channels must come first or last.")
-    filters = []
-    if array.metadata.zarr_format == 2:
-        if array.metadata.filters:
-            raise UnsupportedSlideError(name, "Zarr v2 filters are not read.")
-        if array.metadata.order != "C":
-            raise UnsupportedSlideError(name, "Fortran-ordered chunks are not read.")
-        if array.metadata.compressor is not None:
-            filters.append(dict(array.metadata.compressor.get_config()))
-    else:
-        for entry in (codec.to_dict() for codec in array.metadata.codecs):
-            if entry["name"] not in ("bytes", "crc32c"):
-                filters.append({"name": entry["name"]})
-            elif entry["name"] == "crc32c":
-                raise UnsupportedSlideError(name, "checksummed chunks (crc32c) are not read.")
-    for entry in filters:
-        kind = entry.get("id") or entry.get("name")
-        if kind not in _COMPRESSORS:
-            raise UnsupportedSlideError(
-                name, f"chunk codec {kind!r} is not read (blosc, zstd, gzip, zlib are)."
-            )
-    fill = int(array.fill_value or 0)
-    return Codec(
-        "chunk", samples=samples, planar=spatial[0] == "c", filters=tuple(filters), fill=fill
+def _guessed_axes(name: str, shape: tuple[int, ...]) -> str:
+    """Axes of an array that does not name them: y, x, c or c, y, x, after axes of length 1."""
+    last, before = shape[-1] in (3, 4), len(shape) > 2 and shape[-3] in (3, 4)
+    extra = len(shape) - 3
+    if extra >= 0 and last != before and max(shape[:extra], default=1) == 1:
+        return "tz"[:extra] + ("yxc" if last else "cyx")
+    if len(shape) == 5 and shape[1] in (3, 4) and shape[0] == shape[2] == 1:
+        return "tczyx"
+    if len(shape) == 4 and shape[0] in (3, 4) and shape[1] == 1:
+        return "czyx"
+    raise UnsupportedSlideError(
+        name,
+        f"an array of shape {shape} that is neither (y, x, 3) nor (3, y, x), and names no axes.",
     )
 
 
-def _chunk_names(array: Any, path: str) -> tuple[str, str]:
-    if array.metadata.zarr_format == 2:
-        return f"{path}/", array.metadata.dimension_separator
-    encoding = array.metadata.chunk_key_encoding
-    if encoding.name == "default":
-        return f"{path}/c{encoding.separator}", encoding.separator
-    return f"{path}/", encoding.separator
+def _refuse_channels(name: str, dtype: str, channels: int) -> None:
+    if dtype == "uint8" and channels in (3, 4):
+        return
+    told = f"{channels} channel(s) of {dtype}: not 8-bit RGB"
+    if channels in (3, 4):
+        raise UnsupportedSlideError(name, f"{told}.")
+    if channels > 4:
+        raise UnsupportedSlideError(name, f"{told}; multiplex.", "multiplex")
+    raise UnsupportedSlideError(name, f"{told}; fluorescence, or a mask.", "fluorescence")
+
+
+def _check_sizes(name: str, levels: list[Stored]) -> None:
+    """Refuse chunks that random patches cannot be read from, and pyramids upside down."""
+    total = 0
+    first = levels[0].pair(levels[0].array.shape)
+    for stored in levels:
+        size, chunk = stored.pair(stored.array.shape), stored.pair(stored.array.chunk)
+        area = chunk["x"] * chunk["y"]
+        if area * chunk["c"] > _MAX_CHUNK_BYTES:
+            raise UnsupportedSlideError(
+                name,
+                f"chunks of {chunk['x']} x {chunk['y']} px are too large to read at random.",
+            )
+        if area < min(_MIN_CHUNK_PX, size["x"] * size["y"]):
+            raise UnsupportedSlideError(
+                name,
+                f"chunks of {chunk['x']} x {chunk['y']} px are too small to read patches from.",
+            )
+        if chunk["c"] == 2:
+            raise UnsupportedSlideError(
+                name, "chunks of 2 channels split RGB; store 1 or 3 together."
+            )
+        if size["x"] > first["x"] or size["y"] > first["y"]:
+            raise DamagedSlideError(name, f"level {stored.path!r} is larger than the first.")
+        total += -(-size["x"] // chunk["x"]) * -(-size["y"] // chunk["y"])
+    if total > _MAX_TILES:
+        raise UnsupportedSlideError(name, f"{total:,} chunks are more than a slide has.")
+
+
+def _level(name: str, stored: Stored, finest: Stored, mpp: Mpp) -> Level:
+    size, chunk = stored.pair(stored.array.shape), stored.pair(stored.array.chunk)
+    first = finest.pair(finest.array.shape)
+    dx, dy = first["x"] / size["x"], first["y"] / size["y"]
+    keys = ChunkKeys(stored.name(()), stored.array.separator, stored.axes)
+    return Level(
+        size["x"], size["y"], chunk["x"], chunk["y"], dx, dy, mpp.x * dx, mpp.y * dy,
+        _codec(name, stored.array, stored.axes, chunk["c"]), keys=keys, parts=stored.parts,
+    )  # fmt: skip
+
+
+def _codec(name: str, array: ZarrArray, axes: str, held: int) -> Codec:
+    """How a chunk of `held` channels becomes pixels."""
+    order = "".join(axes[n] for n in array.stored if axes[n] in "cyx")
+    if array.filters and array.filters[0]["id"] == "jpeg":
+        if order != "yxc" or held != 3:
+            raise UnsupportedSlideError(
+                name, f"JPEG chunks of {held} channels in the order {order}; only y, x, 3 are read."
+            )
+        return Codec("jpeg", fill=array.fill)
+    filters: tuple[dict[str, Any], ...] = array.filters
+    if held == 1:
+        order = order.replace("c", "")
+    if order not in ("yxc", "cyx", "yx"):
+        filters = ({"id": "transpose", "stored": order}, *filters)
+    planar = order == "cyx"
+    return Codec("chunk", samples=held, planar=planar, filters=filters, fill=array.fill)
+
+
+def _middle_chunk(index: SlideIndex, stores: Stores) -> tuple[bytes, str]:
+    """The middle chunk of the coarsest level, and its SHA-256: metadata alone cannot tell images apart."""
+    level = index.levels[-1]
+    rows = level.n_tiles // level.columns
+    middle = (rows // 2) * level.columns + level.columns // 2
+    body = b""
+    try:
+        if level.keys is None:
+            start, stop = level.byte_range(middle * level.parts)
+            if start < stop:
+                key, start, stop, token = index.locate(start, min(stop, start + _HASHED_BYTES))
+                body = stores.read(key, start, stop, token)
+        else:
+            key = f"{index.uri.rstrip('/')}/{level.keys.key(rows // 2, level.columns // 2, 0)}"
+            size, token = stores.version(key)
+            _refuse_long(index.uri, key, level, size)
+            body = stores.read(key, 0, min(size, _HASHED_BYTES), token) if size else b""
+    except ObjectNotFoundError:
+        pass
+    return body[:_JPEG_HEAD_BYTES], hashlib.sha256(body).hexdigest()
+
+
+def _refuse_long(uri: str, key: str, level: Level, size: int) -> None:
+    most = most_stored_bytes(level.tile_width_px * level.tile_height_px * level.codec.samples)
+    if size > most:
+        raise DamagedSlideError(
+            uri, f"its chunk {redact(key)[-60:]} has {size:,} bytes; a chunk has at most {most:,}."
+        )
+
+
+def _coloured(index: SlideIndex, head: bytes) -> SlideIndex:
+    """The index with the colour space that its JPEG chunks are in, as libjpeg would guess it from one."""
+    if all(level.codec.kind != "jpeg" for level in index.levels):
+        return index
+    colour = jpeg_colour(head)
+    return replace(
+        index,
+        levels=tuple(
+            replace(level, codec=replace(level.codec, colour=colour))
+            if level.codec.kind == "jpeg"
+            else level
+            for level in index.levels
+        ),
+    )
+
+
+def jpeg_colour(head: bytes) -> str:
+    """rgb or ycbcr: libjpeg's rule for three components (a JFIF marker, Adobe's, component ids)."""
+    at, adobe, jfif = 2, -1, False
+    while at + 4 <= len(head) and head[at] == 0xFF:
+        marker, length = head[at + 1], int.from_bytes(head[at + 2 : at + 4], "big")
+        body = head[at + 4 : at + 2 + length]
+        if marker == 0xE0 and body[:5] == b"JFIF\0":
+            jfif = True
+        elif marker == 0xEE and body[:5] == b"Adobe" and len(body) >= 12:
+            adobe = body[11]
+        elif marker in (0xC0, 0xC1) and len(body) >= 15:
+            ids = bytes(body[6:15:3])
+            if jfif:
+                return "ycbcr"
+            if adobe >= 0:
+                return "rgb" if adobe == 0 else "ycbcr"
+            return "rgb" if ids == b"RGB" else "ycbcr"
+        elif marker == 0xDA or length < 2:
+            break
+        at += 2 + length
+    return "ycbcr"
