@@ -210,6 +210,7 @@ class SlideIndex:
     A slide may lie in several `objects` below its URI. Tile rows then hold addresses: the objects laid
     one after another in this order, so that object k begins where those before it end. No tile crosses
     objects. Without `objects` everything lies in `uri` itself, and an address is an offset in it.
+    Where they lie `beside` it, `uri` is one of them (a DICOM series named by one of its files).
     """
 
     slide_id: str
@@ -224,6 +225,7 @@ class SlideIndex:
     token: str = ""
     content_hash: str = ""
     objects: tuple[SlideObject, ...] = field(default=(), repr=False)
+    beside: bool = False
 
     def __post_init__(self) -> None:
         check_mpp(self.uri, self.mpp_x, self.mpp_y, self.mpp_source)
@@ -266,7 +268,8 @@ class SlideIndex:
 
     def object_key(self, number: int) -> str:
         """The URI of an object."""
-        return f"{self.uri.rstrip('/')}/{self.objects[number].name}"
+        base = self.uri.rstrip("/")
+        return f"{base.rpartition('/')[0] if self.beside else base}/{self.objects[number].name}"
 
     def locate(self, start: int, stop: int) -> tuple[str, int, int, str]:
         """Key, start, stop and token of the bytes start..stop of the slide, which lie in one object."""
@@ -282,7 +285,7 @@ class SlideIndex:
     def digest(self) -> str:
         """SHA-256 of everything that decides pixels: not the URI, so that a copy has the same."""
         header = self._header()
-        for name in ("uri", "token", "slide_id"):
+        for name in ("uri", "token", "slide_id", "beside"):
             header.pop(name)
         header["objects"] = [size for _, size, _ in header["objects"]]
         hasher = hashlib.sha256(json.dumps(header, sort_keys=True).encode())

@@ -1,0 +1,170 @@
+"""Where each frame of a DICOM instance lies: from its offset tables, or item by item.
+
+PS3.5 A.4 (encapsulation), PS3.3 C.7.6.3 (extended offset table). A frame is one range of bytes, so one
+whose fragments have item headers between them is refused.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from online_patching.formats.dicom_tags import (
+    LENGTHS,
+    OFFSETS,
+    UNDEFINED,
+    Attributes,
+    BadDicomError,
+    PastEndError,
+    Source,
+    StoredOtherwiseError,
+)
+
+MAX_FRAMES = 4 * 2**20
+"""Of one instance. A slide has about 150,000."""
+
+Ranges = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""First byte and bytes of each frame in the instance; 0 bytes: nothing is stored."""
+
+_ITEM, _END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
+_CHECKED = 3
+
+
+def frame_ranges(source: Source, found: Attributes, frames: int, frame_bytes: int) -> Ranges:
+    """Start and length of each frame. `frame_bytes` is what one takes when it is not encapsulated.
+
+    Raises BadDicomError when tables, items and the number of frames do not fit each other.
+    """
+    if found.pixels is None:
+        raise BadDicomError("it holds no pixel data")
+    if not 0 < frames <= MAX_FRAMES:
+        raise BadDicomError(f"it claims {frames:,} frames")
+    start, length = found.pixels
+    if length != UNDEFINED:
+        return _native(source, start, length, frames, frame_bytes)
+    table_bytes = _item(source, start)
+    first = start + 8 + table_bytes
+    if first > source.size_bytes:
+        raise PastEndError(start, first)
+    if OFFSETS in found.tables:
+        return _extended(source, found, first, frames)
+    if table_bytes:
+        return _basic(source, start + 8, table_bytes, frames)
+    return _walk(source, first, frames)
+
+
+def _native(source: Source, start: int, length: int, frames: int, frame_bytes: int) -> Ranges:
+    """Frames one after another, as they are."""
+    if length < frames * frame_bytes:
+        raise BadDicomError(
+            f"{frames:,} frames of {frame_bytes:,} bytes do not fit its {length:,} bytes of pixels"
+        )
+    if start + frames * frame_bytes > source.size_bytes:
+        raise PastEndError(start, start + frames * frame_bytes)
+    starts = start + np.arange(frames, dtype=np.int64) * frame_bytes
+    return starts, np.full(frames, frame_bytes, np.int64)
+
+
+def _item(source: Source, at: int) -> int:
+    """Bytes in the item at a place."""
+    head = source.read(at, 8)
+    length = int.from_bytes(head[4:], "little")
+    if head[:4] != _ITEM or length == UNDEFINED:
+        raise BadDicomError(f"no fragment begins at {at:,}")
+    return length
+
+
+def _extended(source: Source, found: Attributes, first: int, frames: int) -> Ranges:
+    """From the extended offset table and its lengths, 64 bits each."""
+    parts = []
+    for tag in (OFFSETS, LENGTHS):
+        at, length = found.tables.get(tag, (0, 0))
+        if length != 8 * frames:
+            raise BadDicomError(
+                f"its extended offset tables hold {length // 8:,} numbers for {frames:,} frames"
+            )
+        parts.append(np.frombuffer(source.read(at, length), "<u8"))
+    limit = np.uint64(source.size_bytes)
+    if max(int(part.max()) for part in parts) > limit:
+        raise PastEndError(first, first + max(int(part.max()) for part in parts))
+    starts, lengths = (part.astype(np.int64) for part in parts)
+    starts += first + 8
+    _check_end(source, starts, lengths)
+    for number in _some(frames):
+        stored = _item(source, int(starts[number]) - 8)
+        if not 0 <= stored - lengths[number] <= 1:
+            raise _fragmented(number, stored, int(lengths[number]))
+    return starts, lengths
+
+
+def _basic(source: Source, at: int, table_bytes: int, frames: int) -> Ranges:
+    """From the basic offset table; its 32 bits may have run over, and then the items are walked."""
+    if table_bytes != 4 * frames:
+        raise BadDicomError(
+            f"its offset table holds {table_bytes // 4:,} numbers for {frames:,} frames"
+        )
+    offsets = np.frombuffer(source.read(at, table_bytes), "<u4").astype(np.int64)
+    first = at + table_bytes
+    if offsets[0] != 0 or np.any(np.diff(offsets) < 8):
+        if source.size_bytes > 2**32:
+            return _walk(source, first, frames)
+        raise BadDicomError("its offset table is not in order")
+    starts = offsets + first + 8
+    lengths = np.empty(frames, np.int64)
+    lengths[:-1] = np.diff(offsets) - 8
+    lengths[-1] = max(0, source.size_bytes - int(starts[-1]))
+    _check_end(source, starts[:-1], lengths[:-1])
+    for number in _some(frames - 1):
+        stored = _item(source, int(starts[number]) - 8)
+        if stored != lengths[number]:
+            raise _fragmented(number, stored, int(lengths[number]))
+    lengths[-1] = _item(source, int(starts[-1]) - 8)
+    _check_end(source, starts, lengths)
+    after = int(starts[-1] + lengths[-1])
+    if after + 8 <= source.size_bytes and source.read(after, 4) == _ITEM:
+        raise _fragmented(frames - 1, int(lengths[-1]), None)
+    return starts, lengths
+
+
+def _walk(source: Source, at: int, frames: int) -> Ranges:
+    """From the items themselves, each behind the last."""
+    starts, lengths, size = [], [], source.size_bytes
+    while True:
+        head = source.read(at, 8) if at + 8 <= size else b""
+        if head[:4] != _ITEM:
+            break
+        length = int.from_bytes(head[4:], "little")
+        if at + 8 + length > size:
+            raise PastEndError(at + 8, at + 8 + length)
+        starts.append(at + 8)
+        lengths.append(length)
+        if len(starts) > frames:
+            raise StoredOtherwiseError(
+                f"more than {frames:,} fragments for {frames:,} frames: frames in several fragments are not read"
+            )
+        at += 8 + length
+    if len(starts) < frames:
+        if at + 8 > size:
+            raise PastEndError(at, at + 8)
+        raise BadDicomError(f"it holds {len(starts):,} fragments for {frames:,} frames")
+    return np.array(starts, np.int64), np.array(lengths, np.int64)
+
+
+def _check_end(source: Source, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+    past = np.flatnonzero(starts + lengths > source.size_bytes)
+    if len(past):
+        start = int(starts[past[0]])
+        raise PastEndError(start, start + int(lengths[past[0]]))
+
+
+def _some(count: int) -> list[int]:
+    """First, middle and last: a writer splits all frames or none."""
+    return sorted({0, count // 2, count - 1}) if count > 0 else []
+
+
+def _fragmented(number: int, stored: int, expected: int | None) -> BadDicomError:
+    if expected is None or stored < expected:
+        return StoredOtherwiseError(
+            f"frame {number:,} is stored in several fragments; one a frame is read"
+        )
+    return BadDicomError(f"frame {number:,} takes {stored:,} bytes, its table says {expected:,}")
