@@ -91,7 +91,7 @@ def test_slides_are_indexed_and_read_by_ranges_whatever_etags_and_redirects_come
         index, _ = index_row(row, None, stores)
         assert (index.slide_id, index.token) == (NAMES[0].removesuffix(".svs"), "")
         with open_slide(index) as far, open_slide(str(files[IDS[0]])) as near:
-            patch = dict(x_um=31.0, y_um=20.0, mpp=0.5, size_px=96)
+            patch = {"x_um": 31.0, "y_um": 20.0, "mpp": 0.5, "size_px": 96}
             np.testing.assert_array_equal(far.read_patch(**patch), near.read_patch(**patch))
         stores.close()
         assert server.ranges
