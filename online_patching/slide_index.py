@@ -31,6 +31,7 @@ MPP_OVERRIDE = "override table"
 
 CODEC_KINDS = frozenset(
     {"jpeg", "jpeg2000", "raw", "deflate", "lzw", "zstd", "packbits", "webp", "chunk"}
+    | {"rle", "planes"}
 )
 """What `Codec.kind` may be: the ways of storing a tile that decode.py undoes."""
 
@@ -48,7 +49,8 @@ _MAX_OFFSET = 2**40
 class Codec:
     """How a tile's bytes become pixels.
 
-    `kind`: jpeg, jpeg2000, raw, deflate, lzw, zstd (TIFF), or chunk (Zarr: `filters` is the
+    `kind`: jpeg, jpeg2000, raw, deflate, lzw, zstd (TIFF), rle and planes (DICOM: not compressed, with
+    planes apart or YCbCr), or chunk (Zarr: `filters` is the
     list of codec configurations to undo, last first). `colour` is the space stored in a JPEG or
     JPEG 2000 stream: rgb, ycbcr or gray. `tables` are abbreviated JPEG tables; where the tiles are
     `headless` (bare restart intervals) they are a whole stream up to the end of its SOS header.

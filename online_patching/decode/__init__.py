@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from online_patching.decode import chunk, jpeg, jpeg2000, openjpeg, packed
+from online_patching.decode import chunk, jpeg, jpeg2000, openjpeg, packed, planes
 from online_patching.decode.bad_tile import BadTileError
 from online_patching.geometry import Box
 from online_patching.slide_index import CODEC_KINDS, Codec
@@ -34,6 +34,8 @@ _WHOLE = {
     "zstd": packed.zstd,
     "packbits": packed.packbits,
     "webp": packed.webp,
+    "rle": planes.rle,
+    "planes": planes.planes,
     "chunk": chunk.decode,
 }
 """(codec, data, width, height) -> the whole tile."""
