@@ -173,6 +173,13 @@ class Directory:
             raise BadTagError(f"tag {tag} holds {entry.count:,} bytes, more than {most:,}")
         return self._reader.read(entry.start, entry.count)
 
+    def first_bytes(self, tag: int, most: int) -> bytes:
+        """The first `most` bytes of a tag of bytes; b"" when it is absent or holds something else."""
+        entry = self.entries.get(tag)
+        if entry is None or _SIZES[entry.kind] != 1:
+            return b""
+        return self._reader.read(entry.start, min(entry.count, most))
+
     def text(self, tag: int, most: int) -> str:
         """A tag of characters up to the first NUL, as UTF-8, else Latin-1."""
         data = self.blob(tag, most).partition(b"\0")[0]

@@ -6,23 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from defusedxml import DefusedXmlException
-from defusedxml.ElementTree import DefusedXMLParser, ParseError
-
 from online_patching.errors import MppError, UnsupportedSlideError
 from online_patching.slide_index import MPP_OVERRIDE, SlideIndex
 
-_MICRONS = {
-    "µm": 1.0,
-    "μm": 1.0,
-    "um": 1.0,
-    "micrometer": 1.0,
-    "mm": 1e3,
-    "nm": 1e-3,
-    "cm": 1e4,
-    "m": 1e6,
-}
-_MAX_ELEMENTS, _MAX_XML_CHARS = 10_000, 2**20  # OME-XML names its pixels near its start
 _UNIT_UM = {2: 25_400.0, 3: 10_000.0}
 """TIFF ResolutionUnit: 2 inch, 3 centimetre; 1 means that the numbers carry no unit."""
 
@@ -66,45 +52,6 @@ def resolution_mpp(x: Any, y: Any, unit: int) -> Mpp | None:
         return Mpp(um / per_unit[0], um / per_unit[1], "resolution tag")
     except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError):
         return None
-
-
-def ome_mpp(description: str) -> Mpp | None:
-    """PhysicalSizeX and Y of the first image in OME-XML."""
-    pixels = _FirstPixels()
-    parser = DefusedXMLParser(target=pixels, forbid_dtd=True)
-    try:
-        parser.feed(description[:_MAX_XML_CHARS])
-    except _StopReadingError:
-        pass
-    except (ParseError, DefusedXmlException, ValueError, LookupError):
-        return None  # malformed or hostile XML says nothing about µm/px
-    try:
-        scale = [_MICRONS[pixels.found.get(f"PhysicalSize{a}Unit", "µm")] for a in "XY"]
-        x, y = (float(pixels.found[f"PhysicalSize{a}"]) for a in "XY")
-    except (KeyError, ValueError):
-        return None
-    return Mpp(x * scale[0], y * scale[1], "ome metadata")
-
-
-class _StopReadingError(Exception):
-    """Enough of the XML was seen."""
-
-
-class _FirstPixels:
-    """What a parser tells: no tree is built, and reading ends at the first Pixels element."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, str] = {}
-        self._left = _MAX_ELEMENTS
-
-    def start(self, tag: str, attributes: dict[str, str]) -> None:
-        """An element begins."""
-        self._left -= 1
-        if tag.rpartition("}")[2] == "Pixels":
-            self.found = attributes
-        elif self._left:
-            return
-        raise _StopReadingError
 
 
 def require_mpp(uri: str, *candidates: Mpp | None) -> Mpp:
