@@ -38,17 +38,24 @@ _SIXTEEN_BITS = 7  # capture modes from here on hold 16-bit fluorescence
 
 
 def read_index(
-    uri: str, slide_id: str, override: Mpp | None, stores: Stores, size: int, token: str
+    uri: str,
+    slide_id: str,
+    override: Mpp | None,
+    stores: Stores,
+    size: int,
+    token: str,
+    reader: HeaderReader | None = None,
 ) -> SlideIndex | None:
     """The index of an NDPI slide; None when only a fallback reader can tell what it is.
 
     Reads the directories, the marker tables (4 or 8 bytes a tile), 2 bytes at up to 32 markers of each
     level and the last kilobyte of each. A level whose table is missing or wrong is read whole for its markers
-    where the file is local, and remotely up to ndpi_strips.MAX_REMOTE_SCAN_BYTES in all.
+    where the file is local, and remotely up to ndpi_strips.MAX_REMOTE_SCAN_BYTES in all. `reader` may hold
+    headers that were read already.
     """
     file = NdpiFile(uri, redact(uri), stores, token, size)
     try:
-        directories = _directories(file)
+        directories = _directories(reader or HeaderReader(file.read, size))
         if not directories:
             return None
         _refuse_fluorescence(file.name, directories)
@@ -59,9 +66,9 @@ def read_index(
         raise DamagedSlideError(file.name, f"its NDPI headers cannot be read: {error}.") from None
 
 
-def _directories(file: NdpiFile) -> list[NdpiDirectory]:
+def _directories(reader: HeaderReader) -> list[NdpiDirectory]:
     """All directories, or none where the first is not an NDPI's: a TIFF that says more than its offsets can."""
-    chain = ndpi_directories(HeaderReader(file.read, file.size_bytes))
+    chain = ndpi_directories(reader)
     try:
         first = next(chain, None)
     except BadTagError:
