@@ -60,7 +60,7 @@ def read_index(
     try:
         tags = TiffTags(partial(_fetch, uri, stores, token), size)
         if tags.directories and ndpi.FLAG in tags.directories[0]:
-            return ndpi.read_index(uri, slide_id, override, stores, size, token)
+            return ndpi.read_index(uri, slide_id, override, stores, size, token, tags.reader)
         return _from_tags(tags, uri, slide_id, override)
     except FarOffsetsError:  # beyond 4 GiB only an NDPI says what a classic TIFF's offsets mean
         return ndpi.read_index(uri, slide_id, override, stores, size, token)
