@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from online_patching.codestream import BadStreamError, Frame, check_complete, codestream_of
 from online_patching.decode.bad_tile import BadTileError
 from online_patching.decode.channels import over_white, three_channels, ycbcr_to_rgb
-from online_patching.decode.codestream import Frame, check_complete, codestream_of
 from online_patching.decode.openjpeg import decode_planes
 from online_patching.geometry import Box
 from online_patching.slide_index import Codec
@@ -21,8 +21,11 @@ def decode(
     At 1/scale the finest wavelet bands are left out: pixels are the low-pass band of that resolution.
     Only code blocks that a part needs are decoded; its pixels are those of the whole.
     """
-    data = codestream_of(data)
-    frame = check_complete(data)
+    try:
+        data = codestream_of(data)
+        frame = check_complete(data)
+    except BadStreamError as error:
+        raise BadTileError(str(error)) from None
     if (frame.width, frame.height) != (width, height):
         raise BadTileError(
             f"its frame says {frame.width} x {frame.height} px, not {width} x {height}"

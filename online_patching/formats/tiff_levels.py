@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from online_patching.decode.bad_tile import BadTileError
-from online_patching.decode.codestream import codestream_of, read_frame
+from online_patching.codestream import BadStreamError, codestream_of, read_frame
 from online_patching.errors import DamagedSlideError, ShortReadError, UnsupportedSlideError
 from online_patching.formats.tiff_page import Page
 from online_patching.formats.tiff_tags import Directory, HeaderReader
@@ -147,7 +146,7 @@ def _with_frame(level: Level, page: Page, reader: HeaderReader) -> Codec:
     try:
         data = reader.read(start, min(stop - start, _FRAME_BYTES))
         frame = read_frame(codestream_of(data))
-    except BadTileError:
+    except BadStreamError:
         return level.codec
     codec = replace(level.codec, reductions=frame.reductions)
     if page.tags.number(259, 1) == 34712 and codec.colour == "ycbcr" and frame.transformed:
