@@ -53,7 +53,9 @@ def codec_of(found: Attributes, frame: bytes) -> Codec:
         return Codec("jpeg", _jpeg_colour(frame, samples, colour) if frame else colour)
     if kind == "jpeg2000":
         transformed, reductions = _codestream(frame) if frame else (False, 0)
-        colour = "rgb" if transformed else colour
+        # ICT and RCT are undone by the decoder; YBR_FULL without them is YCbCr that nobody undoes.
+        if samples == 3 and (transformed or declared in ("YBR_ICT", "YBR_RCT")):
+            colour = "rgb"
         return Codec("jpeg2000", colour, samples=samples, reductions=reductions)
     if declared not in ("RGB", "YBR_FULL", "MONOCHROME2"):
         raise StoredOtherwiseError(f"{declared} samples that are not compressed are not read")
@@ -64,29 +66,29 @@ def codec_of(found: Attributes, frame: bytes) -> Codec:
 
 
 def _jpeg_colour(frame: bytes, samples: int, declared: str) -> str:
-    """rgb, ycbcr or gray: by the Adobe marker, else by subsampled chroma, else as declared."""
+    """rgb, ycbcr or gray: by the Adobe marker, components called R, G and B or subsampled ones, or as declared."""
     if frame[:2] != b"\xff\xd8":
         raise BadDicomError("its first frame is no JPEG stream")
-    at, adobe, subsampled = 2, None, None
+    at, adobe, said = 2, None, None
     while at + 4 <= len(frame) and frame[at] == 0xFF and frame[at + 1] != _SOS:
         marker, length = frame[at + 1], (frame[at + 2] << 8) | frame[at + 3]
         body = frame[at + 4 : at + 2 + length]
         if marker == _APP14 and body[:5] == b"Adobe" and len(body) >= 12:
             adobe = body[11]
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            subsampled = _subsampled(marker, body, samples)
+            said = _frame_colour(marker, body, samples) or declared
         at += max(2, 2 + length)
-    if subsampled is None or frame[at : at + 2] != b"\xff\xda":
+    if said is None or frame[at : at + 2] != b"\xff\xda":
         raise BadDicomError("its first frame's JPEG headers are damaged")
     if samples == 1:
         return "gray"
     if adobe in (0, 1):
         return "ycbcr" if adobe else "rgb"
-    return "ycbcr" if subsampled else declared
+    return said
 
 
-def _subsampled(marker: int, body: bytes, samples: int) -> bool:
-    """Whether a frame header's components are of different resolutions."""
+def _frame_colour(marker: int, body: bytes, samples: int) -> str:
+    """What a JPEG frame header says of its colours; "" when it says nothing."""
     if marker not in (0xC0, 0xC1):
         raise StoredOtherwiseError(f"JPEG frames of kind SOF{marker - 0xC0} are not read")
     if len(body) < 6 or len(body) < 6 + 3 * body[5]:
@@ -95,7 +97,9 @@ def _subsampled(marker: int, body: bytes, samples: int) -> bool:
         raise StoredOtherwiseError(f"JPEG samples of {body[0]} bits are not read")
     if body[5] != samples:
         raise BadDicomError(f"its frames have {body[5]} components, it says {samples}")
-    return len({body[7 + 3 * number] for number in range(body[5])}) > 1
+    if body[6 : 6 + 3 * body[5] : 3] == b"RGB":
+        return "rgb"
+    return "ycbcr" if len({*body[7 : 7 + 3 * body[5] : 3]}) > 1 else ""
 
 
 def _codestream(frame: bytes) -> tuple[bool, int]:
