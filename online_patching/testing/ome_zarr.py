@@ -182,11 +182,9 @@ def _compressor_3(name: str) -> Any:
 
     if name.startswith("blosc"):
         cname, shuffle, block = _blosc(name)
-        kinds: tuple[Literal["noshuffle", "shuffle", "bitshuffle"], ...]
         kinds = ("noshuffle", "shuffle", "bitshuffle")
-        return BloscCodec(
-            cname=given, clevel=5, shuffle=kinds[shuffle], blocksize=block, typesize=1
-        )  # type: ignore[arg-type]
+        given: Any = {"cname": cname, "shuffle": kinds[shuffle]}
+        return BloscCodec(clevel=5, blocksize=block, typesize=1, **given)
     made: dict[str, Any] = {"zstd": ZstdCodec(level=3), "gzip": GzipCodec(level=3), "none": None}
     return made[name]
 
