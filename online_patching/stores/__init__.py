@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 from online_patching.errors import PatchingError, redact
 from online_patching.stores.any_fsspec import FsspecStore
+from online_patching.stores.cloud import CLOUDS
+from online_patching.stores.cloud_options import fsspec_options
 from online_patching.stores.http import HttpStore
 from online_patching.stores.listing import MOST_LISTED, Listed, list_folder
 from online_patching.stores.local import LocalStore, atomic_write_bytes, atomic_write_text
@@ -33,6 +35,8 @@ __all__ = [
     "Stores",
     "atomic_write_bytes",
     "atomic_write_text",
+    "fsspec_options",
+    "is_ranged",
     "is_remote",
     "local_path",
     "redact",
@@ -48,6 +52,7 @@ Versions = list[tuple[int, str] | PatchingError]
 """For each object its size and token, or what went wrong with it."""
 
 _MOST_AT_ONCE = 512  # as many as HttpStore has connections
+_RANGED = frozenset({"http", "https", *CLOUDS})
 
 
 class AsyncStore(Protocol):
@@ -75,6 +80,11 @@ class AsyncStore(Protocol):
 def is_remote(uri: str) -> bool:
     """Whether a URI needs the event loop (has a scheme other than file)."""
     return "://" in uri and not uri.startswith("file://")
+
+
+def is_ranged(uri: str) -> bool:
+    """Whether a URI is read by range requests of our own: http(s), s3, gs, az and their other names."""
+    return uri.partition("://")[0].lower() in _RANGED
 
 
 def local_path(uri: str) -> str:
@@ -154,8 +164,8 @@ class Stores:
         return sum(store.retries for store in self._remote.values())
 
     def remote(self, uri: str) -> AsyncStore:
-        """The client for a remote URI's scheme."""
-        kind = "http" if uri.startswith(("http://", "https://")) else "fsspec"
+        """The client for a remote URI: one for http(s) and all clouds, one for fsspec's other schemes."""
+        kind = "http" if is_ranged(uri) else "fsspec"
         with self._lock:
             if kind not in self._remote:
                 self._remote[kind] = (
@@ -164,7 +174,7 @@ class Stores:
             return self._remote[kind]
 
     def http(self) -> HttpStore:
-        """The client for http(s) itself: it also starts ranges without awaiting them."""
+        """The client for http(s) and the clouds: it also starts ranges without awaiting them."""
         store = self.remote("http://")
         assert isinstance(store, HttpStore)
         return store

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
 
 from online_patching.stores.http_headers import on_forget
 from online_patching.stores.http_target import Target, target_of
@@ -23,22 +22,6 @@ class Address:
     signed: bool = False
 
 
-class Addresses(Protocol):
-    """Turns keys (URIs as people write them) into addresses."""
-
-    def at_once(self, key: str) -> Address | None:
-        """The key's address, or None when credentials must be fetched first."""
-        ...
-
-    async def soon(self, key: str) -> Address:
-        """The key's address, after fetching what it needs. TransientError is worth another try."""
-        ...
-
-    def refused(self, key: str, address: Address) -> bool:
-        """Told of a refusal (HTTP 400, 401, 403): whether asking again with a new address may help."""
-        ...
-
-
 @lru_cache(4096)
 def plain_address(key: str) -> Address:
     """The address of an http(s) URL: itself. StoreError when it is no URL."""
@@ -46,19 +29,3 @@ def plain_address(key: str) -> Address:
 
 
 on_forget(plain_address.cache_clear)
-
-
-class PlainAddresses:
-    """Addresses of http(s) URLs."""
-
-    def at_once(self, key: str) -> Address:
-        """The URL itself."""
-        return plain_address(key)
-
-    async def soon(self, key: str) -> Address:
-        """The URL itself."""
-        return plain_address(key)
-
-    def refused(self, key: str, address: Address) -> bool:
-        """No: it would be the same again."""
-        return False

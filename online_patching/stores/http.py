@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from online_patching.errors import StoreError, redact
-from online_patching.stores.address import Address, Addresses, PlainAddresses
+from online_patching.stores.address import Address
+from online_patching.stores.cloud import CloudAddresses, place_of
+from online_patching.stores.cloud_listing import Query, list_place
 from online_patching.stores.http_answer import RefusedError, UnusualAnswerError
 from online_patching.stores.http_full import FullClient
 from online_patching.stores.http_target import Origin, Target
-from online_patching.stores.listing import MOST_LISTED, Listed, cannot_list
+from online_patching.stores.listing import MOST_LISTED, Listed, cannot_list, in_order
 from online_patching.stores.range_client import DEFAULT_CONNECTIONS, RangeClient
 from online_patching.stores.range_connection import Done, Get
 from online_patching.stores.retry import RetryPolicy, TransientError, with_retries
@@ -34,13 +37,12 @@ class HttpStore:
         self,
         policy: RetryPolicy | None = None,
         connections: int = DEFAULT_CONNECTIONS,
-        addresses: Addresses | None = None,
     ) -> None:
         self.policy = policy or RetryPolicy()
-        self.addresses = addresses or PlainAddresses()
         self.connections = connections
         self.retries = 0
         self.full = FullClient(self.policy)
+        self.addresses = CloudAddresses(self.full.header)
         self.active: set[RangeRead] = set()
         self._stale = 0
         self._ranges: RangeClient | None = None
@@ -110,8 +112,24 @@ class HttpStore:
         return RangeRead(self, key, start, stop, token, done)
 
     async def list(self, prefix: str, most: int = MOST_LISTED) -> list[Listed]:
-        """StoreError: http(s) has no listing."""
-        raise cannot_list(prefix)
+        """Every object below a cloud's prefix, by URI. StoreError for http(s), which has no listing."""
+        place = place_of(prefix)
+        if place is None:
+            raise cannot_list(prefix)
+
+        async def ask(query: Query) -> bytes:
+            return await self.asked(prefix, partial(self._page, prefix, query))
+
+        found = await list_place(prefix, place, most, ask)
+        if not found and place.name:
+            size_bytes, token = await self.version(prefix)
+            found = [Listed(prefix, size_bytes, token)]
+        return in_order(prefix, found)
+
+    async def _page(self, prefix: str, query: Query, _: Address) -> bytes:
+        grant = await self.addresses.grant_for(prefix)
+        assert grant is not None
+        return await self.full.read(prefix, 0, None, "", grant.address("", query))
 
     async def close(self) -> None:
         """Close every connection; reads under way end with an error."""
@@ -132,13 +150,17 @@ class HttpStore:
             address = self.addresses.at_once(key) or await self.addresses.soon(key)
             try:
                 return await once(address)
-            except RefusedError:
+            except RefusedError as error:
                 if renewed or not self.addresses.refused(key, address):
-                    raise
+                    raise self.told(key, error) from None
             renewed = True
-            return await once(await self.addresses.soon(key))
+            return await attempt()
 
         return await with_retries(self.policy, redact(key), attempt, self.count_retry)
+
+    def told(self, key: str, error: RefusedError) -> RefusedError:
+        """A refusal with what may mend it."""
+        return RefusedError(key, error.reason + self.addresses.hint(key), error.code)
 
     def plain(self, address: Address) -> Target | None:
         """Where an address's ranges are asked for, if the small client may do it."""
@@ -238,6 +260,8 @@ class RangeRead:
         elif isinstance(error, RefusedError) and self._may_renew():
             self._renewed = True
             self._try()
+        elif isinstance(error, RefusedError):
+            self._end(None, self._store.told(key, error))
         elif not isinstance(error, TransientError):
             self._end(body, error)
         elif self._failed + 1 >= policy.attempts:
