@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 # decoding (or a neighbour) wants one of the cores, a DINO step on two of them took 8.4 s, not 1.5.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+INDEX_UNFINISHED = "index.unfinished"
+"""In a corpus folder while `pathfm index` writes to it, and after one that was killed."""
+
 Precision = Literal["auto", "bf16", "fp32"]
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")

@@ -11,8 +11,8 @@ from PIL import Image
 
 from online_patching import Corpus, ForegroundMask, read_slide_index
 from online_patching.testing import SyntheticSlide, write_ome_zarr, write_tiff
-from pathfm import foreground
-from pathfm.foreground import ForegroundConfig, mask_mpp, run
+from pathfm.foreground import ForegroundConfig, SlideForeground, masking, run, telling
+from pathfm.foreground.masking import mask_mpp
 from pathfm.runtime import PathfmError
 from pathfm.segmentation.tidy import mask_iou
 
@@ -135,7 +135,7 @@ def test_an_interrupted_slide_leaves_nothing_a_rerun_would_trust(corpus, monkeyp
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(foreground, "outline", interrupted)
+    monkeypatch.setattr(masking, "outline", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(ForegroundConfig(corpus=corpus, threshold=0.4))
     monkeypatch.undo()
@@ -206,3 +206,29 @@ def test_facts_beside_a_mask_tell_what_it_is(corpus):
     mask = ForegroundMask.load(corpus / "masks" / "wide.png")
     assert facts["mask_digest"] == mask.digest
     assert facts["tissue_mm2"] == pytest.approx(mask.tissue_area_um2 / 1e6)
+
+
+def test_a_folder_that_is_still_being_indexed_is_refused(corpus):
+    (corpus / "index.unfinished").touch()
+    with pytest.raises(PathfmError, match="still writing there, or was stopped"):
+        run(ForegroundConfig(corpus=corpus))
+
+
+def test_of_many_slides_the_page_pictures_those_worth_a_look_and_the_table_its_first_rows(
+    monkeypatch, capsys, tmp_path
+):
+    rows = [
+        SlideForeground(f"s{k}", 1.0, 0.5, baseline_iou=k / 10, mask_mpp=8.0, reason="x" * (k == 7))
+        for k in range(9)
+    ]
+    monkeypatch.setattr(telling, "MOST_PICTURED", 3)
+    monkeypatch.setattr(telling, "_MOST_SHOWN", 2)
+    config = ForegroundConfig(corpus=tmp_path)
+    page = telling.page_of(config, rows)
+    assert [f"<b>s{k}</b>" in page for k in range(9)] == [k in (7, 0, 1) for k in range(9)]
+    assert "Pictured are the 3 to look at first" in page
+    telling.show(config, rows, tmp_path / "overlays.html")
+    said = capsys.readouterr().out
+    assert "s1" in said
+    assert "s2" not in said
+    assert "... and 7 more" in said

@@ -111,6 +111,8 @@ def _index(config: IndexConfig, stores: Stores) -> IndexResult:
         reader = Reader(folder, journal, stores, threads, config.cohort, cohort)
         reader.bring_up_to_date(wanted.slides, config.anew)
         refuse_if_useless(config.slides, wanted, journal)
+        if config.cohort.fingerprints:
+            reader.fingerprint_same_sizes(address for address, _ in wanted.addresses())
         done = Done(config.out, reader.reused, config.show)
         finish(wanted, folder, journal, done, config.cohort.fingerprints)
         save_config(config, config.out, "index.yaml")

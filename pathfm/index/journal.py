@@ -28,10 +28,9 @@ from typing import Any, NamedTuple
 
 from online_patching.slide_index import INDEX_MAGIC
 from pathfm import __version__
-from pathfm.runtime import PathfmError
+from pathfm.runtime import INDEX_UNFINISHED, PathfmError
 
 JOURNAL = "index.journal"
-UNFINISHED = "index.unfinished"
 _FORM = 1
 _RULES = 1
 """Raised when indexing makes something else of the same slides: then they are all read again."""
@@ -198,7 +197,7 @@ def opened(folder: Path) -> Iterator[Journal]:
 
     The mark of an unfinished run goes when the block is left without an error, or rolled back.
     """
-    mark = folder / UNFINISHED
+    mark = folder / INDEX_UNFINISHED
     was_there = mark.exists()
     with open(mark, "ab") as lock:
         try:

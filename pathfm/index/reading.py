@@ -69,6 +69,31 @@ class Reader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def fingerprint_same_sizes(self, addresses: Iterable[str]) -> None:
+        """Note fingerprints of slides that have the size of another: no others can show the same image.
+
+        That reads their coarsest level, which 100,000 slides would be dear to be asked for.
+        """
+        by_size: dict[tuple[int, int], list[str]] = {}
+        for address in addresses:
+            if self.journal.known[address].slide_id:
+                record = self.journal.read(address)
+                by_size.setdefault((record["width_px"], record["height_px"]), []).append(address)
+        alike = [address for some in by_size.values() if len(some) > 1 for address in some]
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="index")
+        try:
+            with progress(len(alike), "slides", "comparing slides of one size") as bar:
+                for _ in _in_turn(pool, self._fingerprint, alike, self.threads * _AHEAD):
+                    bar.advance()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _fingerprint(self, address: str) -> None:
+        record = self.journal.read(address)
+        if "fingerprint" not in record:
+            index = self.folder.load(record["slide_id"])
+            self.journal.add(record | {"fingerprint": fingerprint(index, self.stores)})
+
     # --- what is known already ---
 
     def _still_true(self, pool: ThreadPoolExecutor, wanted: Sequence[Wanted]) -> set[str]:
@@ -143,7 +168,6 @@ class Reader:
             index, row = index_row(
                 slide.row, slide.told, self.stores, options=self.options, salt=self.salt
             )
-            print_of_it = fingerprint(index, self.stores) if self.options.fingerprints else ""
         except PatchingError as error:
             # a slide's own fault stays until its bytes change; a store's may be gone tomorrow
             self._refuse(slide, error.code, error, token if isinstance(error, SlideError) else "")
@@ -160,7 +184,6 @@ class Reader:
                 "token": index.token or token_of_content(row),
                 "index_bytes": size,
                 "plain": not index.objects and index.levels[0].keys is None,
-                "fingerprint": print_of_it,
                 "found": {
                     k: v for k, v in told_by_cohort(row).items() if not getattr(slide.row, k)
                 },
