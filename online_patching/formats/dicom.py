@@ -20,6 +20,7 @@ from online_patching.errors import (
     StoreError,
     UnsupportedSlideError,
 )
+from online_patching.formats.dicom_attributes import MANUFACTURER, BadDicomError
 from online_patching.formats.dicom_codec import HEAD_BYTES, codec_of, kind_of
 from online_patching.formats.dicom_levels import Table, check_sizes, level_table
 from online_patching.formats.dicom_series import (
@@ -28,7 +29,7 @@ from online_patching.formats.dicom_series import (
     slide_error,
     slides_of,
 )
-from online_patching.formats.dicom_tags import MANUFACTURER, BadDicomError, Source, is_dicom
+from online_patching.formats.dicom_tags import Source, is_dicom
 from online_patching.formats.vendors import Mpp, require_mpp
 from online_patching.slide_index import Codec, Level, SlideIndex, SlideObject
 from online_patching.stores import Listed, Stores, is_remote, redact

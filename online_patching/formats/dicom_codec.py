@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 
-from online_patching.formats import dicom_tags as tags
-from online_patching.formats.dicom_tags import Attributes, BadDicomError, StoredOtherwiseError
+from online_patching.formats import dicom_attributes as tags
+from online_patching.formats.dicom_attributes import Attributes, BadDicomError, StoredOtherwiseError
 from online_patching.slide_index import Codec
 
 _SYNTAXES = {

@@ -9,16 +9,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from online_patching.formats.dicom_tags import (
+from online_patching.formats.dicom_attributes import (
     LENGTHS,
     OFFSETS,
     UNDEFINED,
     Attributes,
     BadDicomError,
     PastEndError,
-    Source,
     StoredOtherwiseError,
 )
+from online_patching.formats.dicom_tags import Source
 
 MAX_FRAMES = 4 * 2**20
 """Of one instance. A slide has about 150,000."""

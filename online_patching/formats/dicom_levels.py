@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from online_patching.errors import DamagedSlideError, UnsupportedSlideError
-from online_patching.formats import dicom_tags as tags
+from online_patching.formats import dicom_attributes as tags
+from online_patching.formats.dicom_attributes import BadDicomError
 from online_patching.formats.dicom_frames import frame_ranges
 from online_patching.formats.dicom_series import Instance
-from online_patching.formats.dicom_tags import BadDicomError
 from online_patching.slide_index import pack_rows
 
 _MAX_SIDE_PX = 2**22

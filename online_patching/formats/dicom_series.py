@@ -16,14 +16,14 @@ from online_patching.errors import (
     SlideError,
     UnsupportedSlideError,
 )
-from online_patching.formats import dicom_tags as tags
-from online_patching.formats.dicom_tags import (
+from online_patching.formats import dicom_attributes as tags
+from online_patching.formats.dicom_attributes import (
     Attributes,
     BadDicomError,
     PastEndError,
-    Source,
     StoredOtherwiseError,
 )
+from online_patching.formats.dicom_tags import Source, read_attributes
 from online_patching.stores import Listed
 
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
@@ -58,7 +58,7 @@ class Instance:
     @classmethod
     def read(cls, name: str, at: Listed, source: Source) -> Instance:
         """The instance in a file; BadDicomError when its attributes cannot be read."""
-        found = tags.read_attributes(source, is_level)
+        found = read_attributes(source, is_level)
         number, allocated = found.number, found.number(tags.ALLOCATED, 8)
         return cls(
             name, at.uri, at.size_bytes, at.token, found, source, is_level(found),

@@ -215,7 +215,8 @@ def _place(how: Written, row: int, column: int, plane: int) -> list[Element]:
         _signed(0x0048021E, column * how.tile_px[0] + 1),
         _signed(0x0048021F, row * how.tile_px[1] + 1),
     ]
-    slide = [text(tag, "DS", str(v)) for tag, v in ((0x0040072A, 20), (0x0040073A, 40), (0x0040074A, plane * 1.5))]  # fmt: skip
+    corner = ((0x0040072A, 20.0), (0x0040073A, 40.0), (0x0040074A, plane * 1.5))
+    slide = [text(tag, "DS", str(mm)) for tag, mm in corner]
     return [
         (0x00209111, "SQ", [[(0x00209157, "UL", struct.pack("<2I", column + 1, row + 1))]]),
         (0x00480207, "SQ", [[text(0x00480106, "SH", "0")]]),
@@ -266,8 +267,11 @@ def _encode(frame: Picture, how: Written) -> bytes:
         )
         level = 0 if lossless else 60
         shown = frame[:, :, 0] if how.gray else frame
-        options = {"codecformat": "j2k", "reversible": lossless, "mct": mct, "resolutions": 4}
-        return bytes(imagecodecs.jpeg2k_encode(shown, level=level, **options))
+        return bytes(
+            imagecodecs.jpeg2k_encode(
+                shown, level=level, codecformat="j2k", reversible=lossless, mct=mct, resolutions=4
+            )
+        )
     if how.syntax == "rle":
         planes = [_even(_packed(frame[:, :, n])) for n in range(frame.shape[2])]
         offsets = 64 + np.cumsum([0, *(len(plane) for plane in planes)])[:-1]
