@@ -35,7 +35,7 @@ _PARAMETERS_BYTES = (
 )
 
 
-class _Component(ctypes.Structure):
+class Component(ctypes.Structure):
     """opj_image_comp_t."""
 
     _fields_ = [
@@ -45,19 +45,19 @@ class _Component(ctypes.Structure):
     ]
 
 
-class _Image(ctypes.Structure):
+class Image(ctypes.Structure):
     """opj_image_t."""
 
     _fields_ = [
         *[(name, _U32) for name in "x0 y0 x1 y1 numcomps".split()],
         ("color_space", ctypes.c_int),
-        ("comps", ctypes.POINTER(_Component)),
+        ("comps", ctypes.POINTER(Component)),
         ("icc_profile_buf", _POINTER),
         ("icc_profile_len", _U32),
     ]
 
 
-_IMAGE = ctypes.POINTER(_Image)
+_IMAGE = ctypes.POINTER(Image)
 _QUICK: dict[str, tuple[Any, list[Any]]] = {
     "opj_version": (ctypes.c_char_p, []),
     "opj_stream_create": (_POINTER, [_SIZE, ctypes.c_int]),
@@ -152,14 +152,22 @@ def _candidates() -> list[str]:
 
 
 @cache
-def library() -> _Library | None:
-    """The library of this process, or None when there is none."""
+def library_path() -> str | None:
+    """Where the library of this process is, or None when there is none."""
     for path in _candidates():
         try:
-            return _Library(path)
+            _Library(path)
         except (OSError, AttributeError):
             continue
+        return path
     return None
+
+
+@cache
+def library() -> _Library | None:
+    """The library of this process, or None when there is none."""
+    path = library_path()
+    return _Library(path) if path else None
 
 
 def about() -> str:
@@ -230,7 +238,7 @@ def _must(done: int) -> None:
         raise BadTileError(f"OpenJPEG: {_reading.message[:100] or 'it does not decode'}")
 
 
-def _plane(component: _Component) -> NDArray[np.uint8]:
+def _plane(component: Component) -> NDArray[np.uint8]:
     if not component.data:
         raise BadTileError("OpenJPEG left a component out")
     height, width = component.h, component.w
