@@ -12,7 +12,7 @@ from online_patching.decode import BadTileError, decode_tile
 from online_patching.errors import ObjectChangedError, SamplerError, TileDecodeError
 from online_patching.fetch import Body, Piece, fetch_local, fetch_remote, pieces_of, plan_request
 from online_patching.formats import read_slide_index, zarr
-from online_patching.formats.fallback import worker
+from online_patching.formats.region_pool import workers
 from online_patching.geometry import Box
 from online_patching.plan import ReadPlan, choose_level, plan_square, round_half_up, tiles_of
 from online_patching.resample import paste, resample
@@ -219,7 +219,7 @@ def finish_fallback(index: SlideIndex, plan: ReadPlan) -> NDArray[np.uint8]:
     canvas = np.full((plan.box.height, plan.box.width, 3), 255, np.uint8)
     if not inside.empty:
         target = inside.shift(-plan.box.left, -plan.box.top)
-        canvas[target.top : target.bottom, target.left : target.right] = worker().read(
+        canvas[target.top : target.bottom, target.left : target.right] = workers().read(
             index, plan.level, inside
         )
     return resample(plan, canvas)

@@ -359,12 +359,12 @@ def test_a_mask_file_larger_than_any_mask_is_not_read(tmp_path) -> None:
 
 
 def test_what_other_readers_say_in_several_lines_is_told_in_one(tmp_path, monkeypatch) -> None:
-    from online_patching.formats import fallback
+    from online_patching.formats import fallback, region_pool
 
-    def describe(self: object, uri: str, reader: str) -> dict:
+    def describe(self: object, uri: str, reader: str, *_: object) -> dict:
         raise errors.DamagedSlideError(uri, f"{reader} says:\n# {uri}\nis odd")
 
-    monkeypatch.setattr(fallback.RegionWorker, "describe", describe)
+    monkeypatch.setattr(region_pool.RegionWorker, "describe", describe)
     with pytest.raises(errors.NotASlideError, match=r"openslide says: # a\.svs is odd") as caught:
         fallback.read_index(str(tmp_path / "a.svs"), "a", None)
     assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from online_patching.errors import NotASlideError, ObjectNotFoundError, UnsupportedSlideError
+from online_patching.errors import NotASlideError, ObjectNotFoundError
 from online_patching.formats import dicom, fallback, tiff, zarr
 from online_patching.formats.vendors import Mpp
 from online_patching.slide_index import SlideIndex
@@ -85,12 +85,8 @@ def _read(uri: str, override: Mpp | None, stores: Stores) -> SlideIndex:
         found = tiff.read_index(uri, slide_id, override, stores, size, token)
         if found is not None:
             return replace(found, size_bytes=size, token=token)
-    if is_remote(uri):
-        raise UnsupportedSlideError(
-            redact(uri),
-            "only tiled TIFF/SVS, DICOM and OME-Zarr are read remotely; copy this slide to disk.",
-        )
-    return replace(fallback.read_index(uri, slide_id, override), size_bytes=size, token=token)
+    found = fallback.read_index(uri, slide_id, override, size, token)
+    return replace(found, size_bytes=size, token=token)
 
 
 def _below(uri: str, slide_id: str, override: Mpp | None, stores: Stores) -> SlideIndex | None:

@@ -2,7 +2,8 @@
 
 `python -m online_patching.formats.region_worker` answers requests on its standard input: a line
 of JSON in, a line of JSON out, followed by `bytes` raw bytes. Native readers crash on hostile
-files and latch errors; here that costs a slide, not the run. See fallback.py for the other end.
+files and latch errors; here that costs a slide, not the run. Remote objects are read through our own
+stores (range_file.py), by tiffslide. See region_pool.py for the other end.
 """
 
 from __future__ import annotations
@@ -11,19 +12,50 @@ import json
 import os
 import sys
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
+from online_patching.errors import PatchingError, SlideError, StoreError, redact
+from online_patching.formats.range_file import RangeFile
+from online_patching.stores import Stores, is_remote
+
 _MAX_OPEN_SLIDES = 8
+_MOST_BYTES = {"describe": 64 * 2**20, "region": 256 * 2**20}
+"""What one request may read of a remote object."""
 
 
-def _open(uri: str, reader: str) -> Any:
+@dataclass
+class _Open:
+    """A slide that is open, and the file that it is read from where that is remote."""
+
+    slide: Any
+    file: RangeFile | None
+
+    def close(self) -> None:
+        self.slide.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def _open(request: dict[str, Any], stores: Stores) -> _Open:
+    uri, reader = request["uri"], request["reader"]
     if reader == "openslide":
         import openslide
 
-        return openslide.OpenSlide(uri)
+        return _Open(openslide.OpenSlide(uri), None)
     import tiffslide
 
-    return tiffslide.TiffSlide(uri)
+    if not is_remote(uri):
+        return _Open(tiffslide.TiffSlide(uri), None)
+    file = RangeFile(stores, uri, request["token"], request["size_bytes"])
+    file.left = _MOST_BYTES["describe"]
+    name = redact(uri).rpartition("/")[2]
+    try:
+        return _Open(tiffslide.TiffSlide(file, tifffile_options={"name": name}), file)
+    except Exception:
+        if file.error is not None:
+            raise file.error from None
+        raise
 
 
 def _describe(slide: Any) -> dict[str, Any]:
@@ -49,16 +81,22 @@ def _describe(slide: Any) -> dict[str, Any]:
     }
 
 
-def _region(slide: Any, level: int, x: int, y: int, w: int, h: int) -> bytes:
+def _region(slide: Any, reader: str, level: int, x: int, y: int, w: int, h: int) -> bytes:
     import numpy as np
 
     scale = slide.level_downsamples[level]
-    picture = slide.read_region((round(x * scale), round(y * scale)), level, (w, h))
+    place = _rounded_up if reader == "tiffslide" else round
+    picture = slide.read_region((place(x * scale), place(y * scale)), level, (w, h))
     pixels = np.asarray(picture.convert("RGBA") if hasattr(picture, "convert") else picture)
     rgb = pixels[..., :3]
     if pixels.shape[-1] == 4:  # what was never scanned is transparent: white, like glass
         rgb = np.where(pixels[..., 3:] == 0, 255, rgb)
     return np.ascontiguousarray(rgb, dtype=np.uint8).tobytes()
+
+
+def _rounded_up(value: float) -> int:
+    """tiffslide divides again and rounds down: only from above does it come back to the pixel meant."""
+    return int(value) + (value - int(value) > 1e-6)
 
 
 def _version(uri: str) -> tuple[int, int]:
@@ -70,31 +108,64 @@ def _version(uri: str) -> tuple[int, int]:
     return now.st_size, now.st_mtime_ns
 
 
+class _Server:
+    """The slides that are open, and answers about them."""
+
+    def __init__(self) -> None:
+        self.stores = Stores()
+        self.slides: OrderedDict[tuple[Any, ...], _Open] = OrderedDict()
+
+    def answer(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """What is told and what is sent behind it; an error is told too."""
+        uri = request["uri"]
+        version = (request["token"],) if is_remote(uri) else _version(uri)
+        key = (uri, request["reader"], *version)
+        try:
+            if key not in self.slides:
+                self.slides[key] = _open(request, self.stores)
+                while len(self.slides) > _MAX_OPEN_SLIDES:
+                    self.slides.popitem(last=False)[1].close()
+            self.slides.move_to_end(key)
+            return _ask(self.slides[key], request)
+        except Exception as error:
+            gone = self.slides.pop(
+                key, None
+            )  # OpenSlide latches an error: never ask that handle again
+            seen = gone.file.error if gone is not None and gone.file is not None else None
+            return _told(seen or error, uri), b""
+
+
+def _ask(opened: _Open, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    if opened.file is not None:
+        opened.file.left = _MOST_BYTES[request["op"]]
+    if request["op"] == "describe":
+        found: tuple[dict[str, Any], bytes] = _describe(opened.slide), b""
+    else:
+        found = {}, _region(opened.slide, request["reader"], *request["box"])
+    if opened.file is not None and opened.file.error is not None:  # swallowed on the way
+        raise opened.file.error
+    return found
+
+
+def _told(error: Exception, uri: str) -> dict[str, Any]:
+    """An error as it crosses to the parent: ours by kind and reason, others by a line without the URI's secrets."""
+    if isinstance(error, SlideError | StoreError):
+        return {"error": error.reason, "kind": type(error).__name__, "code": error.code}
+    kind = "" if not isinstance(error, PatchingError) else type(error).__name__
+    text = f"{type(error).__name__}: {error}".replace(uri, redact(uri))
+    return {"error": text[:200], "kind": kind}
+
+
 def main() -> None:
     """Answer requests until standard input ends."""
-    slides: OrderedDict[tuple[str, str, tuple[int, int]], Any] = OrderedDict()
+    server = _Server()
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # a library's print must not enter the protocol
     for line in stdin:
-        request = json.loads(line)
-        body = b""
-        try:
-            key = (request["uri"], request["reader"], _version(request["uri"]))
-            if key not in slides:
-                slides[key] = _open(*key[:2])
-                while len(slides) > _MAX_OPEN_SLIDES:
-                    slides.popitem(last=False)[1].close()
-            slides.move_to_end(key)
-            if request["op"] == "describe":
-                answer = _describe(slides[key])
-            else:
-                body = _region(slides[key], *request["box"])
-                answer = {}
-        except Exception as error:
-            slides.pop(key, None)  # OpenSlide latches an error: never ask that handle again
-            answer = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+        answer, body = server.answer(json.loads(line))
         stdout.write(json.dumps({**answer, "bytes": len(body)}).encode() + b"\n" + body)
         stdout.flush()
+    server.stores.close()
 
 
 if __name__ == "__main__":

@@ -274,10 +274,14 @@ class ThreadEngine:
     # --- containers that are read patch by patch ---
 
     def _read_single(self, batch: BatchInMaking, row: int, remote: bool) -> None:
-        if remote:
+        # Fallback readers fetch in their own processes: for a thread here they are local.
+        if remote and not self._index_of(batch, row).fallback:
             self._on_loop(batch, self._remote_single(batch, row))
         else:
             self._in_pool(batch, self._local_single, batch, row)
+
+    def _index_of(self, batch: BatchInMaking, row: int) -> SlideIndex:
+        return self.sampler.corpus.index(int(batch.drawn().slide[row]))
 
     def _local_single(self, batch: BatchInMaking, row: int) -> None:
         views = self.sampler.refs(self._expand(batch.drawn().take(np.asarray([row]))))
