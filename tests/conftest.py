@@ -12,6 +12,7 @@ import pytest
 
 from online_patching import SlideIndex, errors, find_slides, read_slide_index
 from online_patching.testing import SyntheticSlide, write_ome_zarr, write_tiff
+from tests.cloud_servers import CloudServer, azure_server, gcs_server, s3_server
 from tests.servers import FaultServer
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
@@ -72,6 +73,27 @@ def small_slides(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="session")
 def small_indexes(small_slides: list[Path]) -> list[SlideIndex]:
     return [read_slide_index(str(path)) for path in small_slides]
+
+
+@pytest.fixture(scope="session")
+def s3_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudServer]:
+    """An S3 server with an empty bucket; `s3_cloud.enter(monkeypatch)` makes it the one to be asked."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudServer]:
+    """The same for GCS."""
+    with gcs_server(tmp_path_factory.mktemp("gcs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azure_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudServer]:
+    """The same for Azure Blob Storage."""
+    with azure_server(tmp_path_factory.mktemp("azure")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import unquote
 
 FLOOD_BYTES = 2**26
 
@@ -38,7 +40,7 @@ class FaultServer:
 
     root: Path
     faults: Faults = field(default_factory=Faults)
-    etag: str = '"one"'
+    etag: str = '"one"'  # '' : of each file's bytes
     delay_s: float = 0.0
     heeds_if_match: bool = True
     seen: Counter[str] = field(default_factory=Counter)
@@ -101,6 +103,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_state: FaultServer
+    etag = '"none"'
 
     def log_message(self, *_: object) -> None:
         """Quiet."""
@@ -122,15 +125,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, state: FaultServer) -> None:
         time.sleep(state.delay_s)
-        path = state.root / self.path.partition("?")[0].lstrip("/")
+        path = state.root / unquote(self.path.partition("?")[0]).lstrip("/")
         if not path.is_file():
             return self._send(404, b"")
         data = path.read_bytes()
-        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        self.etag = state.etag or f'"{zlib.crc32(data):08x}"'
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if match is None:
             return self._send(200, data)
-        start, stop = int(match[1]), min(int(match[2]) + 1, len(data))
-        if state.heeds_if_match and self.headers.get("If-Match", state.etag) != state.etag:
+        start, stop = int(match[1]), min(int(match[2] or len(data)) + 1, len(data))
+        if state.heeds_if_match and self.headers.get("If-Match", self.etag) != self.etag:
             return self._send(412, b"")
         if start >= len(data):
             return self._send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
@@ -157,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         with state.lock:
             state.seen[f"HTTP {status}"] += 1
         self.send_response(status)
-        for name, value in {"ETag": state.etag, **(more or {})}.items():
+        for name, value in {"ETag": self.etag, **(more or {})}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

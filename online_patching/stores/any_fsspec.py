@@ -1,42 +1,62 @@
-"""Every other scheme (s3://, gs://, az://, memory://, ...) through fsspec, in threads."""
+"""Every other scheme (sftp://, hdfs://, webdav://, memory://, ...) through fsspec, in threads."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import fsspec
 
-from online_patching.errors import ObjectNotFoundError, ShortReadError, StoreError, redact
+from online_patching.errors import (
+    ObjectChangedError,
+    ObjectNotFoundError,
+    ShortReadError,
+    StoreError,
+    redact,
+)
 from online_patching.stores.listing import MOST_LISTED, Listed, check_count, in_order
 from online_patching.stores.retry import RetryPolicy, TransientError, with_retries
 
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
+_MOST_THREADS = 32
 _ETAGS = ("ETag", "etag")
+T = TypeVar("T")
 
 
 class FsspecStore:
     """Byte ranges through any fsspec filesystem, keyed by URL.
 
-    Credentials come from where the filesystem looks for them (environment, files, instance).
-    Blocking calls run in threads; retries are ours, on top of the filesystem's own.
+    Credentials come from where the filesystem looks for them (environment, files, instance). Its blocking
+    calls run in at most 32 daemon threads: one that never returns costs a slot, not the process's end.
+    Retries are ours, on top of the filesystem's own. A read is followed by a look at the version: what it
+    gave is then the version asked for, at the price of a second call.
     """
 
     def __init__(self, policy: RetryPolicy | None = None) -> None:
         self.policy = policy or RetryPolicy()
         self.retries = 0
+        self._slots = threading.Semaphore(_MOST_THREADS)
 
     async def version(self, key: str) -> tuple[int, str]:
         """Size in bytes and whatever identifies this version (ETag, mtime) where there is one."""
-        info = await self._call(key, lambda fs, path: fs.info(path))
+        info = await self._call(key, _fresh_info)
         return int(info["size"] or 0), _token(info)
 
     async def read(self, key: str, start: int, stop: int | None, token: str = "") -> bytes:
-        """Bytes start..stop of an object, or all of it when stop is None. `token` is not used."""
-        data = await self._call(key, lambda fs, path: fs.cat_file(path, start=start, end=stop))
+        """Bytes start..stop of an object, or to its end when stop is None, of the version `token`."""
+
+        def read(fs: Any, path: str) -> tuple[bytes, str]:
+            data = b"" if start == stop else fs.cat_file(path, start=start, end=stop)
+            return bytes(data), _token(_fresh_info(fs, path)) if token else ""
+
+        data, found = await self._call(key, read)
+        if found != token:
+            raise ObjectChangedError(redact(key), "changed since it was indexed. Index it again.")
         if stop is not None and len(data) != stop - start:
-            raise ShortReadError(redact(key), start, stop, start + len(data))
-        return bytes(data)
+            raise ShortReadError(redact(key), start, stop, (await self.version(key))[0])
+        return data
 
     async def list(self, prefix: str, most: int = MOST_LISTED) -> list[Listed]:
         """Every object below a prefix, by URI."""
@@ -54,11 +74,11 @@ class FsspecStore:
     async def close(self) -> None:
         """Filesystems are cached by fsspec itself; nothing to close."""
 
-    async def _call(self, key: str, work: Any) -> Any:
-        async def once() -> Any:
+    async def _call(self, key: str, work: Callable[[Any, str], T]) -> T:
+        async def once() -> T:
             try:
                 async with asyncio.timeout(self.policy.timeout_s):
-                    return await asyncio.to_thread(lambda: work(*_filesystem(key)))
+                    return await self._in_thread(lambda: work(*_filesystem(key)))
             except StoreError:
                 raise
             except FileNotFoundError:
@@ -69,7 +89,9 @@ class FsspecStore:
                 raise StoreError(
                     redact(key), "access refused. Check the credentials.", "access"
                 ) from None
-            except (OSError, TimeoutError) as error:
+            except TimeoutError:
+                raise TransientError(f"not finished within {self.policy.timeout_s:g} s") from None
+            except OSError as error:
                 raise TransientError(type(error).__name__) from None
             except Exception as error:  # filesystems raise their SDKs' own types
                 raise StoreError(
@@ -80,6 +102,30 @@ class FsspecStore:
             self.retries += 1
 
         return await with_retries(self.policy, redact(key), once, count)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def told(value: T | None, error: BaseException | None) -> None:
+            if not answer.done():
+                answer.set_exception(error) if error else answer.set_result(cast(T, value))
+
+        def run() -> None:
+            value, problem = None, None
+            try:
+                value = work()
+            except BaseException as error:
+                problem = error
+            finally:
+                self._slots.release()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(told, value, problem)
+
+        while not self._slots.acquire(blocking=False):  # noqa: ASYNC110 - threads release it, not this loop
+            await asyncio.sleep(0.002)
+        threading.Thread(target=run, name="patch-fsspec", daemon=True).start()
+        return await answer
 
 
 def _uri(fs: Any, prefix: str, path: str, name: str) -> str:
@@ -95,18 +141,22 @@ def _token(info: dict[str, Any]) -> str:
     return str(next((info[name] for name in names if info.get(name)), ""))
 
 
+def _fresh_info(fs: Any, path: str) -> dict[str, Any]:
+    """What a filesystem knows of an object now, not when it last listed its folder."""
+    fs.invalidate_cache(fs._parent(path))
+    info: dict[str, Any] = fs.info(path)
+    return info
+
+
 def _filesystem(key: str) -> tuple[Any, str]:
     scheme = key.partition("://")[0]
     try:
         filesystem, path = fsspec.core.url_to_fs(key)
     except ImportError:
-        extra = _EXTRAS.get(scheme)
-        remedy = (
-            f"pip install 'pathfm[{extra}]'"
-            if extra
-            else f"install fsspec's filesystem for {scheme}"
-        )
-        raise StoreError(redact(key), f"reading {scheme}:// needs a package: {remedy}.") from None
+        raise StoreError(
+            redact(key),
+            f"reading {scheme}:// needs a package: install fsspec's filesystem for {scheme}.",
+        ) from None
     except ValueError:
         raise StoreError(redact(key), f"no reader knows the scheme {scheme}://.") from None
     return filesystem, path

@@ -152,6 +152,8 @@ def check_encoding(key: str, head: Head) -> None:
 
 def check_range(key: str, head: Head, start: int, stop: int) -> None:
     """Returns when the answer holds exactly the bytes start..stop; raises what it is otherwise."""
+    if head.status == 206 and head.content_range.endswith("/0"):
+        raise ShortReadError(redact(key), start, stop, 0)
     if head.status == 206:
         check_encoding(key, head)
         first, last, size = content_range(key, head)
@@ -179,6 +181,14 @@ def check_length(key: str, head: Head, wanted: int) -> None:
         raise sent_more(key, wanted)
     if 0 <= head.length < wanted:
         raise TransientError(f"{head.length:,} bytes where {wanted:,} were promised")
+
+
+def check_size(key: str, wanted: int, most: int) -> None:
+    """StoreError for more than may be read whole."""
+    if wanted > most:
+        raise StoreError(
+            redact(key), f"a read of {wanted:,} bytes; at most {most:,} are read whole."
+        )
 
 
 def sent_more(key: str, limit: int) -> RangeIgnoredError:

@@ -15,6 +15,7 @@ from online_patching.stores.http_answer import (
     Head,
     check_encoding,
     check_range,
+    check_size,
     check_token,
     content_range,
     raise_for_status,
@@ -45,25 +46,35 @@ class FullClient:
         """Size in bytes and the ETag (or Last-Modified): from a one-byte range request."""
         async with self._get(key, address, {"Range": "bytes=0-0"}) as answer:
             head = Head.of(answer.status, answer.headers)
-            if head.status == 416:  # only an empty object has no first byte
-                return 0, head.token
-            _checked(answer, check_range, key, head, 0, 1)
-            return content_range(key, head)[2], head.token
+            empty = head.status == 416 or (head.status == 206 and answer.content_length == 0)
+            if not empty:
+                _checked(answer, check_range, key, head, 0, 1)
+                return content_range(key, head)[2], head.token
+        async with self._get(key, address, {}) as answer:  # it has no first byte: ask for all of it
+            raise_for_status(key, Head.of(answer.status, answer.headers))
+            size_bytes = answer.content_length
+            answer.close()
+            return size_bytes or 0, Head.of(answer.status, answer.headers).token
 
     async def read(
         self, key: str, start: int, stop: int | None, token: str, address: Address
     ) -> bytes:
-        """Bytes start..stop of an object, or all of it when stop is None."""
-        headers = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
+        """Bytes start..stop of an object, or to its end when stop is None."""
+        headers = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
+        if stop is None and not start:
+            del headers["Range"]
         if if_match(token):
             headers["If-Match"] = token
         async with self._get(key, address, headers) as answer:
             head = Head.of(answer.status, answer.headers)
             _checked(answer, check_token, key, head, token)
-            if stop is None:
-                raise_for_status(key, head)
+            if stop is None and not start:
+                _checked(answer, raise_for_status, key, head)
                 _checked(answer, check_encoding, key, head)
                 return await _body(key, answer, MAX_OBJECT_BYTES)
+            if stop is None:
+                stop = max(content_range(key, head)[2], start + 1)
+                _checked(answer, check_size, key, stop - start, MAX_OBJECT_BYTES)
             _checked(answer, check_range, key, head, start, stop)
             body = await _body(key, answer, stop - start)
             if len(body) != stop - start:

@@ -45,8 +45,13 @@ def list_folder(folder: str, most: int = MOST_LISTED) -> list[Listed]:
     return in_order(folder, found)
 
 
+def token_of(stat: os.stat_result) -> str:
+    """What identifies a local file's version: it changes when the file is written."""
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
 def _listed(path: str, stat: os.stat_result) -> Listed:
-    return Listed(path, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+    return Listed(path, stat.st_size, token_of(stat))
 
 
 def in_order(prefix: str, found: list[Listed]) -> list[Listed]:

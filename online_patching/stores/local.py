@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from online_patching.errors import (
+    ObjectChangedError,
     ObjectNotFoundError,
     PatchingError,
     ShortReadError,
     StoreError,
 )
+from online_patching.stores.listing import MOST_LISTED, Listed, list_folder, token_of
 
 _MAX_OPEN_FILES = 128
 _MAX_READ_BYTES = 256 * 2**20
@@ -41,13 +43,25 @@ class LocalStore:
             raise ObjectNotFoundError(key, "there is no such file. Check the path.") from None
         except OSError as error:
             raise _cannot_be_opened(key, error) from None
-        return stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}"
+        return stat.st_size, token_of(stat)
 
-    def read(self, key: str, start: int, stop: int | None) -> bytes:
-        """Bytes start..stop of a file (to its end when stop is None); a short file raises."""
+    def list(self, prefix: str, most: int = MOST_LISTED) -> list[Listed]:
+        """Every file below a folder (or the file itself), by path."""
+        return list_folder(prefix, most)
+
+    def read(self, key: str, start: int, stop: int | None, token: str = "") -> bytes:
+        """Bytes start..stop of a file (to its end when stop is None), of the version `token` if one is given.
+
+        A short file raises, and one that is not that version.
+        """
         with self._opened(key) as handle:
             try:
-                size = os.fstat(handle).st_size
+                stat = os.fstat(handle)
+                size = stat.st_size
+                if token and token != token_of(stat):
+                    raise ObjectChangedError(
+                        key, "changed since it was indexed (size or time). Index it again."
+                    )
                 stop = size if stop is None else stop
                 if stop - start > _MAX_READ_BYTES:
                     raise StoreError(
