@@ -41,6 +41,7 @@ _WHOLE = {
 """(codec, data, width, height) -> the whole tile."""
 _BOXES: dict[str, Callable[[Codec, bytes, int, int, int, Box], NDArray[np.uint8]]] = {
     "jpeg2000": jpeg2000.decode,
+    "chunk": chunk.decode_box,
     "raw": packed.raw,
     "deflate": packed.deflate,
     "lzw": packed.lzw,

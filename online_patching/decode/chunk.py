@@ -1,50 +1,77 @@
 """Zarr chunks -> pixels: checksums and one compressor undone, then the axes put in order.
 
-The portable way, and the oracle of native/_chunks.c, which decodes only what a patch needs.
+Only as much is decoded as a box needs: Blosc's blocks that it touches, streams up to its last row (partial.py).
+Pixels are views of the decoded bytes, in whatever order these are.
 """
 
 from __future__ import annotations
 
 import struct
-import zlib
+from math import prod
 from typing import Any
 
 import google_crc32c
-import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
+from online_patching.decode import partial
 from online_patching.decode.bad_tile import BadTileError
+from online_patching.geometry import Box
 from online_patching.slide_index import Codec
 
 _CRC_BYTES = 4
-_MAX_MEMBERS = 64
 
 Buffer = Any  # bytes, or what decoders fill: memoryviews and arrays of bytes
 
 
 def decode(codec: Codec, data: Buffer, width: int, height: int) -> NDArray[np.uint8]:
     """Channels of one chunk: its filters undone, last first."""
+    whole = Box(0, 0, width, height)
+    return decode_box(codec, data, width, height, 1, whole)
+
+
+def decode_box(
+    codec: Codec, data: Buffer, width: int, height: int, _scale: int, box: Box
+) -> NDArray[np.uint8]:
+    """Channels of a box of one chunk, decoding as little else as its compressor allows."""
     filters = codec.filters
     stored = "cyx" if codec.planar else "yxc"
     if filters and filters[0].get("id") == "transpose":
         stored, filters = filters[0]["stored"], filters[1:]
+    lengths = {"y": height, "x": width, "c": codec.samples}
     # What each filter was given: checksums add to it, a compressor's output has no size of its own.
     sizes = [width * height * codec.samples]
     for config in filters:
         sizes.append(sizes[-1] + _CRC_BYTES if _name(config) == "crc32c" else 0)
+    spans = _spans(stored, lengths, box)
     for config, wanted in zip(reversed(filters), reversed(sizes[:-1]), strict=True):
-        data = _undo(config, data, wanted)
+        # A checksum inside a compressor is of everything.
+        data = _undo(config, data, wanted, spans if wanted == sizes[0] else [(0, wanted)])
     if len(data) != sizes[0]:
         raise BadTileError(f"its chunk holds {len(data):,} bytes, not {sizes[0]:,}")
-    return _in_order(np.frombuffer(data, np.uint8), stored, width, height, codec.samples)
+    pixels = _in_order(np.frombuffer(data, np.uint8), stored, lengths)
+    return pixels[box.top : box.bottom, box.left : box.right]
 
 
-def _in_order(
-    flat: NDArray[np.uint8], stored: str, width: int, height: int, samples: int
-) -> NDArray[np.uint8]:
+Span = tuple[int, int]
+
+
+def _spans(stored: str, lengths: dict[str, int], box: Box) -> list[Span]:
+    """Stretches of a decoded chunk that hold a box: whole rows of it, of each of three channels where they
+    are stored one after another."""
+    wanted = {"y": (box.top, box.bottom), "x": (box.left, box.right)}
+    if stored[0] != "c":
+        step = prod(lengths[axis] for axis in (stored if "c" in stored else f"{stored}c")[1:])
+        first, stop = wanted[stored[0]]
+        return [(first * step, stop * step)]
+    first, stop = wanted[stored[1]]
+    step, plane = lengths[stored[2]], lengths["x"] * lengths["y"]
+    channels = range(min(3, lengths["c"]))
+    return [(c * plane + first * step, c * plane + stop * step) for c in channels]
+
+
+def _in_order(flat: NDArray[np.uint8], stored: str, lengths: dict[str, int]) -> NDArray[np.uint8]:
     """The first three channels as a view (height, width, channels)."""
-    lengths = {"y": height, "x": width, "c": samples}
     axes = stored if "c" in stored else f"{stored}c"
     pixels = flat.reshape([lengths[axis] for axis in axes])
     return pixels.transpose([axes.index(axis) for axis in "yxc"])[:, :, :3]
@@ -54,12 +81,8 @@ def _name(config: dict[str, Any]) -> str:
     return str(config.get("id") or config.get("name"))
 
 
-def _room(size: int) -> memoryview:
-    return memoryview(np.empty(size, np.uint8))  # type: ignore[arg-type]
-
-
-def _undo(config: dict[str, Any], data: Buffer, wanted: int) -> Buffer:
-    """Undo one filter, refusing declared sizes larger than the chunk."""
+def _undo(config: dict[str, Any], data: Buffer, wanted: int, spans: list[Span]) -> Buffer:
+    """Undo one filter, refusing declared sizes larger than the chunk; only `spans` need be right."""
     name = _name(config)
     if name == "crc32c":
         body, crc = data[:-_CRC_BYTES], int.from_bytes(data[-_CRC_BYTES:], "little")
@@ -68,11 +91,11 @@ def _undo(config: dict[str, Any], data: Buffer, wanted: int) -> Buffer:
         return body
     if name == "blosc":
         check_blosc(data, wanted)
-        return imagecodecs.blosc_decode(data, out=_room(wanted))
+        return partial.blosc(data, wanted, spans)
     if name == "zstd":
-        return imagecodecs.zstd_decode(data, out=_room(wanted))
+        return partial.zstd(data, wanted, spans[-1][1])
     if name in ("gzip", "zlib"):
-        return _inflate(data, wanted, name == "gzip")
+        return partial.inflate(data, wanted, spans[-1][1], name == "gzip")
     raise BadTileError(f"codec {name!r} is not known")
 
 
@@ -89,31 +112,3 @@ def check_blosc(data: Buffer, wanted: int) -> None:
         raise BadTileError(
             f"its blosc header says {size:,} bytes in blocks of {block:,}; it has {len(data):,}"
         )
-
-
-def _inflate(data: Buffer, wanted: int, gzip: bool) -> Buffer:
-    """A zlib or gzip stream; libdeflate is nearly twice as fast as zlib, and reads one gzip member only."""
-    decode = imagecodecs.gzip_decode if gzip else imagecodecs.deflate_decode
-    try:
-        out = decode(data, out=_room(wanted))
-        if len(out) == wanted:
-            return out
-    except (RuntimeError, ValueError):
-        pass
-    return _members(data, wanted, 31 if gzip else 15)
-
-
-def _members(data: Buffer, wanted: int, wbits: int) -> bytes:
-    """What gzip members one after another hold together."""
-    out = b""
-    for _ in range(_MAX_MEMBERS):
-        engine = zlib.decompressobj(wbits)
-        out += engine.decompress(data, wanted + 1 - len(out))
-        if len(out) > wanted:
-            raise BadTileError(f"it inflates to more than {wanted:,} bytes")
-        if not engine.eof:
-            raise BadTileError("it ends before its data does")
-        data = engine.unused_data
-        if wbits == 15 or not bytes(data).strip(b"\0"):
-            break
-    return out
