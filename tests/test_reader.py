@@ -30,7 +30,8 @@ REAL_TIFFS = [
 
 def test_the_list_of_real_slides_is_all_there_are(real_slides):
     """So that "every real SVS/TIFF that OpenSlide opens" stays true when slides are added."""
-    opened = {name for name, index in real_slides.items() if not index.fallback}
+    others = ("openslide", "tiffslide", "dicom")
+    opened = {name for name, index in real_slides.items() if index.container not in others}
     assert opened - BROKEN == set(REAL_TIFFS)
 
 
@@ -219,15 +220,6 @@ def test_ome_zarr_equals_zarr_python(tmp_path, version, compressor, channel_chun
             assert (slide.read_box(number, box) == whole).all()
 
 
-def test_a_dicom_folder_goes_through_openslide_and_says_so(real_slides):
-    index = real_slides["gallery-06_oral_scc_dicom"]
-    assert (index.container, index.fallback, index.mpp_source) == ("openslide", True, "vendor tag")
-    with Slide(index) as slide, openslide.OpenSlide(index.uri) as oracle:
-        ours = slide.read_region((3000, 2000), 0, (224, 224))
-        assert (ours == np.asarray(oracle.read_region((3000, 2000), 0, (224, 224)))[..., :3]).all()
-        assert (slide.read_region((-50, -50), 0, (100, 100))[:50] == 255).all()
-
-
 def test_a_thumbnail_spans_the_slide_exactly(small_indexes):
     index = small_indexes[0]
     with Slide(index) as slide:
@@ -248,7 +240,7 @@ def test_a_thumbnail_spans_the_slide_exactly(small_indexes):
         ("vendor/ndpi_test3-DAPI-2-387.ndpi", "fluorescence"),
         ("vendor/pathml_small_vectra.qptiff", "multiplex"),
         ("vendor/openslide_boxes.tiff", r"352\.778 µm/px \(resolution tag\) is outside 0\.05 to 8"),
-        ("vendor/pathml_small_dicom.dcm", "no reader opens it"),
+        ("vendor/pathml_small_dicom.dcm", "differ by axis"),
         ("wsi_meta.json", "no such file"),
         ("mpp.csv", "no reader opens it"),
         ("converted/molluscum_skin_HE.tif", "override table"),

@@ -104,7 +104,7 @@ def _below(uri: str, slide_id: str, override: Mpp | None, stores: Stores) -> Sli
 def find_slides(root: str) -> list[str]:
     """URIs under a folder that may be slides, sorted: every file that is not plainly something
     else, OME-Zarr folders, and one URI for each slide of DICOM instances: their folder where there is
-    nothing else in it, or else one of them.
+    no other slide or folder in it, or else one of them.
 
     A file or URL comes back as itself. Hidden files are left out.
     """
@@ -131,11 +131,12 @@ def _walk(folder: Path, found: list[str], above: frozenset[Path] = frozenset()) 
     slides = [
         str(p) for p in files if str(p) not in instances and p.suffix.lower() not in NOT_SLIDES
     ]
-    if len(series) == 1 and not slides:
+    folders = [p for p in entries if p.is_dir()]
+    if len(series) == 1 and not slides and not folders:
         slides = [str(folder)]
     else:
         slides += [group[0] for group in series]
-    for path in (p for p in entries if p.is_dir()):
+    for path in folders:
         if is_zarr(str(path)):
             slides.append(str(path))
         else:

@@ -72,7 +72,8 @@ class Instance:
     @property
     def kind(self) -> str:
         """VOLUME, LABEL, ... for messages."""
-        return _third(self.found) or "unknown"
+        whole_slide = self.found.text(tags.SOP_CLASS) == WHOLE_SLIDE
+        return _third(self.found) or "unknown" if whole_slide else "unknown"
 
     @property
     def shown(self) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any, TypeVar, cast
 
 import fsspec
@@ -138,7 +139,8 @@ def _uri(fs: Any, prefix: str, path: str, name: str) -> str:
 def _token(info: dict[str, Any]) -> str:
     """Whatever identifies a version of an object; '' where its filesystem tells nothing."""
     names = (*_ETAGS, "mtime", "LastModified", "last_modified", "updated", "modified", "created")
-    return str(next((info[name] for name in names if info.get(name)), ""))
+    found = next((info[name] for name in names if info.get(name)), "")
+    return str(found.timestamp() if isinstance(found, datetime) else found)  # a listing may say it so
 
 
 def _fresh_info(fs: Any, path: str) -> dict[str, Any]:
