@@ -9,7 +9,7 @@ and tables of tags somebody asks for are read. `docs/decisions/0011-tiff-parser.
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,6 +29,11 @@ _MAX_ENTRIES = 2**16  # over all directories: a slide's have about 20 each
 _BLOCK_BYTES = 64 * 2**10
 _KEPT_BLOCKS = 32
 _ROWS_A_READ = 2**18
+_KEPT_SPANS = 64
+_MOST_HELD_BYTES = 8 * 2**10
+"""Values up to this size are fetched with their directory; longer ones when somebody asks for them."""
+_SPAN_GAP_BYTES = 64
+_USUAL_ENTRIES = 20
 # BYTE SHORT LONG IFD LONG8 IFD8, and their signed twins, whose negative values turn out absurd.
 _NUMBERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q", 6: "B", 8: "H", 9: "I", 17: "Q"}
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
@@ -57,7 +62,7 @@ class HeaderReader:
     """Bytes of an object by position, fetched in aligned blocks and counted against a budget.
 
     `fetch(start, stop)` gives exactly those bytes. The last blocks are kept; neighbours that are
-    missing come in one request. `requests` and `bytes_fetched` tell what was asked of the store.
+    missing come in one request. What `hold` was told to have comes alone. `requests` and `bytes_fetched` tell what was asked of the store.
     """
 
     def __init__(self, fetch: Callable[[int, int], bytes], size_bytes: int) -> None:
@@ -66,6 +71,25 @@ class HeaderReader:
         self._fetch = fetch
         self._left = MAX_HEADER_BYTES
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._spans: deque[tuple[int, bytes]] = deque(maxlen=_KEPT_SPANS)
+
+    def hold(self, start: int, stop: int) -> None:
+        """Have just the bytes start..stop at hand, and none around them: those may be a label's.
+
+        What lies past the end of the file is left out.
+        """
+        stop = min(stop, self.size_bytes)
+        block = start // _BLOCK_BYTES
+        if block in self._blocks and stop <= (block + 1) * _BLOCK_BYTES:
+            return
+        if start < stop and self._held(start, stop - start) is None:
+            self._spans.append((start, self._request(start, stop)))
+
+    def _held(self, start: int, count: int) -> bytes | None:
+        for first, data in reversed(self._spans):
+            if first <= start and start + count <= first + len(data):
+                return data[start - first :][:count]
+        return None
 
     def read(self, start: int, count: int) -> bytes:
         """Exactly `count` bytes from `start`; PastEndError when there are fewer."""
@@ -74,6 +98,9 @@ class HeaderReader:
         self._left -= count
         if self._left < 0:
             raise BadTagError(f"its headers say to read more than {MAX_HEADER_BYTES:,} bytes")
+        held = self._held(start, count)
+        if held is not None:
+            return held
         first, last = start // _BLOCK_BYTES, (start + max(count, 1) - 1) // _BLOCK_BYTES
         if first == last:
             block = self._blocks.get(first) or self._load(first, last)
@@ -91,7 +118,8 @@ class HeaderReader:
         block = start // _BLOCK_BYTES
         if block in self._blocks and start + count <= (block + 1) * _BLOCK_BYTES:
             return self._blocks[block][start - block * _BLOCK_BYTES :][:count]
-        return self._request(start, start + count)
+        held = self._held(start, count)
+        return self._request(start, start + count) if held is None else held
 
     def _load(self, first: int, last: int) -> bytes:
         """Blocks first..last in one request; each is kept."""
@@ -255,11 +283,14 @@ class TiffTags:
         self._seen.add(offset)
         if len(self._seen) > MAX_DIRECTORIES:
             raise BadTagError(f"it holds more than {MAX_DIRECTORIES} images: a stack, not a slide")
+        width = self._entry.size
+        self.reader.hold(offset, offset + self._count.size + _USUAL_ENTRIES * width)
         (count,) = self._count.unpack(self.reader.read(offset, self._count.size))
         self._entries += count
         if self._entries > _MAX_ENTRIES:
             raise BadTagError(f"its directories hold more than {_MAX_ENTRIES:,} tags")
-        start, width = offset + self._count.size, self._entry.size
+        start = offset + self._count.size
+        self.reader.hold(start, start + count * width + self._next.size)
         data = self.reader.read(start, count * width + self._next.size)
         inline, value_at = self._next.size, width - self._next.size
         entries: dict[int, Entry] = {}
@@ -270,8 +301,29 @@ class TiffTags:
             if size is not None and tag not in entries:
                 here = start + number * width + value_at
                 entries[tag] = Entry(kind, values, here if values * size <= inline else where)
+        self._hold_values(entries, start, start + count * width)
         if _SUB_DIRECTORIES in entries and entries[_SUB_DIRECTORIES].count > MAX_DIRECTORIES:
             raise BadTagError(f"it holds more than {MAX_DIRECTORIES} images: a stack, not a slide")
         return Directory(self.reader, self._order, entries), self._next.unpack_from(
             data, count * width
         )[0]
+
+    def _hold_values(self, entries: dict[int, Entry], start: int, stop: int) -> None:
+        """Have the short values that lie outside of their directory (start..stop) at hand.
+
+        Mostly they lie together, right after it, and come in one request. Blocks around them would hold
+        what lies next to a directory: parts of other images, a label among them.
+        """
+        values = sorted(
+            (entry.start, entry.start + entry.size_bytes)
+            for entry in entries.values()
+            if not start <= entry.start < stop and 0 < entry.size_bytes <= _MOST_HELD_BYTES
+        )
+        spans: list[tuple[int, int]] = []
+        for first, last in values:
+            if spans and first - spans[-1][1] <= _SPAN_GAP_BYTES:
+                spans[-1] = (spans[-1][0], max(spans[-1][1], last))
+            else:
+                spans.append((first, last))
+        for first, last in spans:
+            self.reader.hold(first, last)
