@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+
+from tests.cloud_servers import CloudServer, s3_server
 
 
 def gdc_manifest(path: Path, files: dict[str, Path], sizes: dict[str, int] | None = None) -> Path:
@@ -121,34 +122,54 @@ class _GdcHandler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def s3_emulator(objects: dict[str, bytes], bucket: str = "idc-open-data") -> Iterator[str]:
-    """An S3 server with these objects in a bucket; the environment names it as s3://'s endpoint."""
-    import boto3
-    from moto.server import ThreadedMotoServer
+def idc_bucket(folder: Path, objects: dict[str, bytes]) -> Iterator[CloudServer]:
+    """An S3 server with these objects in `s3://idc-open-data`; its `env` is how it is reached."""
+    import botocore.session
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    told = {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_REGION": "us-east-1",
-    }
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
-    try:
-        client = boto3.client("s3", endpoint_url=url)
-        client.create_bucket(Bucket=bucket)
+    with s3_server(folder) as server:
+        client = botocore.session.Session().create_client(
+            "s3",
+            region_name="us-east-1",
+            endpoint_url=server.endpoint,
+            aws_access_key_id=server.env["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=server.env["AWS_SECRET_ACCESS_KEY"],
+        )
+        client.create_bucket(Bucket="idc-open-data")
         for key, data in objects.items():
-            client.put_object(Bucket=bucket, Key=key, Body=data)
-        yield url
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        server.stop()
+            client.put_object(Bucket="idc-open-data", Key=key, Body=data)
+        client.close()
+        yield server
+
+
+def with_patient(instance: bytes, name: str, number: str) -> bytes:
+    """A DICOM file (explicit little endian) with a patient's name and id where it has empty ones."""
+    for tag, kind, text in (
+        (b"\x10\x00\x10\x00", b"PN", name),
+        (b"\x10\x00\x20\x00", b"LO", number),
+    ):
+        value = text.encode() + b" " * (len(text) % 2)
+        empty = tag + kind + b"\0\0"
+        assert instance.count(empty) == 1
+        instance = instance.replace(empty, tag + kind + len(value).to_bytes(2, "little") + value)
+    return instance
+
+
+def not_a_slide(number: str) -> bytes:
+    """A CT image's file: what an archive holds besides slides."""
+
+    def element(tag: bytes, kind: bytes, value: bytes) -> bytes:
+        value += b"\0" * (len(value) % 2)
+        long = kind in (b"OB", b"OW")
+        size = (
+            b"\0\0" + len(value).to_bytes(4, "little") if long else len(value).to_bytes(2, "little")
+        )
+        return tag + kind + size + value
+
+    ct = b"1.2.840.10008.5.1.4.1.1.2"
+    meta = element(b"\2\0\2\0", b"UI", ct) + element(b"\2\0\3\0", b"UI", b"1.2.3")
+    meta += element(b"\2\0\x10\0", b"UI", b"1.2.840.10008.1.2.1")
+    return (
+        bytes(128) + b"DICM" + element(b"\2\0\0\0", b"UL", len(meta).to_bytes(4, "little")) + meta
+        + element(b"\x08\0\x16\0", b"UI", ct) + element(b"\x08\0\x60\0", b"CS", b"CT")
+        + element(b"\x10\0\x20\0", b"LO", number.encode()) + element(b"\xe0\x7f\x10\0", b"OW", bytes(32))
+    )  # fmt: skip

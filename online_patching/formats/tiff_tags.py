@@ -62,7 +62,8 @@ class HeaderReader:
     """Bytes of an object by position, fetched in aligned blocks and counted against a budget.
 
     `fetch(start, stop)` gives exactly those bytes. The last blocks are kept; neighbours that are
-    missing come in one request. What `hold` was told to have comes alone. `requests` and `bytes_fetched` tell what was asked of the store.
+    missing come in one request. What `hold` was told to have comes alone. `requests` and
+    `bytes_fetched` tell what was asked of the store.
     """
 
     def __init__(self, fetch: Callable[[int, int], bytes], size_bytes: int) -> None:

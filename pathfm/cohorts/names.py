@@ -71,4 +71,5 @@ def stain_notes(rows: Sequence[CohortRow]) -> list[str]:
     if not several:
         return []
     names = sorted(set().union(*several))
-    return [f"{len(several):,} cases have several stains ({', '.join(names[:8])})"]
+    told = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return [f"cases of which several stains are there: {len(several):,} ({told})"]

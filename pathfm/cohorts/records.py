@@ -36,7 +36,7 @@ def read_records(uri: str, stores: Stores) -> Iterator[Record]:
     if redact(uri).lower().endswith(PARQUET):
         return _parquet(uri, stores)
     tabs = redact(uri).lower().endswith(".tsv")
-    return iter(_csv_records(redact(uri), read_text(uri, stores), "\t" if tabs else ","))
+    return _csv_records(redact(uri), read_text(uri, stores), "\t" if tabs else ",")
 
 
 def read_text(uri: str, stores: Stores) -> str:
@@ -50,7 +50,7 @@ def read_csv(path: Path, required: Iterable[str] = ()) -> list[Record]:
         data = path.read_bytes()
     except OSError as error:
         raise PathfmError(f"{path}: {error.strerror}") from error
-    return _csv_records(str(path), _decoded(str(path), data), ",", required)
+    return list(_csv_records(str(path), _decoded(str(path), data), ",", required))
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
@@ -81,7 +81,7 @@ def _decoded(name: str, data: bytes) -> str:
 
 def _csv_records(
     name: str, text: str, delimiter: str, required: Iterable[str] = ()
-) -> list[Record]:
+) -> Iterator[Record]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         names = {(column or "").strip().lower() for column in reader.fieldnames or ()}
@@ -89,10 +89,9 @@ def _csv_records(
         if missing:
             found = ", ".join(sorted(names))
             raise PathfmError(f"{name}: no column {missing[0]!r}; found: {found}")
-        return [
-            (reader.line_num, {k.strip().lower(): (v or "").strip() for k, v in cells.items() if k})
-            for cells in reader
-        ]
+        for cells in reader:
+            record = {k.strip().lower(): (v or "").strip() for k, v in cells.items() if k}
+            yield reader.line_num, record
     except csv.Error as error:
         raise PathfmError(f"{name}, line {reader.line_num}: not a CSV: {error}") from None
 
