@@ -14,7 +14,15 @@ from online_patching.fetch import Body, Piece, fetch_local, fetch_remote, pieces
 from online_patching.formats import read_slide_index, zarr
 from online_patching.formats.region_pool import workers
 from online_patching.geometry import Box
-from online_patching.plan import ReadPlan, choose_level, plan_square, round_half_up, tiles_of
+from online_patching.plan import (
+    ReadPlan,
+    choose_level,
+    choose_scale,
+    phase_px,
+    plan_square,
+    round_half_up,
+    tiles_of,
+)
 from online_patching.resample import paste, resample
 from online_patching.slide_index import Level, SlideIndex
 from online_patching.stats import Stats
@@ -94,7 +102,8 @@ class Slide:
         """The whole slide at about `mpp`: round(height * mpp_y / mpp) rows, and columns likewise.
 
         It spans exactly the slide, so that pixel (r, c) covers the same part of it as cell (r, c)
-        of a mask of that shape. Never finer than level 0. Read strip by strip.
+        of a mask of that shape. Never finer than level 0. Read strip by strip, and decoded smaller where the
+        level is twice as fine or more: a slide of a single level costs its bytes and little else.
         """
         mpp = max(mpp, self.mpp)
         w0, h0 = self.dimensions
@@ -105,26 +114,38 @@ class Slide:
         number = choose_level([level.mpp for level in self.levels], mpp)
         level = self.levels[number]
         sx, sy = level.width_px / width, level.height_px / height
+        scale = choose_scale(level, min(sx, sy))
+        level, sx, sy = level.reduced(scale), sx / scale, sy / scale
+        phase = phase_px(level.codec, scale)
         rows = max(1, min(height, int(_STRIP_PX / (level.width_px * sy))))
         strips = []
         for top in range(0, height, rows):
             bottom = min(height, top + rows)
             strips.append(
-                self._strip(number, (0.0, top * sy, width * sx, bottom * sy), (width, bottom - top))
+                self._strip(
+                    (number, scale),
+                    (phase, top * sy + phase, width * sx + phase, bottom * sy + phase),
+                    (width, bottom - top),
+                )
             )
         return np.concatenate(strips)
 
     def _strip(
-        self, number: int, window: tuple[float, float, float, float], size_px: tuple[int, int]
+        self,
+        at: tuple[int, int],
+        window: tuple[float, float, float, float],
+        size_px: tuple[int, int],
     ) -> NDArray[np.uint8]:
-        """A resampled window whose margins stop at the slide's edge, so that no white bleeds in."""
-        level = self.levels[number]
+        """A resampled window of a level decoded at 1/scale, `at` (level, scale); its margins stop at the
+        slide's edge, so that no white bleeds in."""
+        number, scale = at
+        level = self.levels[number].reduced(scale)
         left, top, right, bottom = window
         margin = math.ceil((bottom - top) / size_px[1]) + 1
         box = Box(0, max(0, math.floor(top) - margin), level.width_px,
                   min(level.height_px, math.ceil(bottom) + margin))  # fmt: skip
         inner = (left, top - box.top, min(right, box.width), min(bottom - box.top, box.height))
-        plan = ReadPlan(number, box, tiles_of(level, box), size_px, inner)
+        plan = ReadPlan(number, box, tiles_of(level, box), size_px, inner, scale)
         return self.read_plan(plan)
 
     def read_box(self, level: int, box: Box) -> NDArray[np.uint8]:

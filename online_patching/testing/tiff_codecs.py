@@ -32,6 +32,12 @@ _MARKERS: Mapping[str, bytes] = {
     "adobe ycbcr": b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0\x01",
 }
 _GRAY, _RGB, _YCBCR = 1, 2, 6
+_PACKED: Mapping[int, Callable[..., bytes | bytearray]] = {
+    1: bytes,
+    5: imagecodecs.lzw_encode,
+    32773: imagecodecs.packbits_encode,
+    50000: imagecodecs.zstd_encode,
+}
 _STEPS = {"4:4:4": (1, 1), "4:2:2": (2, 1), "4:2:0": (2, 2)}
 
 
@@ -83,13 +89,7 @@ class Coding:
         data = np.ascontiguousarray(tile).tobytes()
         if self.compression in (8, 32946):
             return zlib.compress(data)
-        encode: Callable[[bytes], bytes] = {
-            1: bytes,
-            5: imagecodecs.lzw_encode,
-            32773: imagecodecs.packbits_encode,
-            50000: imagecodecs.zstd_encode,
-        }[self.compression]
-        return bytes(encode(data))
+        return bytes(_PACKED[self.compression](data))
 
     def _jpeg(self, tile: Picture) -> bytes:
         if self.photometric == _GRAY:
