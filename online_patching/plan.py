@@ -123,7 +123,8 @@ def phase_px(codec: Codec, scale: int) -> float:
 
     A JPEG pixel is the mean of its block and lies in the block's middle. A wavelet's low-pass sample
     k lies at pixel scale * k, not in the middle of scale pixels: half a pixel less half a pixel of
-    the whole tile. Without this a read differs by about three times as much from an antialiased one.
+    the whole tile. Without this a read differs by about three times as much from an antialiased one; and
+    such a read is always resampled, even where it has the asked size, because it lies between pixels.
     """
     return 0.5 - 0.5 / scale if codec.kind == "jpeg2000" else 0.0
 
@@ -152,7 +153,10 @@ def plan_window(
     """
     left, top, right, bottom = window
     width, height = size_px
-    if abs(right - left - width) < EXACT_WITHIN_PX and abs(bottom - top - height) < EXACT_WITHIN_PX:
+    fits = (
+        abs(right - left - width) < EXACT_WITHIN_PX and abs(bottom - top - height) < EXACT_WITHIN_PX
+    )
+    if fits and not phase_px(level.codec, scale):
         x, y = round_half_up(left), round_half_up(top)
         box = Box(x, y, x + width, y + height)
         return ReadPlan(number, box, tiles_of(level, box), size_px, None, scale)
