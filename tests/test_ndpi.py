@@ -126,7 +126,7 @@ def test_a_scanners_own_file_has_openslides_pixels_though_it_is_refused_as_fluor
     assert refused.value.code == "fluorescence"
     with closing(Stores()) as stores:
         size, token = stores.version(path)
-        file = ndpi.NdpiFile(path, path, stores, token, size)
+        file = ndpi_strips.NdpiFile(path, path, stores, token, size)
         directories = list(ndpi_directories(HeaderReader(file.read, size)))
         index = ndpi.index_of(file, directories, "dapi", None)
     assert index is not None

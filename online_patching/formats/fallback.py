@@ -62,6 +62,10 @@ def _index(
     uri: str, slide_id: str, reader: str, found: dict[str, Any], override: Mpp | None
 ) -> SlideIndex:
     properties: dict[str, str] = found["properties"]
+    if found["overlaps"]:
+        raise UnsupportedSlideError(
+            uri, "its tiles overlap (BIF, Trestle), which only OpenSlide undoes: copy it to disk."
+        )
     refuse_fluorescence(uri, "\n".join(f"{k}={v}" for k, v in properties.items()))
     mpp = require_mpp(uri, override, _vendor_mpp(properties, reader))
     width, height = found["levels"][0]

@@ -15,7 +15,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from online_patching.errors import PatchingError, SlideError, StoreError, redact
+from online_patching import errors
+from online_patching.errors import SlideError, StoreError, redact
 from online_patching.formats.range_file import RangeFile
 from online_patching.stores import Stores, is_remote
 
@@ -78,7 +79,16 @@ def _describe(slide: Any) -> dict[str, Any]:
         "levels": [list(map(int, d)) for d in slide.level_dimensions],
         "downsamples": [float(d) for d in slide.level_downsamples],
         "properties": properties,
+        "overlaps": _overlaps(slide),
     }
+
+
+def _overlaps(slide: Any) -> bool:
+    """Whether tiffslide, which does not heed it, opened a container of overlapping tiles."""
+    file = getattr(slide, "ts_tifffile", None)
+    if file is None:
+        return False
+    return bool(file.is_bif) or str(file.pages.first.software).startswith("MedScan")
 
 
 def _region(slide: Any, reader: str, level: int, x: int, y: int, w: int, h: int) -> bytes:
@@ -150,10 +160,12 @@ def _ask(opened: _Open, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]
 def _told(error: Exception, uri: str) -> dict[str, Any]:
     """An error as it crosses to the parent: ours by kind and reason, others by a line without the URI's secrets."""
     if isinstance(error, SlideError | StoreError):
-        return {"error": error.reason, "kind": type(error).__name__, "code": error.code}
-    kind = "" if not isinstance(error, PatchingError) else type(error).__name__
+        kinds = (
+            kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__
+        )
+        return {"error": error.reason, "kind": next(kinds), "code": error.code}
     text = f"{type(error).__name__}: {error}".replace(uri, redact(uri))
-    return {"error": text[:200], "kind": kind}
+    return {"error": text[:200]}
 
 
 def main() -> None:

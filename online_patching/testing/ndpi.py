@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from online_patching.testing.writers import shrink
+
 Picture = NDArray[np.uint8]
 Values = tuple[int, Sequence[float] | bytes]
 """A TIFF type and the values of a tag; bytes for text."""
@@ -252,3 +254,22 @@ def _put(file: BinaryIO, data: bytes) -> int:
     start = file.tell()
     file.write(data)
     return start
+
+
+def write_vms(
+    folder: Path | str, picture: Picture, mpp: float = 0.5, interval_mcus: int = 16
+) -> Path:
+    """A Hamamatsu VMS of one JPEG file and its map, in a folder that exists; returns the .vms file."""
+    folder = Path(folder)
+    height, width = picture.shape[:2]
+    (folder / "slide.jpg").write_bytes(encode(picture, interval_mcus))
+    (folder / "slide_map.jpg").write_bytes(encode(shrink(picture, 16), width // 128))
+    keys = {
+        "NoLayers": 1, "NoJpegColumns": 1, "NoJpegRows": 1, "ImageFile": "slide.jpg",
+        "MapFile": "slide_map.jpg", "SourceLens": 20, "PhysicalWidth": round(width * mpp * 1000),
+        "PhysicalHeight": round(height * mpp * 1000),
+    }  # fmt: skip
+    lines = ["[Virtual Microscope Specimen]", *(f"{key}={value}" for key, value in keys.items())]
+    path = folder / "slide.vms"
+    path.write_text("\n".join(lines) + "\n")
+    return path
