@@ -80,6 +80,8 @@ def redact(uri: str) -> str:
     if scheme.lower() in ("http", "https"):
         rest = re.split("[?#]", rest, maxsplit=1)[0]
     host, slash, path = rest.partition("/")
+    if scheme.lower() in ("abfs", "abfss") and ":" not in host:  # container@account
+        return uri
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 

@@ -44,11 +44,14 @@ class FaultServer:
     delay_s: float = 0.0
     heeds_if_match: bool = True
     seen: Counter[str] = field(default_factory=Counter)
+    refuses: str = ""  # 403 to every URL that holds this
+    more: dict[str, str] = field(default_factory=dict)  # headers of answers that are a status
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
         self.ranges: list[tuple[str, int, int]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.sent_bytes = 0
         self.concurrent = self.most_concurrent = 0
         self.closing = threading.Event()
@@ -113,6 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         with state.lock:
             state.seen["requests"] += 1
             state.headers.append(dict(self.headers))
+            state.paths.append(self.path)
             state.concurrent += 1
             state.most_concurrent = max(state.most_concurrent, state.concurrent)
         try:
@@ -141,8 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
         with state.lock:
             state.ranges.append((self.path, start, stop))
         kind = state.fault(start, stop)
+        if state.refuses and state.refuses in self.path:
+            return self._send(403, b"")
         if kind.isdigit():
-            return self._send(int(kind), b"no")
+            return self._send(int(kind), b"no", state.more)
         if kind == "ignore-range":
             return self._send(200, data + bytes(FLOOD_BYTES))
         if kind == "hang":

@@ -140,7 +140,9 @@ def _token(info: dict[str, Any]) -> str:
     """Whatever identifies a version of an object; '' where its filesystem tells nothing."""
     names = (*_ETAGS, "mtime", "LastModified", "last_modified", "updated", "modified", "created")
     found = next((info[name] for name in names if info.get(name)), "")
-    return str(found.timestamp() if isinstance(found, datetime) else found)  # a listing may say it so
+    return str(
+        found.timestamp() if isinstance(found, datetime) else found
+    )  # a listing may say it so
 
 
 def _fresh_info(fs: Any, path: str) -> dict[str, Any]:

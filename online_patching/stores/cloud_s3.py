@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -9,7 +10,6 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-import botocore
 import botocore.session
 from botocore.config import Config
 from botocore.exceptions import (
@@ -35,6 +35,7 @@ from online_patching.stores.sigv4 import Keys, presigned_query, quoted_query
 
 _LASTS_S = 3600  # a signed URL; one that is older than _FRESH_S is not asked with any more
 _FRESH_S = 600.0
+_REREAD_S = 60.0  # keys that were exchanged in a file are seen by the next grant after this
 _REGION = re.compile(r"[a-z0-9-]{1,40}")
 _AWS = re.compile(r".*\.amazonaws\.com(\.cn)?")
 _PAYER = (("x-amz-request-payer", "requester"),)
@@ -46,6 +47,7 @@ class S3:
     def __init__(self, header: Callable[[str, str, str], Awaitable[str]]) -> None:
         self._header = header
         self._session: Any = None
+        self._made_at = 0.0
 
     async def grant(self, place: Place) -> Grant:
         """Fresh for ten minutes: credentials are looked at again after that."""
@@ -86,18 +88,27 @@ class S3:
 
     def _base(self, bucket: str, region: str | None) -> tuple[str, str]:
         """The URL of a bucket and the region to sign for, by all that botocore knows of endpoints."""
-        if self._session is None:
-            self._session = botocore.session.Session()
-        asked = {"signature_version": botocore.UNSIGNED}
-        region = region or self._session.get_config_variable("region") or "us-east-1"
-        client = self._session.create_client("s3", region_name=region, config=Config(**asked))
+        if self._session is None or time.monotonic() - self._made_at > _REREAD_S:
+            self._session, self._made_at = botocore.session.Session(), time.monotonic()
+        told = os.environ.get("AWS_REGION")  # as all SDKs but botocore read it
+        region = region or told or self._session.get_config_variable("region") or "us-east-1"
+        client = self._client(region, {})
         styled = (self._session.get_scoped_config().get("s3") or {}).get("addressing_style")
         if not styled and _AWS.fullmatch(urlsplit(client.meta.endpoint_url).hostname or ""):
             # Else botocore names the host of all regions, which redirects for a day after a bucket is made.
-            config = Config(**asked, s3={"addressing_style": "virtual"})
-            client = self._session.create_client("s3", region_name=region, config=config)
+            client = self._client(region, {"s3": {"addressing_style": "virtual"}})
         url = client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "k"})
         return url.partition("?")[0][: -len("/k")] + "/", region
+
+    def _client(self, region: str, config: dict[str, Any]) -> Any:
+        """A client that only ever tells URLs: its keys are nobody's."""
+        return self._session.create_client(
+            "s3",
+            region_name=region,
+            aws_access_key_id="none",
+            aws_secret_access_key="none",  # noqa: S106
+            config=Config(signature_version="s3v4", **config),
+        )
 
     def _keys(self) -> Keys | None:
         found = self._session.get_credentials()
