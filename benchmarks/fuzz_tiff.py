@@ -3,7 +3,8 @@
     python benchmarks/fuzz_tiff.py [--inputs 1000000] [--target tiff] [--workers 1] [--state FILE] [--out FILE]
     python benchmarks/fuzz_tiff.py --target tiff --only 123456        # one input again, with its traceback
 
-Targets: `tiff` (formats.tiff.read_index, and the first tile of what it accepts is decoded), `index`
+Targets: `tiff` (formats.tiff.read_index, and the first tile of what it accepts is decoded), `tile` (one
+stored tile of every codec but JPEG, decoded whole, in part and at lower resolutions), `index`
 (SlideIndex.load), `mask` (ForegroundMask.load), `slide` (read_slide_index of a file on disk, with
 OpenSlide's and tiffslide's process behind it; that process is not under the limits), `tifffile` (the same
 files through tifffile instead, for comparison).
@@ -19,6 +20,7 @@ on where it stopped. Exits 1 when there is a finding.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import itertools
 import json
@@ -47,8 +49,11 @@ from online_patching.decode import BadTileError, decode_tile
 from online_patching.errors import PatchingError
 from online_patching.formats import tiff
 from online_patching.formats.tiff_tags import MAX_REQUESTS
+from online_patching.geometry import Box
+from online_patching.slide_index import Codec
 from online_patching.testing import hostile
 from online_patching.testing.hostile import HostileFile, HostileStores, Seed
+from online_patching.testing.hostile_codecs import TILE_PX, coded_seeds, tile_seeds
 from online_patching.testing.hostile_seeds import tiff_bombs, tiff_seeds
 
 CHUNK = 20_000
@@ -77,7 +82,7 @@ def try_tiff(file: HostileFile) -> str:
     if index is None:
         return "for a fallback reader"
     for level in index.levels:
-        assert level.rows is not None and len(level.rows) == level.n_tiles
+        assert level.rows is not None and len(level.rows) == level.n_tiles * level.parts
         for tile in (0, level.n_tiles // 2, level.n_tiles - 1):
             start, stop = level.byte_range(tile)
             assert 0 <= start <= stop <= file.size_bytes
@@ -93,8 +98,38 @@ def try_tiff(file: HostileFile) -> str:
         if "MemoryError" in str(error):  # the decoder's own catch-all must not hide it
             raise MemoryError("a tile's frame took all memory") from None
         return "indexed, its first tile refused"
-    assert pixels.shape == (level.tile_height_px, level.tile_width_px, 3)
+    channels = 3 if level.parts == 1 else 1
+    assert pixels.shape == (level.tile_height_px, level.tile_width_px, channels)
     return "indexed, its first tile decoded"
+
+
+def try_tile(file: HostileFile) -> str:
+    """Decode it whole, in part, and at half its size where its kind has one."""
+    codec = _tiles()[file.kind.partition(": ")[2]]
+    data, sizes = file.whole() if file.size_bytes < 2**20 else file.base, TILE_PX
+    done = 0
+    for scale, box in ((1, None), (1, Box(3, 2, 17, 9)), (2, None), (4, Box(1, 1, 5, 3))):
+        if scale > 1 and codec.kind != "jpeg2000":
+            continue
+        try:
+            pixels = decode_tile(codec, data, *sizes, scale, box)
+        except BadTileError as error:
+            if "MemoryError" in str(error):
+                raise MemoryError("a tile took all memory") from None
+            continue
+        done += 1
+        width, height = (
+            (sizes[0] // scale, sizes[1] // scale) if box is None else (box.width, box.height)
+        )
+        assert (
+            pixels.shape == (height, width, 1 if codec.planar else 3) and pixels.dtype == np.uint8
+        )
+    return f"{codec.kind} {'decoded' if done else 'refused'}"
+
+
+@functools.cache
+def _tiles() -> dict[str, Codec]:
+    return {seed.name: codec for seed, codec in tile_seeds()}
 
 
 def try_index(file: HostileFile) -> str:
@@ -187,7 +222,13 @@ def seeds_tiff() -> list[Seed]:
         data = path.read_bytes()
         if tiff.is_tiff(data):
             real.append(hostile.tiff_seed(path.name, data))
-    return small * 30 + real * 8 + tiff_bombs()
+    return small * 30 + coded_seeds() * 30 + real * 8 + tiff_bombs()
+
+
+def seeds_tile() -> list[Seed]:
+    """Tiles; those of JPEG 2000, whose decoder is the largest, three times as often."""
+    seeds = [seed for seed, _ in tile_seeds()]
+    return seeds + 2 * [seed for seed in seeds if seed.fields]
 
 
 def seeds_index() -> list[Seed]:
@@ -225,6 +266,7 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 TARGETS: dict[str, tuple[Callable[[], list[Seed]], Callable[[HostileFile], str]]] = {
     "tiff": (seeds_tiff, try_tiff),
+    "tile": (seeds_tile, try_tile),
     "index": (seeds_index, try_index),
     "mask": (seeds_mask, try_mask),
     "slide": (seeds_tiff, try_slide),
@@ -317,7 +359,12 @@ def start_chunk(target: str, seed: int, start: int, count: int) -> dict[str, Any
         progress.write(bytes(8))
         progress.flush()
         words = [target, str(seed), str(start), str(count), progress.name]
-        command = [sys.executable, __file__, "--chunk", *words]
+        command = [
+            sys.executable,
+            sys.argv[0],
+            "--chunk",
+            *words,
+        ]  # this script, or one with other targets
         try:
             done = subprocess.run(command, capture_output=True, timeout=LIMIT_CHUNK_S, check=False)
             if done.returncode == 0:
@@ -383,7 +430,7 @@ def told(args: argparse.Namespace, results: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run what is asked, print the summary, write it where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--target", choices=TARGETS, default="tiff")
+    parser.add_argument("--target", choices=TARGETS, default=next(iter(TARGETS)))
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)

@@ -23,21 +23,26 @@ _LEICA = "http://www.leica-microsystems.com/scn/2010/10/01"
 _NM = 1000
 
 
+def write_images(path: Path, images: Sequence[RawImage], *, big: bool = True) -> Path:
+    """A TIFF at `path` of what the functions below give; returns the path."""
+    path.write_bytes(build_tiff(images, big=big))
+    return path
+
+
 def label(width: int = 60, height: int = 40) -> Picture:
     """Pure red."""
     return np.full((height, width, 3), (255, 0, 0), np.uint8)
 
 
-def write_philips(
-    path: Path,
+def philips_images(
     levels: Sequence[Picture],
     *,
     mpp: tuple[float, float] = (0.25, 0.2502),
     coding: Coding = JPEG,
     layout: Layout = SQUARE,
     names: int | None = None,
-) -> Path:
-    """A Philips TIFF: every level padded to whole tiles and its tags saying the padded size.
+) -> list[RawImage]:
+    """The directories of a Philips TIFF: every level padded to whole tiles and its tags saying the padded size.
 
     The first picture's sides are whole tiles already, as Philips' are. Level i's pixel spacing is level 0's
     times the whole downsample; the slide's own is another, more exact one. The label lies in the metadata
@@ -60,8 +65,7 @@ def write_philips(
         own = layout if number == 0 else Layout(layout.tile_px)
         images.append(coded_image(padded, coding, own, tags))
     images.append(_strip(label(), {270: ascii_text("Label"), 254: longs(1)}))
-    path.write_bytes(build_tiff(images, big=layout.big, order=layout.order))
-    return path
+    return images
 
 
 def _philips_xml(mpp: tuple[float, float], downsamples: Sequence[int]) -> str:
@@ -97,8 +101,8 @@ def _philips_xml(mpp: tuple[float, float], downsamples: Sequence[int]) -> str:
     )
 
 
-def write_leica(path: Path, levels: Sequence[Picture], macro: Picture, mpp: float = 0.5) -> Path:
-    """A Leica SCN: first a tiled macro image that spans the glass, then the slide's levels."""
+def leica_images(levels: Sequence[Picture], macro: Picture, mpp: float = 0.5) -> list[RawImage]:
+    """The directories of a Leica SCN: first a tiled macro image that spans the glass, then the slide's levels."""
     height, width = levels[0].shape[:2]
     nm = round(mpp * _NM)
     glass = (4 * width * nm, 4 * height * nm)
@@ -126,21 +130,19 @@ def write_leica(path: Path, levels: Sequence[Picture], macro: Picture, mpp: floa
         + "</collection></scn>"
     )
     pages = [macro, *levels]
-    images = [
+    return [
         coded_image(page, JPEG, Layout((64, 64)), {270: ascii_text(text) if n == 0 else ascii_text("x"),
                                                   **resolution(mpp * width / page.shape[1])})
         for n, page in enumerate(pages)
     ]  # fmt: skip
-    path.write_bytes(build_tiff(images, big=True))
-    return path
 
 
 def _view(width: int, height: int, left: int, top: int) -> str:
     return f'<view sizeX="{width}" sizeY="{height}" offsetX="{left}" offsetY="{top}"/>'
 
 
-def write_ventana(path: Path, levels: Sequence[Picture], overlap_px: int = 8) -> Path:
-    """A Ventana BIF of one area of interest, whose tiles overlap by a few pixels across.
+def ventana_images(levels: Sequence[Picture], overlap_px: int = 8) -> list[RawImage]:
+    """The directories of a Ventana BIF of one area of interest, whose tiles overlap by a few pixels across.
 
     Its label comes first, tiled; levels halve. Level 0's pixels are tiles as scanned, not a picture.
     """
@@ -166,8 +168,7 @@ def write_ventana(path: Path, levels: Sequence[Picture], overlap_px: int = 8) ->
         if number == 0:
             tags[700] = (1, area.encode())
         images.append(coded_image(picture, JPEG, layout, tags))
-    path.write_bytes(build_tiff(images, big=True))
-    return path
+    return images
 
 
 def _joints(across: int, down: int) -> list[tuple[str, int, int]]:
