@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 from online_patching.errors import (
+    CorpusError,
     NotASlideError,
     ObjectNotFoundError,
     PatchingError,
@@ -200,11 +201,15 @@ def _index(
         except BadDicomError as error:
             raise slide_error(name, level[0].name, level[0].size_bytes, error) from None
     vendor = " ".join(first.found.text(MANUFACTURER).lower().split())[:40]
+    try:
+        objects = tuple(SlideObject(part.name, part.size_bytes, part.token) for part in parts)
+    except CorpusError as error:
+        raise UnsupportedSlideError(name, f"{error} cannot be a part of a slide.") from None
     codecs, content_hash = _looked_at(name, levels, tables, parts, ends, stores)
     return SlideIndex(
         slide_id, uri, "dicom", vendor or "dicom", found.x, found.y, found.source,
         _levels(levels, codecs, tables, found), ends[-1], content_hash=content_hash,
-        objects=tuple(SlideObject(part.name, part.size_bytes, part.token) for part in parts),
+        objects=objects,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from online_patching.formats.dicom_attributes import (
 )
 from online_patching.formats.dicom_tags import Source
 
-MAX_FRAMES = 4 * 2**20
+MAX_FRAMES = 2 * 2**20
 """Of one instance. A slide has about 150,000."""
 
 Ranges = tuple[NDArray[np.int64], NDArray[np.int64]]

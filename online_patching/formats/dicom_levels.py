@@ -115,7 +115,7 @@ def _placed(uri: str, parts: list[Instance], frames: int) -> Placed:
 def _full(uri: str, part: Instance, frames: int) -> Placed:
     """Every tile of every focal plane is there; the middle plane's."""
     tiles = _n_tiles(part)
-    planes = part.found.number(tags.N_PLANES) or max(1, frames // tiles)
+    planes = part.focal_planes or max(1, frames // tiles)
     if frames != tiles * planes:
         raise DamagedSlideError(
             uri,

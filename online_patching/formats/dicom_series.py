@@ -54,6 +54,9 @@ class Instance:
     samples: int
     bits: tuple[int, int, int]
     """Allocated, stored, and whether they are signed."""
+    optical_paths: int
+    focal_planes: int
+    """Of a frame each; 0 where the file does not say."""
 
     @classmethod
     def read(cls, name: str, at: Listed, source: Source) -> Instance:
@@ -67,6 +70,7 @@ class Instance:
             (number(tags.COLUMNS), number(tags.ROWS)), number(tags.FRAMES, 1),
             number(tags.FRAME_OFFSET), number(tags.PARTS), number(tags.SAMPLES, 1),
             (allocated, number(tags.STORED, allocated), number(tags.SIGNED)),
+            number(tags.N_PATHS, 1), number(tags.N_PLANES),
         )  # fmt: skip
 
     @property
@@ -173,7 +177,7 @@ def _check(uri: str, item: Instance) -> None:
     """Refuse what is no picture of a stained slide in 8-bit colours."""
     found = item.found
     paths = max(
-        found.number(tags.N_PATHS, 1),
+        item.optical_paths,
         len(item.paths),
         len(found.values.get(tags.OPTICAL_PATHS, [])),
     )

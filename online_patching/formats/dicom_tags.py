@@ -15,6 +15,7 @@ from online_patching.formats.dicom_attributes import (
     FRAME_HEIGHT,
     FRAME_PATH,
     FRAME_ROW,
+    FRAMES,
     LENGTHS,
     MEASURES,
     OFFSETS,
@@ -51,6 +52,7 @@ _SQ, _UN = b"SQ", b"UN"
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _EXPLICIT, _IMPLICIT = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2"
 _DEFLATED, _BIG_ENDIAN = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"
+_FIRST_TAG = 0x00020000  # of commands there are none in files
 _META_LENGTH, _SYNTAX = 0x00020000, 0x00020010
 
 
@@ -146,6 +148,8 @@ class _Walk:
             raise BadDicomError(f"it holds more than {MAX_ELEMENTS:,} attributes")
         head = self._source.read(at, 8)
         tag = (head[1] << 24) | (head[0] << 16) | (head[3] << 8) | head[2]
+        if tag < _FIRST_TAG:
+            raise BadDicomError(f"{name_of(tag)} at {at:,} is no attribute of an image")
         if self._implicit or tag >> 16 == 0xFFFE:
             return tag, b"", int.from_bytes(head[4:8], "little"), at + 8
         kind = head[4:6]
@@ -180,6 +184,10 @@ class _Walk:
     def _frame(self, item: dict[int, Any]) -> None:
         """One frame's functional groups, packed."""
         found, place = self.found, (item.get(PLACE) or [{}])[0]
+        if len(found.columns) >= found.number(FRAMES, 1):
+            raise BadDicomError(
+                f"it has functional groups for more than {len(found.columns):,} frames"
+            )
         for tag, column in ((FRAME_COLUMN, found.columns), (FRAME_ROW, found.rows)):
             value = place.get(tag, b"")
             column.append(int.from_bytes(value, "little", signed=True) if len(value) == 4 else 0)

@@ -35,6 +35,8 @@ class Field:
     width: int
     role: str
     """order, next, directory (its number of tags), tag, type, count, value, table (of a tag's values)"""
+    pool: tuple[int, ...] = ()
+    """Numbers that mean something here, where they are not those of a TIFF."""
 
     def value(self, data: bytes, order: str) -> int:
         """The number as it stands in the file."""
@@ -135,7 +137,9 @@ def _lie(seed: Seed, spot: Field, dice: _Dice) -> bytes:
     places = [*seed.directories, len(seed.data), len(seed.data) - 1, spot.start]
     near = [true + 1, true - 1, 2 * true, true // 2, true ^ (1 << dice.below(8 * spot.width))]
     pools: list[Sequence[int]] = [_NUMBERS, near, places]
-    if spot.role == "type":
+    if spot.pool:
+        pools = [spot.pool, spot.pool, near]
+    elif spot.role == "type":
         pools = [_TYPES]
     elif spot.role == "tag":
         pools = [_TAGS, near]
