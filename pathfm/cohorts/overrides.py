@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from online_patching.slide_index import MPP_SANE_RANGE
+from online_patching.stores import is_remote, local_path
 from pathfm.cohorts.records import read_csv
 from pathfm.runtime import PathfmError
 
@@ -17,13 +19,21 @@ class MppOverrides:
     folders in it; the longest match wins.
     """
 
-    def __init__(self, table: Mapping[str, float | tuple[float, float]], source: str = "") -> None:
-        self.table, self.source = dict(table), source
+    def __init__(
+        self,
+        table: Mapping[str, float | tuple[float, float]],
+        source: str = "",
+        hide_names: bool = False,
+    ) -> None:
+        self.table, self.source, self._hide_names = dict(table), source, hide_names
         self._used: set[str] = set()
 
     @classmethod
-    def read(cls, path: Path) -> MppOverrides:
-        """The table in a CSV; `PathfmError` names the line of an absurd or doubled value."""
+    def read(cls, path: Path, hide_names: bool = False) -> MppOverrides:
+        """The table in a CSV; `PathfmError` names the line of an absurd or doubled value.
+
+        With `hide_names`, rows that no slide matched are counted, not named.
+        """
         table: dict[str, float | tuple[float, float]] = {}
         records = read_csv(path, required=("file",))
         if records and not {"mpp", "mpp_x"} & set(records[0][1]):
@@ -40,10 +50,16 @@ class MppOverrides:
                 raise PathfmError(
                     f"{where}: {name} has two values, {_told(table[name])} and {_told(mpp)} µm/px"
                 )
-        return cls(table, str(path))
+        return cls(table, str(path), hide_names)
 
     def find(self, uri: str) -> float | tuple[float, float] | None:
-        """The µm/px told for a slide by its URI or name, or None."""
+        """The µm/px told for a slide by its URI or name, or None; a link is known by its target too."""
+        found = self._find(uri)
+        if found is None and not is_remote(uri) and os.path.islink(local_path(uri)):
+            return self._find(os.readlink(local_path(uri)))
+        return found
+
+    def _find(self, uri: str) -> float | tuple[float, float] | None:
         parts = PurePosixPath(uri.partition("?")[0]).parts
         for start in range(len(parts)):
             name = str(PurePosixPath(*parts[start:]))
@@ -55,7 +71,8 @@ class MppOverrides:
     @property
     def unmatched(self) -> list[str]:
         """Rows that no slide asked for so far: a typo, or a slide that is not there."""
-        return [name for name in self.table if name not in self._used]
+        left = [name for name in self.table if name not in self._used]
+        return [f"{len(left):,} files"] if left and self._hide_names else left
 
 
 def mpp_of(record: Mapping[str, str], where: str) -> float | tuple[float, float] | None:

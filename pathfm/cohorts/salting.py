@@ -58,6 +58,12 @@ class Salt:
             ]
         return [self._behind_link(row) for row in rows] if self._options.salt_names else list(rows)
 
+    def sources(self, sources: Sequence[str]) -> tuple[str, ...]:
+        """What may be written of the sources that a person named: ids where files' names are hidden."""
+        if not self._options.salt_names:
+            return tuple(sources)
+        return tuple(f"hidden-{self.id('name', source)}" for source in sources)
+
     def _behind_link(self, row: CohortRow) -> CohortRow:
         """The row as a link in `<corpus>.names`, a folder that only its owner may enter."""
         if is_remote(row.uri):

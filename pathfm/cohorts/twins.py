@@ -27,16 +27,17 @@ MOST_TILES = 1024
 MOST_RMS = 3.0
 """Grey levels by which the parts of twins differ, root mean square, once their means are equal.
 
-Copies in another codec, tiling or pyramid of the real slides at hand: 0.5 to 1.9.
+Copies in another codec, tiling or pyramid of the real slides at hand: 0.3 to 1.1.
 """
 MOST_OF_CONTRAST = 0.25
 """And at most this part of the slide's own contrast, which a pale section has little of."""
 MOST_OFFSET = 4.0
-"""Grey levels by which the means of twins differ: coarse levels are rounded; measured up to 1.5."""
+"""Grey levels by which the means of twins differ: coarse levels are rounded; measured up to 1.7."""
 FEWEST_CONTRAST = 3.0
 """Standard deviation over the parts, in grey levels, below which a slide is too empty to be recognised."""
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _BLOCK = 2048
+_PIXELS_A_PART = 16  # fewer of them blur the edges of a part
 
 
 def fingerprint(index: SlideIndex, stores: Stores) -> str:
@@ -125,8 +126,8 @@ def _part_means(slide: Slide, number: int) -> NDArray[np.float64]:
     whole = slide.levels[number]
     scale = _scale(whole)
     level = whole.reduced(scale)
-    across = _coverage(level.width_px)
-    down = _coverage(level.height_px)
+    across = _coverage(whole.width_px, scale)
+    down = _coverage(whole.height_px, scale)
     sums = np.zeros((PARTS, PARTS))
     for top in range(0, level.height_px, level.tile_height_px):
         box = Box(0, top, level.width_px, min(level.height_px, top + level.tile_height_px))
@@ -140,13 +141,17 @@ def _scale(level: Level) -> int:
     """How much smaller the level's tiles are decoded: up to 8 times, if their sides allow it."""
     sides = (level.tile_width_px, level.tile_height_px)
     fits = [s for s in scales_of(level.codec) if s <= 8 and not any(side % s for side in sides)]
-    return next((s for s in fits if min(level.width_px, level.height_px) >= PARTS * s), 1)
+    enough = PARTS * _PIXELS_A_PART
+    return next((s for s in fits if min(level.width_px, level.height_px) >= enough * s), 1)
 
 
-def _coverage(length_px: int) -> NDArray[np.float64]:
-    """How much of each pixel of a side lies in each of its PARTS equal parts: (PARTS, length)."""
+def _coverage(length_px: int, scale: int) -> NDArray[np.float64]:
+    """How much of each pixel of a side lies in each of its PARTS equal parts: (PARTS, pixels).
+
+    The side has `length_px` pixels before it is decoded `scale` times smaller, the last of them partly.
+    """
     edges = np.linspace(0, length_px, PARTS + 1)
-    pixels = np.arange(length_px)
-    low = np.maximum(edges[:-1, None], pixels)
-    high = np.minimum(edges[1:, None], pixels + 1)
+    starts = np.arange(0, length_px, scale)
+    low = np.maximum(edges[:-1, None], starts)
+    high = np.minimum(edges[1:, None], np.minimum(starts + scale, length_px))
     return np.asarray(np.clip(high - low, 0, None))

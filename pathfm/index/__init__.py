@@ -101,7 +101,9 @@ def _index(config: IndexConfig, stores: Stores) -> IndexResult:
 
     cohort = find_cohort(config.slides, config.cohort, stores, config.out)
     table = config.mpp_overrides
-    overrides = MppOverrides.read(table) if table else MppOverrides({})
+    hidden = config.cohort.salt_names
+    overrides = MppOverrides.read(table, hidden) if table else MppOverrides({})
+    told = cohort.salt.sources(config.slides) if cohort.salt else config.slides
     make_folder(config.out / "slides")
     with opened(config.out) as journal:
         folder = Folder(config.out)
@@ -110,12 +112,12 @@ def _index(config: IndexConfig, stores: Stores) -> IndexResult:
         threads = config.threads or default_threads(slide.row.uri for slide in wanted.slides)
         reader = Reader(folder, journal, stores, threads, config.cohort, cohort)
         reader.bring_up_to_date(wanted.slides, config.anew)
-        refuse_if_useless(config.slides, wanted, journal)
+        refuse_if_useless(told, wanted, journal)
         if config.cohort.fingerprints:
             reader.fingerprint_same_sizes(address for address, _ in wanted.addresses())
         done = Done(config.out, reader.reused, config.show)
         finish(wanted, folder, journal, done, config.cohort.fingerprints)
-        save_config(config, config.out, "index.yaml")
+        save_config(config.model_copy(update={"slides": told}), config.out, "index.yaml")
     done.show(cohort.notes, overrides)
     print(f"next: pathfm foreground {shlex.quote(str(config.out))}")
     return IndexResult(
