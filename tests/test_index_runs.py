@@ -323,6 +323,7 @@ def test_a_picture_does_not_take_its_slide_s_name_and_long_names_are_cut():
     assert slide_ids(uris, uris)[0] == f"a-{clash[:16]}"
 
 
+@pytest.mark.slow
 def test_equal_names_in_many_folders_are_indexed_masked_and_packed(source, tmp_path):
     for folder in ("one", "two"):
         (tmp_path / "in" / folder).mkdir(parents=True)

@@ -7,9 +7,10 @@ request a slide. So are refusals, where the slide is one object; what a store re
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import takewhile
@@ -101,11 +102,33 @@ class Reader:
         asked = [slide for slide in wanted if self._may_hold(slide)]
         chunks = [asked[i : i + _CHECKED_AT_ONCE] for i in range(0, len(asked), _CHECKED_AT_ONCE)]
 
-        def check(chunk: list[Wanted]) -> list[str]:
-            return [slide.address for slide in chunk if self._same_bytes(slide)]
-
-        found = _in_turn(pool, check, chunks, self.threads * 2)
+        found = _in_turn(pool, self._unchanged, chunks, self.threads * 2)
         return {address for some in found for address in some}
+
+    def _unchanged(self, slides: list[Wanted]) -> list[str]:
+        """Addresses of those whose bytes are the same; remote ones are asked for at the same time."""
+        tokens: dict[str, str] = {}
+        asked = [s.row.uri for s in slides if is_remote(s.row.uri) and self._must_ask(s)]
+        if asked:
+            answers = self.stores.loop.run(self._ask(asked))
+            tokens = dict(zip(map(redact, asked), answers, strict=True))
+        return [slide.address for slide in slides if self._same_bytes(slide, tokens)]
+
+    def _must_ask(self, slide: Wanted) -> bool:
+        known = self.journal.known[slide.address]
+        at_hand = (self._listed.get(slide.address), token_of_content(slide.row))
+        return known.plain and known.token not in at_hand
+
+    async def _ask(self, uris: list[str]) -> list[str]:
+        """The token of each remote object now; "" where there is none to be had."""
+
+        async def one(uri: str) -> str:
+            try:
+                return (await self.stores.remote(uri).version(uri))[1]
+            except PatchingError:
+                return ""
+
+        return await asyncio.gather(*map(one, uris))
 
     def _may_hold(self, slide: Wanted) -> bool:
         known = self.journal.known.get(slide.address)
@@ -113,15 +136,17 @@ class Reader:
             return False
         return not known.slide_id or (known.slide_id == slide.slide_id and self.folder.has(known))
 
-    def _same_bytes(self, slide: Wanted) -> bool:
+    def _same_bytes(self, slide: Wanted, tokens: Mapping[str, str]) -> bool:
+        """Whether a slide is the one that was indexed; `tokens` are those just asked for, by address."""
         known = self.journal.known[slide.address]
         if token_of_content(slide.row) == known.token:
             return True
         try:
             if not known.plain:
                 return self._same_parts(self.folder.load(known.slide_id))
-            if self._listed.get(slide.address) == known.token:
-                return True
+            if is_remote(slide.row.uri):
+                now = tokens.get(slide.address) or self._listed.get(slide.address)
+                return now == known.token
             return self.stores.version(slide.row.uri)[1] == known.token
         except PatchingError:
             return False
