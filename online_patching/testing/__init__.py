@@ -7,8 +7,11 @@ writers.py      the same as SVS and generic TIFF
 ome_zarr.py     the same as OME-Zarr, and Zarr of every other kind that is read
 demo.py         the demo's slides, their truth, and patches of known class
 raw_tiff.py     TIFFs tag by tag, right or wrong
+tiff_codecs.py  TIFFs in every way of storing a tile   jpeg2000.py       streams no other encoder makes
+vendor_tiffs.py Philips, Leica and Ventana
 odd_slides.py   JPEG slides of every odd kind, the same bytes everywhere
 hostile.py      files that lie, by number              hostile_seeds.py  what they are made from
+hostile_codecs.py  the same beyond JPEG, and single tiles
 """
 
 from online_patching.testing.demo import (
