@@ -110,15 +110,15 @@ class DiskCache:
         if not fits or time.monotonic() < self._paused_until:
             return self._skipped()
         try:
-            if not self._usage.reserve(key[0], size):
-                return self._skipped()
-            self._write(
-                self._path(key), _HEAD.pack(_MARK, key[:16], len(data), zlib.crc32(data)) + data
-            )
+            with self._usage.room(key[0], size) as granted:
+                if granted:
+                    head = _HEAD.pack(_MARK, key[:16], len(data), zlib.crc32(data))
+                    self._write(self._path(key), head + data)
         except OSError as error:
             return self._refused(error)
         with self._lock:
-            self.counts.written += 1
+            self.counts.written += granted
+            self.counts.skipped += not granted
             self.counts.evicted = self._usage.evicted
         return None
 

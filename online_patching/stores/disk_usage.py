@@ -47,17 +47,20 @@ class Usage:
         self._handle, self._pid = -1, 0
         self._lock = threading.Lock()
 
-    def reserve(self, shard: int, size_bytes: int) -> bool:
-        """Count a file that is about to be written, making room for it; False when others hold the lock."""
+    @contextlib.contextmanager
+    def room(self, shard: int, size_bytes: int) -> Iterator[bool]:
+        """A block in which a file of that size may be written; False when others keep the lock too long.
+
+        It is written under the lock: what is looked through meanwhile would else miss it.
+        """
         with self._lock, self._turn() as mine:
-            if not mine:
-                return False
-            table = self._load()
-            if sum(table[:SHARDS]) + size_bytes > self.limit_bytes:
-                self._evict(table, size_bytes)
-            table[shard] += size_bytes
-            os.pwrite(self._handle, _TABLE.pack(*table), 0)
-            return True
+            if mine:
+                table = self._load()
+                if sum(table[:SHARDS]) + size_bytes > self.limit_bytes:
+                    self._evict(table, size_bytes)
+                table[shard] += size_bytes
+                os.pwrite(self._handle, _TABLE.pack(*table), 0)
+            yield mine
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[bool]:
