@@ -21,12 +21,13 @@ from online_patching.errors import (
     StoreError,
     UnsupportedSlideError,
 )
-from online_patching.formats.dicom_attributes import MANUFACTURER, BadDicomError
+from online_patching.formats.dicom_attributes import MANUFACTURER, SAMPLES, BadDicomError
 from online_patching.formats.dicom_codec import HEAD_BYTES, codec_of, kind_of
 from online_patching.formats.dicom_levels import Table, check_sizes, level_table
 from online_patching.formats.dicom_series import (
     Instance,
     parts_of_levels,
+    says_no_level,
     slide_error,
     slides_of,
 )
@@ -40,6 +41,7 @@ __all__ = ["group_files", "is_dicom", "may_be_dicom", "read_file_index", "read_i
 MAX_FILES = 1024
 """Files of one folder that may be instances: a series has about ten."""
 
+_KIND_BYTES = 2**10  # ImageType is among them
 _FIRST_BYTES = 64 * 2**10
 _MAX_HASHED_BYTES = 2**20
 
@@ -146,9 +148,8 @@ def _instances(
         raise UnsupportedSlideError(
             name, f"more than {MAX_FILES:,} files lie in one folder. Give each series a folder."
         )
-    wanted = [(one.uri, 0, min(one.size_bytes, _FIRST_BYTES), one.token) for one in listed]
     out = []
-    for one, head in zip(listed, stores.read_many(wanted), strict=True):
+    for one, (head, is_other) in zip(listed, _heads(listed, stores), strict=True):
         if isinstance(head, PatchingError):
             if lenient:
                 continue
@@ -156,13 +157,40 @@ def _instances(
         if not is_dicom(head):
             continue
         own = one.uri.removeprefix(base + "/")
-        source = Source(partial(_fetch, stores, one), one.size_bytes, head)
+        fetch = partial(_fetch, stores, one)
         try:
-            out.append(Instance.read(own, one, source))
+            if is_other:  # which slide it belongs to is all that matters
+                source = Source(fetch, one.size_bytes, head, _KIND_BYTES)
+                out.append(Instance.read(own, one, source, SAMPLES))
+            else:
+                out.append(Instance.read(own, one, Source(fetch, one.size_bytes, head)))
         except BadDicomError as error:
             if not lenient:
                 raise slide_error(name, own, one.size_bytes, error) from None
     return out
+
+
+def _heads(listed: list[Listed], stores: Stores) -> list[tuple[bytes | PatchingError, bool]]:
+    """The first bytes of each file, and whether it is a label or the like.
+
+    Of those only as much as it takes to know it, so that no pixel of theirs comes along.
+    """
+    wanted = [(one.uri, 0, min(one.size_bytes, _KIND_BYTES), one.token) for one in listed]
+    heads = [
+        (head, isinstance(head, bytes) and says_no_level(head, one.size_bytes))
+        for one, head in zip(listed, stores.read_many(wanted), strict=True)
+    ]
+    rest = [
+        i
+        for i, (head, is_other) in enumerate(heads)
+        if isinstance(head, bytes) and is_dicom(head) and not is_other
+    ]
+    longer = [
+        (listed[i].uri, 0, min(listed[i].size_bytes, _FIRST_BYTES), listed[i].token) for i in rest
+    ]
+    for i, head in zip(rest, stores.read_many(longer), strict=True):
+        heads[i] = (head, False)
+    return heads
 
 
 def _fetch(stores: Stores, one: Listed, start: int, stop: int) -> bytes:

@@ -59,9 +59,9 @@ class Instance:
     """Of a frame each; 0 where the file does not say."""
 
     @classmethod
-    def read(cls, name: str, at: Listed, source: Source) -> Instance:
-        """The instance in a file; BadDicomError when its attributes cannot be read."""
-        found = read_attributes(source, is_level)
+    def read(cls, name: str, at: Listed, source: Source, until: int = tags.PIXELS) -> Instance:
+        """The instance in a file, as far as `until`; BadDicomError when its attributes cannot be read."""
+        found = read_attributes(source, is_level, until)
         number, allocated = found.number, found.number(tags.ALLOCATED, 8)
         return cls(
             name, at.uri, at.size_bytes, at.token, found, source, is_level(found),
@@ -101,6 +101,19 @@ def is_level(found: Attributes) -> bool:
         frames = found.number(tags.FRAMES, 1)
         return frames > 1 and found.text(tags.LABEL_IN_IMAGE) != "YES"
     return _third(found) == "VOLUME"
+
+
+def says_no_level(head: bytes, size_bytes: int) -> bool:
+    """Whether a file's first bytes say that it is no level: its pixels are not even to be fetched."""
+
+    def no_more(start: int, stop: int) -> bytes:
+        raise PastEndError(start, stop)
+
+    try:
+        found = read_attributes(Source(no_more, size_bytes, head), is_level, tags.IMAGE_TYPE + 1)
+    except BadDicomError:
+        return False
+    return _third(found) not in ("", "VOLUME")
 
 
 def _third(found: Attributes) -> str:

@@ -59,15 +59,21 @@ _META_LENGTH, _SYNTAX = 0x00020000, 0x00020010
 class Source:
     """Bytes of an object by position, through a window that grows as it is read on.
 
-    `fetch(start, stop)` gives exactly those bytes; `head` are the first ones, if they are known.
+    `fetch(start, stop)` gives exactly those bytes; `head` are the first ones, if they are known. A
+    window has `ahead_bytes` at first.
     """
 
     def __init__(
-        self, fetch: Callable[[int, int], bytes], size_bytes: int, head: bytes = b""
+        self,
+        fetch: Callable[[int, int], bytes],
+        size_bytes: int,
+        head: bytes = b"",
+        ahead_bytes: int = _FIRST_AHEAD,
     ) -> None:
         self.size_bytes = size_bytes
         self.requests, self.bytes_fetched = 0, len(head)
-        self._fetch, self._window, self._start, self._ahead = fetch, head, 0, _FIRST_AHEAD
+        self._fetch, self._window, self._start = fetch, head, 0
+        self._ahead = self._first_ahead = ahead_bytes
 
     def read(self, start: int, count: int) -> bytes:
         """Exactly `count` bytes from `start`; PastEndError when there are fewer."""
@@ -82,7 +88,7 @@ class Source:
     def _move(self, start: int, count: int) -> None:
         """A window from `start` on: twice as long as the last where reading goes on, else short."""
         goes_on = start <= self._start + len(self._window) and self._start > 0
-        self._ahead = min(2 * self._ahead, _MOST_AHEAD) if goes_on else _FIRST_AHEAD
+        self._ahead = min(2 * self._ahead, _MOST_AHEAD) if goes_on else self._first_ahead
         stop = min(self.size_bytes, start + max(count, self._ahead))
         self.bytes_fetched += stop - start
         if self.bytes_fetched > MAX_HEADER_BYTES:
@@ -96,11 +102,13 @@ def is_dicom(head: bytes) -> bool:
     return head[128:132] == b"DICM"
 
 
-def read_attributes(source: Source, go_on: Callable[[Attributes], bool]) -> Attributes:
+def read_attributes(
+    source: Source, go_on: Callable[[Attributes], bool], until: int = PIXELS
+) -> Attributes:
     """The wanted attributes of a file, and where its pixels lie.
 
     `go_on` is asked before the functional groups, which may be long: where it says no, those and all
-    after them are left. Raises BadDicomError.
+    after them are left. So is all from the tag `until` on, if that comes before. Raises BadDicomError.
     """
     if not is_dicom(source.read(0, min(132, source.size_bytes))):
         raise BadDicomError("it does not start as a DICOM file does")
@@ -109,7 +117,7 @@ def read_attributes(source: Source, go_on: Callable[[Attributes], bool]) -> Attr
         told = "deflated" if syntax == _DEFLATED else "big-endian"
         raise StoredOtherwiseError(f"{told} attributes ({syntax}) are not read")
     walk = _Walk(source, syntax == _IMPLICIT)
-    walk.dataset(Attributes(syntax, {}), start, go_on)
+    walk.dataset(Attributes(syntax, {}), start, go_on, until)
     return walk.found
 
 
@@ -159,7 +167,9 @@ class _Walk:
             raise BadDicomError(f"{name_of(tag)} at {at:,} is of no known kind")
         return tag, kind, int.from_bytes(self._source.read(at + 8, 4), "little"), at + 12
 
-    def dataset(self, found: Attributes, at: int, go_on: Callable[[Attributes], bool]) -> None:
+    def dataset(
+        self, found: Attributes, at: int, go_on: Callable[[Attributes], bool], until: int
+    ) -> None:
         """The file's own attributes, from `at` up to its pixels."""
         self.found, size, asked = found, self._source.size_bytes, False
         while at < size:
@@ -168,7 +178,7 @@ class _Walk:
                 asked = True
                 if not go_on(found):
                     return
-            if tag >= PIXELS:
+            if tag >= until:
                 if tag == PIXELS:
                     found.pixels = (value, length)
                 return
