@@ -299,6 +299,20 @@ def test_appending_to_a_killed_run_s_folder_or_to_a_stranger_s(slides, source, t
     assert len(rows(out / "slides.csv")) == N
 
 
+@pytest.mark.parametrize("damage", ["cut", "nonsense"])
+def test_a_damaged_journal_is_not_appended_to(damage, slides, source, tmp_path):
+    out = tmp_path / "c"
+    index(slides, out)
+    lines = (out / "index.journal").read_bytes().splitlines(keepends=True)
+    lines = lines[:-2] if damage == "cut" else [*lines[:-1], b"?" * 9 + b"\n"]
+    (out / "index.journal").write_bytes(b"".join(lines))
+    before = content(out)
+    with pytest.raises(PathfmError, match="its journal has lost"):
+        index(source, out, append=True)
+    assert content(out) == before
+    assert index(slides, out).slides == N
+
+
 # --- names ---
 
 

@@ -25,6 +25,8 @@ from pathfm.runtime import PathfmError, make_folder, save_config
 
 if TYPE_CHECKING:
     from online_patching.stores import Stores
+    from pathfm.index.folder import Folder
+    from pathfm.index.journal import Journal
 
 
 class IndexConfig(BaseModel, frozen=True, extra="forbid"):
@@ -107,7 +109,8 @@ def _index(config: IndexConfig, stores: Stores) -> IndexResult:
     make_folder(config.out / "slides")
     with opened(config.out) as journal:
         folder = Folder(config.out)
-        _refuse_to_append_to_what_is_not_known(config, folder.sizes, journal.committed)
+        if config.append:
+            _refuse_to_append_to_what_is_not_known(config.out, folder, journal)
         wanted = wanted_of(cohort, overrides, folder, journal, config.append)
         threads = config.threads or default_threads(slide.row.uri for slide in wanted.slides)
         reader = Reader(folder, journal, stores, threads, config.cohort, cohort)
@@ -125,11 +128,12 @@ def _index(config: IndexConfig, stores: Stores) -> IndexResult:
     )
 
 
-def _refuse_to_append_to_what_is_not_known(
-    config: IndexConfig, there: Mapping[str, int], committed: Mapping[str, int]
-) -> None:
-    if config.append and there and not committed:
-        raise PathfmError(
-            f"{config.out}: holds {len(there):,} indexes and no journal that tells of them. Index its "
-            "slides again, without --append"
-        )
+def _refuse_to_append_to_what_is_not_known(out: Path, folder: Folder, journal: Journal) -> None:
+    if folder.sizes and not journal.committed:
+        what = f"holds {len(folder.sizes):,} indexes and no journal that tells of them"
+    elif journal.damaged:
+        what = f"its journal has lost {journal.damaged:,} lines: slides would be lost with them"
+    else:
+        return
+    journal.roll_back()
+    raise PathfmError(f"{out}: {what}. Index all of its slides again, without --append")

@@ -57,7 +57,8 @@ class Known(NamedTuple):
 class Journal:
     """The journal of a corpus folder; open it with `opened`, which locks the folder.
 
-    `known` is by address: the URI without secrets. `committed` are the addresses of the corpus as the
+    `known` is by address: the URI without secrets. `damaged` counts lines that are not what they should be
+    and committed ones that are gone. `committed` are the addresses of the corpus as the
     last finished run left it, in order, and where their lines are. Threads may call every method.
     """
 
@@ -145,7 +146,7 @@ class Journal:
                 return 0
             same_index = head.get("index") == INDEX_MAGIC.decode()
             same_version = head.get("version") == __version__
-            committed = head.get("committed", 0)
+            committed = int(head.get("committed", 0))
             at = whole = file.tell()
             for number, line in enumerate(file):
                 if not line.endswith(b"\n"):
@@ -162,6 +163,7 @@ class Journal:
                     if same_index if "slide_id" in record else same_version:
                         self._note(at, record)
                 at = whole = at + len(line)
+            self.damaged += max(0, committed - len(self.committed))
             return whole
 
     def _note(self, at: int, record: Record) -> None:
