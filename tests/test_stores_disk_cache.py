@@ -161,6 +161,7 @@ def start_writer(folder: Path, limit: int, seed: int, turns: int) -> subprocess.
     return process
 
 
+@pytest.mark.slow
 def test_several_processes_share_a_folder_and_its_bound(tmp_path: Path) -> None:
     limit, most = MIB, 0
     writers = [start_writer(tmp_path, limit, seed, 600) for seed in range(3)]
@@ -174,6 +175,7 @@ def test_several_processes_share_a_folder_and_its_bound(tmp_path: Path) -> None:
     assert 0.5 * limit < most <= limit
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_a_cache_that_is_right(tmp_path: Path) -> None:
     dice = random.Random(0)
     for seed in range(2):

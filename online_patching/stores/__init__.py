@@ -1,4 +1,4 @@
-"""Where bytes come from: local files, http(s), and any filesystem fsspec knows.
+"""Where bytes come from: local files, http(s), S3, GCS and Azure, and any filesystem fsspec knows.
 
 Two kinds of store: LocalStore answers at once and is called inside decode threads; the others are
 awaited on an event loop and are made inside the process that uses them (clients do not survive a
@@ -22,6 +22,7 @@ from online_patching.stores.cloud_options import fsspec_options
 from online_patching.stores.http import HttpStore
 from online_patching.stores.listing import MOST_LISTED, Listed, list_folder
 from online_patching.stores.local import LocalStore, atomic_write_bytes, atomic_write_text
+from online_patching.stores.range_client import DEFAULT_CONNECTIONS
 from online_patching.stores.retry import RetryPolicy
 
 __all__ = [
@@ -65,7 +66,7 @@ class AsyncStore(Protocol):
         ...
 
     async def read(self, key: str, start: int, stop: int | None, token: str = "") -> bytes:
-        """Exactly the bytes start..stop (or all when stop is None), or an error."""
+        """Exactly the bytes start..stop (to the end when stop is None) of that version, or an error."""
         ...
 
     async def list(self, prefix: str, most: int = MOST_LISTED) -> list[Listed]:
@@ -132,14 +133,17 @@ class LoopThread:
 
 
 class Stores:
-    """The stores of one process: one LocalStore, one client a remote scheme, one loop thread.
+    """The stores of one process: one LocalStore, one client for HTTP and clouds, one for fsspec, one loop.
 
-    Everything is made on first use, so an instance may be created before a fork or pickled
-    without its clients.
+    `connections` bounds what http(s) and the clouds hold at once, all hosts together. Everything is made
+    on first use, so an instance may be created before a fork or pickled without its clients.
     """
 
-    def __init__(self, policy: RetryPolicy | None = None) -> None:
+    def __init__(
+        self, policy: RetryPolicy | None = None, connections: int = DEFAULT_CONNECTIONS
+    ) -> None:
         self.policy = policy or RetryPolicy()
+        self.connections = connections
         self.local = LocalStore()
         self._remote: dict[str, AsyncStore] = {}
         self._loop: LoopThread | None = None
@@ -169,7 +173,9 @@ class Stores:
         with self._lock:
             if kind not in self._remote:
                 self._remote[kind] = (
-                    HttpStore(self.policy) if kind == "http" else FsspecStore(self.policy)
+                    HttpStore(self.policy, self.connections)
+                    if kind == "http"
+                    else FsspecStore(self.policy)
                 )
             return self._remote[kind]
 
@@ -187,11 +193,11 @@ class Stores:
         return self.local.version(local_path(uri))
 
     def read(self, uri: str, start: int, stop: int | None, token: str = "") -> bytes:
-        """Bytes of an object, waiting for them. Local tokens are checked when a slide is opened."""
+        """Bytes start..stop of the version `token` ('' : any) of an object, to its end when stop is None."""
         if is_remote(uri):
             data: bytes = self.loop.run(self.remote(uri).read(uri, start, stop, token))
             return data
-        return self.local.read(local_path(uri), start, stop)
+        return self.local.read(local_path(uri), start, stop, token)
 
     def list(self, prefix: str, most: int = MOST_LISTED) -> list[Listed]:
         """Every object below a folder or prefix (or the object itself), sorted by URI.
@@ -269,7 +275,7 @@ class Stores:
         self._loop = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Stores, (self.policy,))
+        return (Stores, (self.policy, self.connections))
 
 
 async def _cancel_others() -> None:
