@@ -80,6 +80,7 @@ class ThreadEngine:
         self._filters = tuple(getattr(sampler, "filters", ()))
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="patch-plan")
         self._pool = ThreadPoolExecutor(options.threads, thread_name_prefix="patch-decode")
+        self._checker = ThreadPoolExecutor(1, thread_name_prefix="patch-check")
         self._pending: deque[BatchInMaking] = deque()
         self._checked: set[str] = set()
         self._retries_seen = 0
@@ -122,6 +123,7 @@ class ThreadEngine:
         self.stores.cancel_all()
         self._planner.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._checker.shutdown(wait=True, cancel_futures=True)
         self.stores.close()
         for batch in self._pending:
             batch.fail(LoaderError("the loader was closed while this batch was being made."))
@@ -253,7 +255,7 @@ class ThreadEngine:
         try:
             if uri not in self._checked:
                 # Off the loop, and not in the decode pool: this thread waits for the loop.
-                await asyncio.to_thread(self._check, corpus.index(slide))
+                await self._checked_apart(corpus.index(slide))
             async with self.budget.reserve(sum(stop - start for start, stop in ranges)):
                 bodies = await fetch_ranges(uri, token, pieces, ranges, self.stores, self.stats)
                 await self._pooled(self._remote_bodies, turn, canvas, bodies)
@@ -306,7 +308,7 @@ class ThreadEngine:
         index = self.sampler.corpus.index(views[0].slide)
         try:
             if index.uri not in self._checked and not index.uri.startswith("http"):
-                await asyncio.to_thread(self._check, index)
+                await self._checked_apart(index)
             for ref, out in zip(views, self._targets(batch, row), strict=True):
                 plan = plan_patch(index, ref)
                 pieces = pieces_of(index, plan)
@@ -321,6 +323,10 @@ class ThreadEngine:
 
     def _targets(self, batch: BatchInMaking, row: int) -> list[NDArray[np.uint8]]:
         return [batch.pixels[row]] if self._views == 1 else list(batch.pixels[row])
+
+    async def _checked_apart(self, index: SlideIndex) -> None:
+        """Check a slide in a thread for that alone: it waits for the loop, whose own threads stores need."""
+        await asyncio.get_running_loop().run_in_executor(self._checker, self._check, index)
 
     def _check(self, index: SlideIndex) -> None:
         """At the first touch of a slide that nothing else checks: is it the one that was indexed?"""
