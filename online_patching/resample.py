@@ -16,28 +16,29 @@ OUTSIDE = 255
 """What lies outside the slide is white, like glass."""
 
 
+def seen_box(level: Level, box: Box, tile: Tile) -> Box:
+    """The part of a tile that a box of the level sees, px of the tile: edge tiles are padded past the level,
+    and the padding is not image."""
+    whole = Box(
+        tile.left, tile.top, tile.left + level.tile_width_px, tile.top + level.tile_height_px
+    )
+    bounds = Box(0, 0, level.width_px, level.height_px)
+    return whole.intersect(bounds).intersect(box).shift(-tile.left, -tile.top)
+
+
 def paste(
     level: Level, box: Box, pieces: Iterable[tuple[Tile, int, NDArray[np.uint8]]]
 ) -> NDArray[np.uint8]:
-    """The pixels of `box` (height, width, 3) from decoded tile pieces (tile, part, pixels)."""
+    """The pixels of `box` (height, width, 3) from pieces (tile, part, pixels of its `seen_box`)."""
     canvas = np.full((box.height, box.width, 3), OUTSIDE, np.uint8)
-    bounds = Box(0, 0, level.width_px, level.height_px)
     for tile, part, pixels in pieces:
-        # Edge tiles are padded past the level: the padding is not image.
-        whole = Box(
-            tile.left, tile.top, tile.left + level.tile_width_px, tile.top + level.tile_height_px
-        )
-        seen = whole.intersect(bounds).intersect(box)
-        source = seen.shift(-tile.left, -tile.top)
-        target = seen.shift(-box.left, -box.top)
+        target = seen_box(level, box, tile).shift(tile.left - box.left, tile.top - box.top)
         channels = (
             slice(None)
             if level.parts == 1
             else slice(part * pixels.shape[2], (part + 1) * pixels.shape[2])
         )
-        canvas[target.top : target.bottom, target.left : target.right, channels] = pixels[
-            source.top : source.bottom, source.left : source.right
-        ]
+        canvas[target.top : target.bottom, target.left : target.right, channels] = pixels
     return canvas
 
 

@@ -23,7 +23,7 @@ from online_patching.plan import (
     round_half_up,
     tiles_of,
 )
-from online_patching.resample import paste, resample
+from online_patching.resample import paste, resample, seen_box
 from online_patching.slide_index import Level, SlideIndex
 from online_patching.stats import Stats
 from online_patching.stores import Stores, is_remote
@@ -222,15 +222,16 @@ def finish(
 ) -> NDArray[np.uint8]:
     """Decode, paste and resample fetched pieces: the compute half of a read, for a thread."""
     level = index.levels[plan.level]
-    size = (level.tile_width_px, level.tile_height_px)
+    size, reduced = (level.tile_width_px, level.tile_height_px), level.reduced(plan.scale)
     decoded = []
     for piece, body in zip(pieces, data, strict=True):
+        seen = seen_box(reduced, plan.box, piece.tile)
         try:
-            pixels = decode_tile(level.codec, body, *size, plan.scale)
+            pixels = decode_tile(level.codec, body, *size, plan.scale, seen)
         except BadTileError as error:
             raise TileDecodeError(index.uri, plan.level, piece.tile.number, f"{error}.") from None
         decoded.append((piece.tile, piece.part, pixels))
-    return resample(plan, paste(level.reduced(plan.scale), plan.box, decoded))
+    return resample(plan, paste(reduced, plan.box, decoded))
 
 
 def finish_fallback(index: SlideIndex, plan: ReadPlan) -> NDArray[np.uint8]:
