@@ -30,9 +30,10 @@ from online_patching.formats.range_file import RangeFile
 from online_patching.geometry import Box
 from online_patching.slide import Slide
 from online_patching.stores import Stores
-from online_patching.testing.ndpi import write_vms
-from online_patching.testing.vendor_tiffs import write_leica, write_ventana
+from online_patching.testing.ndpi import write_ndpi, write_vms
+from online_patching.testing.vendor_tiffs import leica_images, ventana_images, write_images
 from online_patching.testing.writers import shrink
+from tests.cloud_servers import CloudServer
 from tests.conftest import noise
 from tests.servers import FaultServer
 
@@ -86,9 +87,8 @@ def test_vms_goes_through_openslide_with_its_pixels(tmp_path: Path) -> None:
 
 
 def test_scn_goes_through_openslide_which_places_it_on_the_glass(tmp_path: Path, pictures) -> None:
-    path = write_leica(
-        tmp_path / "a.scn", [pictures[0], shrink(pictures[0], 2)], noise((64, 96, 3))
-    )
+    images = leica_images([pictures[0], shrink(pictures[0], 2)], noise((64, 96, 3)))
+    path = write_images(tmp_path / "a.scn", images)
     index = read_slide_index(str(path))
     assert (index.container, index.vendor, index.fallback) == ("openslide", "leica", True)
     with openslide.OpenSlide(str(path)) as oracle:
@@ -100,7 +100,7 @@ def test_scn_goes_through_openslide_which_places_it_on_the_glass(tmp_path: Path,
 
 def test_bif_goes_through_openslide_which_undoes_its_overlaps(tmp_path: Path) -> None:
     picture = noise((256, 320, 3))
-    path = write_ventana(tmp_path / "a.bif", [picture, shrink(picture, 2)])
+    path = write_images(tmp_path / "a.bif", ventana_images([picture, shrink(picture, 2)]))
     index = read_slide_index(str(path))
     assert (index.container, index.vendor, index.fallback) == ("openslide", "ventana", True)
 
@@ -146,7 +146,7 @@ def test_slides_of_several_files_are_refused_far_away(
 
 def test_overlapping_tiles_are_refused_far_away(fault_server: FaultServer) -> None:
     picture = noise((256, 320, 3))
-    write_ventana(fault_server.root / "a.bif", [picture, shrink(picture, 2)])
+    write_images(fault_server.root / "a.bif", ventana_images([picture, shrink(picture, 2)]))
     with pytest.raises(errors.UnsupportedSlideError, match=r"its tiles overlap.*copy it to disk"):
         read_slide_index(f"{fault_server.url}/a.bif")
 
@@ -178,6 +178,26 @@ def test_the_loader_delivers_a_far_fallback_slide_as_it_does_a_near_one(
             batches.append(next(iter(loader)).pixels.copy())
             assert not loader.stats.failures
     assert np.array_equal(*batches) and batches[0].std() > 20
+
+
+@pytest.mark.slow
+def test_from_s3_tiffslide_and_the_ndpi_index_give_the_local_pixels(
+    s3_cloud: CloudServer, tmp_path: Path, pictures, monkeypatch: pytest.MonkeyPatch, pool
+) -> None:
+    s3_cloud.enter(monkeypatch)
+    strips = write_strips(tmp_path / "a.tif", pictures)
+    intervals = write_ndpi(tmp_path / "a.ndpi", [noise((384, 1024, 3))])
+    for path, container in ((strips, "tiffslide"), (intervals, "ndpi")):
+        index = read_slide_index(s3_cloud.put(path.name, path.read_bytes()))
+        assert (index.container, index.fallback) == (container, container == "tiffslide")
+        box, near = Box(30, 40, 200, 150), read_slide_index(str(path))
+        assert np.array_equal(box_of(index, 0, box), box_of(near, 0, box))
+        sampler = PatchSampler(
+            [index], [ForegroundMask.everything(index)], mpp=index.mpp, size_px=64, seed=2
+        )
+        with PatchLoader(sampler, batch_size=4, threads=2, workers=0) as loader:
+            assert next(iter(loader)).pixels.shape == (4, 64, 64, 3)
+            assert not loader.stats.failures
 
 
 def test_signatures_stay_out_of_messages_and_command_lines(
