@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -24,6 +25,7 @@ from online_patching import Corpus, SlideIndex, stores
 from online_patching.errors import CODES, StoreUnavailableError
 from online_patching.stores.listing import Listed
 from online_patching.testing import SyntheticSlide, write_tiff
+from online_patching.testing.dicom import write_dicom
 from pathfm.cli import main
 from pathfm.cohorts import CohortRow, index_row
 from pathfm.index import IndexConfig, IndexResult, run
@@ -215,6 +217,22 @@ def test_a_slide_that_changed_and_an_index_that_is_gone_are_made_anew(slides, tm
     assert index(slides, out).reused == N - 3
     assert read == {"s03.svs": 1, "s04.svs": 1, "s05.svs": 1}
     assert SlideIndex.load(out / "slides" / "s03.index").token.endswith("-1")
+
+
+def test_of_a_slide_of_several_objects_each_is_looked_at(tmp_path, read):
+    picture = np.random.default_rng(1).integers(0, 256, (100, 130, 3), np.uint8)
+    for name in ("one", "two"):
+        write_dicom(tmp_path / "in" / name, [picture, picture[::2, ::2]])
+    index(tmp_path / "in", tmp_path / "c")
+    told = pq.read_table(tmp_path / "c" / "slides.parquet").to_pylist()
+    assert [(row["slide_id"], row["container"], row["objects"]) for row in told] == [
+        ("one", "dicom", 2),
+        ("two", "dicom", 2),
+    ]
+    os.utime(tmp_path / "in" / "two" / "level-1.dcm", ns=(1, 1))
+    read.clear()
+    assert index(tmp_path / "in", tmp_path / "c").reused == 1
+    assert read == {"two": 1}
 
 
 def test_what_a_store_refused_is_tried_again(slides, tmp_path, monkeypatch, read):

@@ -30,6 +30,8 @@ from pathfm.runtime import one_line, progress, without_secrets
 _AHEAD = 16
 """Slides handed to each thread ahead of the slowest."""
 _CHECKED_AT_ONCE = 64
+_PARTS = "of its parts"
+"""In place of the token of a slide whose objects have tokens."""
 _WORTH_LISTING = 32
 """Slides of one bucket from which on a listing is cheaper than asking for each."""
 
@@ -188,7 +190,7 @@ class Reader:
 
     def _read(self, slide: Wanted) -> bool:
         """Index a slide and note it, or why it is refused; whether it is usable."""
-        token = self._token_before(slide)
+        token = self._token_before(slide) or token_of_content(slide.row)
         try:
             index, row = index_row(
                 slide.row, slide.told, self.stores, options=self.options, salt=self.salt
@@ -206,7 +208,7 @@ class Reader:
             {
                 "uri": slide.address,
                 "told": slide.told,
-                "token": index.token or token_of_content(row),
+                "token": index.token or token_of_content(row) or (_PARTS if index.objects else ""),
                 "index_bytes": size,
                 "plain": not index.objects and index.levels[0].keys is None,
                 "found": {
