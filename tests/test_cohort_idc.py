@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from online_patching import open_slide
+from online_patching import Corpus, PatchLoader, PatchSampler, open_slide
 from online_patching.errors import NotASlideError
 from online_patching.stores import Stores
 from pathfm.cli import main
@@ -98,6 +99,21 @@ def test_a_patient_is_the_same_whether_a_table_or_a_header_names_them(
         cohort = find_cohort([str(table)], CohortOptions(), stores, tmp_path / "corpus")
         rows = [index_row(row, None, stores, salt=cohort.salt)[1] for row in cohort.rows]
     assert rows[0].patient == rows[1].patient != ""
+
+
+@pytest.mark.slow
+def test_a_series_is_trained_on_without_downloading_it(archive: str, tmp_path: Path) -> None:
+    """The very batches of the same files in a folder."""
+    (tmp_path / SERIES[1]).symlink_to((WSI / FOLDERS[1]).resolve())
+    batches = []
+    for name, source in (("far", f"{archive}/{SERIES[1]}/"), ("near", str(tmp_path / SERIES[1]))):
+        corpus = tmp_path / name
+        assert main(["index", source, "--out", str(corpus)]) == 0
+        assert main(["foreground", str(corpus)]) == 0
+        sampler = PatchSampler(Corpus.open(corpus), size_px=64, mpp=[3.0, 6.0], seed=7)
+        with PatchLoader(sampler, batch_size=8) as loader:
+            batches.append(np.stack([batch.pixels for batch in islice(loader, 3)]))
+    np.testing.assert_array_equal(*batches)
 
 
 # --- the header's PatientID -----------------------------------------------------------------------
