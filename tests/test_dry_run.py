@@ -6,19 +6,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import tifffile
 
 from online_patching import Corpus, ForegroundMask, PatchLoader, PatchSampler, read_slide_index
 from online_patching.testing import SyntheticSlide, write_ome_zarr, write_tiff
+from online_patching.testing.dicom import Written, write_dicom
 from pathfm.cli import main
 from pathfm.pretrain import PretrainConfig
 from pathfm.pretrain.dry_run import COUNTS, DryRun, dry_run
 from tests.servers import FaultServer
 
 DRAWS = 96
-FILES = ("a.svs", "b.svs", "lzw.tif", "c.zarr")
+FILES = ("a.svs", "b.svs", "lzw.tif")
 
 
 def lzw_tiff(path: Path, width_px: int, height_px: int) -> None:
@@ -36,6 +38,8 @@ def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiff(folder / "a.svs", SyntheticSlide(1, 1500, 1100, mpp=0.2531), downsamples=(3.9995,))
     write_tiff(folder / "b.svs", SyntheticSlide(2, 900, 1300, mpp=0.497), tile_px=240)
     lzw_tiff(folder / "lzw.tif", 700, 900)
+    picture = np.random.default_rng(6).integers(0, 256, (300, 500, 3), np.uint8)
+    write_dicom(folder / "dicom", [picture], Written(mpp=0.3, parts=3))
     write_ome_zarr(folder / "c.zarr", SyntheticSlide(4, 800, 600, mpp=0.351), chunk_px=200)
     return folder
 
@@ -75,16 +79,22 @@ def told_and_counted(corpus: Path) -> tuple[DryRun, dict[str, int], list[Any]]:
     return dry_run(asked, sampler), counted, refs
 
 
-@pytest.mark.parametrize("away", [False, True])
+@pytest.mark.parametrize("where", ["disk", "http", "bucket"])
 def test_requests_and_bytes_are_those_that_a_loader_counts(
-    away: bool, slides: Path, tmp_path: Path, fault_server: FaultServer
+    where: str, slides: Path, tmp_path: Path, fault_server: FaultServer
 ) -> None:
-    names = [name for name in FILES if name != "c.zarr"]
-    uris = [str(slides / name) for name in names]
-    if away:
-        for name in names:
+    away = where != "disk"
+    uris = [str(slides / name) for name in (*FILES, "dicom")]
+    host = "local files"
+    if where == "http":
+        host = fault_server.url
+        for name in FILES:
             shutil.copy(slides / name, fault_server.root / name)
-        uris = [f"{fault_server.url}/{name}" for name in names]
+        uris = [f"{host}/{name}" for name in FILES]
+    if where == "bucket":  # a slide in several objects, which http(s) cannot list
+        host = "memory://dry"
+        fsspec.filesystem("memory").put(str(slides), "/dry", recursive=True)
+        uris = [f"{host}/{name}" for name in (*FILES, "dicom")]
     found, counted, refs = told_and_counted(corpus_of(uris, tmp_path / "c"))
     assert found.draws == found.total == DRAWS
     assert {name: getattr(found.whole, name) for name in COUNTS} == {
@@ -98,7 +108,6 @@ def test_requests_and_bytes_are_those_that_a_loader_counts(
         assert sum(told.values()) == DRAWS
         for name in COUNTS:
             assert sum(getattr(tally, name) for tally in kind.values()) == counted[name]
-    host = fault_server.url if away else "local files"
     assert {s: t.patches for s, t in found.by_store.items()} == {host: DRAWS}
 
 

@@ -139,7 +139,7 @@ def _single(
     """Tiles, requests, bytes wanted and read of one patch, and whether they are exact."""
     plan = plan_patch(index, ref)
     if index.fallback:
-        return len(plan.tiles), 0, 0, 0, False
+        return 0, 0, 0, 0, False
     pieces = pieces_of(index, plan)
     request = plan_request(index, plan, pieces, gap_bytes)
     if index.levels[plan.level].keys is not None:
