@@ -75,7 +75,9 @@ class Pool:
         self.again_asked.append(get)
 
 
-def feed(data: bytes, cuts: list[int]) -> tuple[list[tuple[bytes | None, Exception | None]], bool]:
+def feed(
+    data: bytes, cuts: list[int], start=START, stop=STOP
+) -> tuple[list[tuple[bytes | None, Exception | None]], bool]:
     """What one request is told when `data` arrives in pieces and then the end; and whether the connection
     would be used again."""
     told: list[tuple[bytes | None, Exception | None]] = []
@@ -85,7 +87,7 @@ def feed(data: bytes, cuts: list[int]) -> tuple[list[tuple[bytes | None, Excepti
     connection.connection_made(transport)
     connection.send(
         Get(
-            "http://h/a", ("http", "h", 80), b"", START, STOP, TOKEN, lambda *got: told.append(got)
+            "http://h/a", ("http", "h", 80), b"", start, stop, TOKEN, lambda *got: told.append(got)
         ),
         0.0,
         1.0,
@@ -103,6 +105,42 @@ def feed(data: bytes, cuts: list[int]) -> tuple[list[tuple[bytes | None, Excepti
     connection.connection_lost(None)
     assert not pool.again_asked  # it was the connection's first request
     return told, kept
+
+
+WHOLE = f"HTTP/1.1 200 OK\r\nETag: {TOKEN}\r\n".encode()
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000, 300_000])
+def test_a_whole_object_is_as_long_as_its_answer_says(size: int) -> None:
+    body = bytes(range(250)) * (size // 250 + 1)
+    data = WHOLE + f"Content-Length: {size}\r\n\r\n".encode() + body[:size]
+    for cuts in ([], [10], [len(WHOLE) + 3, len(data) - 1] if size else [7]):
+        assert feed(data, cuts, 0, None) == ([(body[:size], None)], True)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (WHOLE + b"\r\n", UnusualAnswerError, "no Content-Length"),
+        (WHOLE + b"Content-Length: 999999999999\r\n\r\n", errors.StoreError, "at most 268,435,456"),
+        (WHOLE + b"Content-Length: 9\r\n\r\n1234", TransientError, "after 4 of 9 bytes"),
+        (
+            WHOLE + b"Content-Length: 9\r\nContent-Encoding: gzip\r\n\r\n",
+            errors.StoreError,
+            "encoded",
+        ),
+        (b'HTTP/1.1 200 OK\r\nETag: "b"\r\n\r\n', errors.ObjectChangedError, "changed"),
+        (answer(), errors.StoreError, "HTTP 206"),
+    ],
+)
+def test_an_answer_that_is_not_the_whole_object_is_one_clear_error(
+    data: bytes, error: type[Exception], words: str
+) -> None:
+    told, kept = feed(data, [], 0, None)
+    assert len(told) == 1
+    assert isinstance(told[0][1], error)
+    assert words in str(told[0][1])
+    assert not kept
 
 
 @st.composite
@@ -202,7 +240,9 @@ def test_each_answer_that_is_not_the_range_is_one_clear_error(
     assert len(told) == 1
     assert isinstance(told[0][1], error)
     assert words in str(told[0][1])
-    assert not kept
+    assert kept is (
+        data == answer(status="404 Not Found")
+    )  # whole: absent chunks of a Zarr are common
 
 
 @pytest.mark.parametrize("encoding", ["identity", "Identity", "", "aws-chunked"])

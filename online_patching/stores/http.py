@@ -28,7 +28,7 @@ class HttpStore:
     A 200 answer to a Range request is aborted before its body: it would be the whole slide. A
     changed ETag raises ObjectChangedError. Credentials and queries never appear in messages.
 
-    Ranges go through a RangeClient. Whole objects, versions, URLs with credentials, proxies from
+    Ranges and whole objects go through a RangeClient. Versions, URLs with credentials, proxies from
     the environment and hosts that once answered in an unusual way (a redirect, a chunked body) go
     through aiohttp, at three times the CPU a request (docs/decisions/0010-range-client.md).
     """
@@ -58,17 +58,17 @@ class HttpStore:
         return await self.asked(key, lambda address: self.full.version(key, address))
 
     async def read(self, key: str, start: int, stop: int | None, token: str = "") -> bytes:
-        """Bytes start..stop of an object, or all of it when stop is None.
+        """Bytes start..stop of an object, or to its end when stop is None.
 
         `token` is the ETag seen when the slide was indexed; another one raises.
         """
-        if stop is not None:
+        if stop is not None or not start:
             return (await self.read_many([(key, start, stop, token)]))[0]
         return await self.asked(
             key, lambda address: self.full.read(key, start, None, token, address)
         )
 
-    async def read_many(self, ranges: Sequence[tuple[str, int, int, str]]) -> list[bytes]:
+    async def read_many(self, ranges: Sequence[tuple[str, int, int | None, str]]) -> list[bytes]:
         """Bytes of several (key, start, stop, token), asked for at once and in this order.
 
         The first error is raised and ends the rest. One future serves all: a task each would cost
@@ -103,8 +103,8 @@ class HttpStore:
                     read.cancel()
         return found
 
-    def start(self, key: str, start: int, stop: int, token: str, done: Done) -> RangeRead:
-        """Begin to read bytes start..stop; for callers that count answers rather than await them.
+    def start(self, key: str, start: int, stop: int | None, token: str, done: Done) -> RangeRead:
+        """Begin to read bytes start..stop, or the whole object from 0 to None, without awaiting it.
 
         `done(body, None)` or `done(None, error)` is called on this loop, later and once, unless the
         read is cancelled. Call it on the loop's thread.
@@ -189,14 +189,14 @@ class RangeRead:
     __slots__ = ("_address", "_done", "_failed", "_renewed", "_step", "_store", "_wanted")
 
     def __init__(
-        self, store: HttpStore, key: str, start: int, stop: int, token: str, done: Done
+        self, store: HttpStore, key: str, start: int, stop: int | None, token: str, done: Done
     ) -> None:
         self._store, self._wanted = store, (key, start, stop, token)
         self._done: Done | None = done
         self._failed, self._renewed = 0, False
         self._address: Address | None = None
         self._step: Get | asyncio.Handle | asyncio.Task[None] | None = None
-        if start < stop:
+        if stop is None or start < stop:
             self._try()  # raises in the asker when the key is no URL
         else:
             self._step = asyncio.get_running_loop().call_soon(self._end, b"", None)

@@ -26,6 +26,9 @@ from online_patching.stores.retry import TransientError
 MAX_HEAD_BYTES = 16 * 2**10
 """The longest head that is read; S3's have 400 to 1,000 bytes."""
 
+MAX_OBJECT_BYTES = 256 * 2**20
+"""The largest tile, chunk or metadata document that is read whole."""
+
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _HEAD = re.compile(
     r"HTTP/1\.([01]) ([1-9]\d\d)(?: [^\r\n\0]*)?((?:\r\n[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\r\n\0]*)*)"
@@ -75,8 +78,8 @@ def parse_head(data: bytes) -> Head:
 
     Raises UnusualAnswerError for anything that RFC 9112 lets a recipient refuse, and for what only
     a complete client should handle: redirects, interim answers, transfer encodings. Of an error (400
-    and above) only the status and Content-Range matter, as its body is not read: object stores and
-    proxies say "slow down" in chunks or in HTTP/1.0.
+    and above) only the status, Content-Range and Retry-After matter, as its body is not read: object stores
+    and proxies say "slow down" in chunks or in HTTP/1.0. It may be kept where its length is plain.
     """
     text = data.decode("latin-1")
     match = _HEAD.fullmatch(text)
@@ -85,13 +88,23 @@ def parse_head(data: bytes) -> Head:
     status, fields = int(match[2]), _FIELDS.findall(match[3])
     kept = {name.lower(): value.strip(" \t") for name, value in fields}
     if status >= 400:
-        after_s = _seconds(kept.get("retry-after", ""))
-        return Head(status, kept.get("content-range", ""), keep=False, after_s=after_s)
+        return _error_head(status, kept, plain=match[1] == "1" and len(kept) == len(fields))
     if match[1] == "0":
         raise UnusualAnswerError("HTTP/1.0")
     if len(kept) != len(fields):
         raise UnusualAnswerError("a header twice")
     return _head(status, kept)
+
+
+def _error_head(status: int, kept: dict[str, str], plain: bool) -> Head:
+    length = kept.get("content-length", "")
+    plain = (
+        plain and "transfer-encoding" not in kept and re.fullmatch("[0-9]{1,9}", length) is not None
+    )
+    keep = plain and kept.get("connection", "keep-alive").lower() == "keep-alive"
+    after_s = _seconds(kept.get("retry-after", ""))
+    size = int(length) if plain else -1
+    return Head(status, kept.get("content-range", ""), "", size, keep, after_s=after_s)
 
 
 def _head(status: int, kept: dict[str, str]) -> Head:
@@ -173,6 +186,16 @@ def check_range(key: str, head: Head, start: int, stop: int) -> None:
     if head.status == 416:
         raise ShortReadError(redact(key), start, stop, max(0, content_range(key, head)[2]))
     return raise_for_status(key, head)
+
+
+def whole_size(key: str, head: Head) -> int:
+    """How many bytes the answer to a request for all of an object brings; raises what else it is."""
+    raise_for_status(key, head)
+    check_encoding(key, head)
+    if head.length < 0:
+        raise UnusualAnswerError("no Content-Length")
+    check_size(key, head.length, MAX_OBJECT_BYTES)
+    return head.length
 
 
 def check_length(key: str, head: Head, wanted: int) -> None:

@@ -12,6 +12,7 @@ import aiohttp
 from online_patching.errors import StoreError, redact
 from online_patching.stores.address import Address
 from online_patching.stores.http_answer import (
+    MAX_OBJECT_BYTES,
     Head,
     check_encoding,
     check_range,
@@ -25,9 +26,6 @@ from online_patching.stores.http_headers import headers_for
 from online_patching.stores.http_target import if_match, parse_url, proxy_for
 from online_patching.stores.redirects import MOST_REDIRECTS, REDIRECTS, redirect_target
 from online_patching.stores.retry import RetryPolicy, TransientError
-
-MAX_OBJECT_BYTES = 256 * 2**20
-"""The largest tile, chunk or metadata document that is read whole."""
 
 
 class FullClient:

@@ -92,7 +92,9 @@ def make_target(origin: Origin, path: str, headers: Sequence[tuple[str, str]] = 
 on_forget(target_of.cache_clear)
 
 
-def request_of(target: Target, start: int, stop: int, token: str) -> bytes:
-    """The bytes of a request for bytes start..stop of the version `token`."""
+def request_of(target: Target, start: int, stop: int | None, token: str) -> bytes:
+    """The bytes of a request for bytes start..stop (all of it when stop is None) of the version `token`."""
     match = f"If-Match: {if_match(token)}\r\n" if if_match(token) else ""
+    if stop is None:
+        return target.prefix + f"{match}\r\n".encode("ascii")
     return target.prefix + f"{match}Range: bytes={start}-{stop - 1}\r\n\r\n".encode("ascii")

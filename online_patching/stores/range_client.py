@@ -83,8 +83,13 @@ class RangeClient:
         self._sweep_s = min(max(shortest / 8, 0.01), 0.5)
         self._first_byte_s = shortest
 
-    def start(self, target: Target, key: str, start: int, stop: int, token: str, done: Done) -> Get:
-        """Ask for bytes start..stop (at least one); `done` is called once, unless it is cancelled."""
+    def start(
+        self, target: Target, key: str, start: int, stop: int | None, token: str, done: Done
+    ) -> Get:
+        """Ask for bytes start..stop (at least one, or with None all of the object).
+
+        `done` is called once, unless it is cancelled.
+        """
         get = Get(
             key, target.origin, request_of(target, start, stop, token), start, stop, token, done
         )

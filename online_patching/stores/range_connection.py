@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol, cast
 
-from online_patching.errors import PatchingError
+from online_patching.errors import ObjectNotFoundError, PatchingError
 from online_patching.stores.http_answer import (
     MAX_HEAD_BYTES,
     Head,
@@ -20,6 +20,7 @@ from online_patching.stores.http_answer import (
     check_range,
     check_token,
     parse_head,
+    whole_size,
 )
 from online_patching.stores.http_target import Origin
 from online_patching.stores.retry import TransientError
@@ -29,7 +30,10 @@ Done = Callable[[bytes | None, Exception | None], None]
 
 
 class Get:
-    """One range wanted: bytes `start`..`stop` of `key`, by the bytes of its `request`."""
+    """One range wanted: bytes `start`..`stop` of `key`, by the bytes of its `request`.
+
+    `stop` is None for all of an object until its answer says how long that is.
+    """
 
     __slots__ = (
         "connection",
@@ -49,7 +53,7 @@ class Get:
         origin: Origin,
         request: bytes,
         start: int,
-        stop: int,
+        stop: int | None,
         token: str,
         done: Done,
     ) -> None:
@@ -166,7 +170,7 @@ class Connection(asyncio.BufferedProtocol):
             self.owner.again(get)
             return
         what = type(exc).__name__ if exc else "the connection ended"
-        got = f" after {self._got:,} of {get.stop - get.start:,} bytes" if self.answering else ""
+        got = f" after {self._got:,} of {len(self._body):,} bytes" if self._body is not None else ""
         get.done(None, TransientError(what + got))
 
     # --- answers ------------------------------------------------------------------------------
@@ -184,14 +188,25 @@ class Connection(asyncio.BufferedProtocol):
         try:
             head = parse_head(start[:end])
             check_token(get.key, head, get.token)
-            check_range(get.key, head, get.start, get.stop)
+            if get.stop is None:
+                wanted = whole_size(get.key, head)
+            else:
+                check_range(get.key, head, get.start, get.stop)
+                wanted = get.stop - get.start
+        except ObjectNotFoundError as error:
+            if head.keep and head.length == len(data) - end - 4:
+                self._finish(
+                    get, None, error
+                )  # absent chunks are common in Zarr: no new connection
+            else:
+                self.fail(error)
         except (PatchingError, TransientError, UnusualAnswerError) as error:
             self.fail(error)  # with the connection: its body is not wanted
         else:
-            self._begin_body(get, head, data[end + 4 :])
+            self._begin_body(get, head, data[end + 4 :], wanted)
 
-    def _begin_body(self, get: Get, head: Head, data: memoryview) -> None:
-        wanted, have = get.stop - get.start, len(data)
+    def _begin_body(self, get: Get, head: Head, data: memoryview, wanted: int) -> None:
+        have = len(data)
         self._keep = head.keep and have <= wanted  # more than the body is nobody's answer
         if have >= wanted:
             return self._finish(get, bytes(data[:wanted]))
@@ -200,7 +215,7 @@ class Connection(asyncio.BufferedProtocol):
         self._body[:have] = data
         return None
 
-    def _finish(self, get: Get, body: bytes) -> None:
+    def _finish(self, get: Get, body: bytes | None, error: Exception | None = None) -> None:
         self.get = get.connection = self._body = None
         self._head, self._got = b"", 0
         self.answers += 1
@@ -208,4 +223,4 @@ class Connection(asyncio.BufferedProtocol):
             self.owner.free(self)  # first: the next request is on its way while this one is used
         else:
             self.abort()
-        get.done(body, None)
+        get.done(body, error)
