@@ -3,11 +3,12 @@
     pip install -e '.[bench]'
     python benchmarks/tiff_codecs.py [SLIDE] [--side 4096] [--blocks 7] [--core N] [--out benchmarks/results/FILE.txt]
 
-A square of a real slide's level 0, mirrored to twice its sides (OpenSlide remembers 32 MB of tiles), is written as a tiled TIFF of a single level (256 px tiles) in each codec:
-the same pixels for all. At level 0's µm/px for all of them; JPEG 2000 besides at 2 x and 4 x coarser, where
-fewer resolutions are decoded, beside the loader made to decode them all. "whole tiles" is the loader made
-to decode tiles whole instead of the part it needs. Everything is pinned to one core, in blocks that take
-turns; "loader" is PatchLoader with one decode thread, everything included. Peers get positions for nothing.
+A square of a real slide's level 0, mirrored to twice its sides (OpenSlide remembers 32 MB of tiles), is
+written as a tiled TIFF of a single level (256 px tiles) in each codec: the same pixels for all. At level 0's
+µm/px for all of them; JPEG 2000 besides at 2 x and 4 x coarser, where fewer resolutions are decoded, beside
+the loader made to decode them all. "whole tiles" is the loader made to decode tiles whole instead of the
+part it needs. Everything is pinned to one core, in blocks that take turns; "loader" is PatchLoader with one
+decode thread, everything included. Peers get their positions for nothing.
 """
 
 from __future__ import annotations
