@@ -144,7 +144,7 @@ def _with_frame(level: Level, page: Page, reader: HeaderReader) -> Codec:
         return level.codec
     start, stop = level.byte_range(int(stored[0]))
     try:
-        data = reader.read(start, min(stop - start, _FRAME_BYTES))
+        data = reader.read_rows(start, min(stop - start, _FRAME_BYTES))  # and nothing beside them
         frame = read_frame(codestream_of(data))
     except BadStreamError:
         return level.codec
