@@ -203,7 +203,7 @@ def test_a_bioformats2raw_container_is_its_only_image(tmp_path, version, consoli
     assert index.mpp == pytest.approx(0.351) and image.slide_id == "a_0"
     assert (pixels(path, None) == PICTURE).all() and (pixels(path / "0", None) == PICTURE).all()
     shutil.copytree(path / "0", path / "1")
-    with pytest.raises(UnsupportedSlideError, match="several images.*/0"):
+    with pytest.raises(UnsupportedSlideError, match=r"several images.*/0"):
         read_slide_index(str(path))
     assert read_slide_index(str(path / "1")).dimensions == (331, 237)
 
@@ -312,7 +312,7 @@ def test_a_shard_that_was_replaced_is_noticed(tmp_path):
     path = write_zarr_array(tmp_path / "a.zarr", PICTURE, SHARDED)
     index = read_slide_index(str(path), mpp=0.5)
     shutil.copy(path / "c/0/0/0", shard_of(path))
-    with pytest.raises(ObjectChangedError, match="c/0/1/0.*changed since"):
+    with pytest.raises(ObjectChangedError, match=r"c/0/1/0.*changed since"):
         Slide(index)
 
 

@@ -28,8 +28,8 @@ from online_patching.slide_index import SlideObject, pack_rows
 from online_patching.stores import Stores, is_remote
 
 _MAX_OBJECTS = 2**16
-_MAX_CHUNKS = 4 * 2**20
-"""Of all shards together: as many as the tiles of a TIFF."""
+_MAX_CHUNKS = 2 * 2**20
+"""Of all shards together; a slide has about 150,000."""
 _MAX_TABLE_CHUNKS = 2**18
 _MAX_ADDRESS = 2**40
 _MAX_LARGE = 4096
