@@ -339,7 +339,7 @@ def ward(tmp_path: Path) -> Path:
     (folder / f"{PLANTED}-2.svs").write_bytes(svs.replace(title, named))
     series = folder / f"{PLANTED}-series"
     series.mkdir()
-    for number, path in enumerate(sorted((WSI / "converted/gallery-06_oral_scc_dicom").glob("*"))):
+    for number, path in enumerate(sorted(DICOM.glob("*.dcm"))):
         data = with_patient(path.read_bytes(), f"{PLANTED}^Jane", f"{PLANTED}-4711")
         (series / f"{number}.dcm").write_bytes(data)
     names = (f"{PLANTED}_HE.svs", f"{PLANTED}-2.svs", f"{PLANTED}-series", "gone.svs")
