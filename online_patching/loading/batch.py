@@ -14,6 +14,7 @@ from online_patching.corpus import Corpus
 from online_patching.geometry import PatchRef
 from online_patching.sampling.sampler import Draws
 from online_patching.stores import RetryPolicy
+from online_patching.stores.range_client import DEFAULT_CONNECTIONS
 
 FILTERED = "filter: "
 """How the reason of a patch that a pixel filter refused begins: no failure, but replaced like one."""
@@ -25,7 +26,8 @@ class LoaderOptions:
 
     `bytes_in_flight` bounds what remote reads hold, per process; `gap_bytes` joins remote ranges
     this close (0: exactly the tiles touched). `remember_bytes` (0: off) bounds what each process
-    remembers of JPEG tiles to decode later parts of them sooner (`native.remember`).
+    remembers of JPEG tiles to decode later parts of them sooner (`native.remember`). `connections`
+    bounds the requests that each process has under way to http(s) and the clouds, all hosts together.
     """
 
     threads: int = 2
@@ -34,6 +36,7 @@ class LoaderOptions:
     gap_bytes: int = 16 * 2**10
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     remember_bytes: int = 0
+    connections: int = DEFAULT_CONNECTIONS
 
 
 class DrawSource(Protocol):

@@ -39,6 +39,7 @@ from online_patching.loading.state import load_ledgers, merge_states, save_state
 from online_patching.loading.threads import ThreadEngine
 from online_patching.stats import Stats
 from online_patching.stores import RetryPolicy, is_remote
+from online_patching.stores.range_client import DEFAULT_CONNECTIONS
 
 Gather = Callable[[Any], list[Any]]
 _AGREEMENTS_A_WINDOW = 8
@@ -77,6 +78,7 @@ class PatchLoader:
         gap_bytes: int = 16 * 2**10,
         remember_bytes: int = 0,
         retry: RetryPolicy | None = None,
+        connections: int = DEFAULT_CONNECTIONS,
         max_failed_fraction: float = 0.05,
         quarantine_after: int | None = 8,
         window_draws: int = 2**16,
@@ -95,7 +97,13 @@ class PatchLoader:
         self.rank, self.world_size, self.gather = rank, world_size, gather
         self.start_method, self.copy = start_method, copy
         self.options = LoaderOptions(
-            threads, prefetch, bytes_in_flight, gap_bytes, retry or RetryPolicy(), remember_bytes
+            threads,
+            prefetch,
+            bytes_in_flight,
+            gap_bytes,
+            retry or RetryPolicy(),
+            remember_bytes,
+            connections,
         )
         self.max_failed_fraction = max_failed_fraction
         self.stats = Stats()
