@@ -20,7 +20,7 @@ import simplejpeg
 from common import about_this_run, write_out
 
 from online_patching import native
-from online_patching.batch_plan import CANVAS, OUTPUT, TILE
+from online_patching.batch_plan import CANVAS, FILE, OUTPUT, TILE
 from online_patching.resample import resize
 
 SIZE_PX, REPEATS = 224, 60
@@ -71,11 +71,11 @@ def reading(
     """A call that reads the whole tile, or a window of it resampled."""
     canvas, tile, output = np.zeros(1, CANVAS), np.zeros(1, TILE), np.zeros(1, OUTPUT)
     for name, value in {
-        "fd": -1, "n_tiles": 1, "n_outputs": 1, "width": side, "height": side, "tile_width": side,
+        "n_tiles": 1, "n_outputs": 1, "width": side, "height": side, "tile_width": side,
         "tile_height": side, "scale": 1, "colour": 1, "tables": -1,
     }.items():  # fmt: skip
         canvas[name] = value
-    tile[0] = (0, len(body), 0, 0, 0, side, side, 0, 0, 0)
+    tile[0] = (0, len(body), -1, 0, 0, 0, side, side, 0, 0, 0, 0)
     size = side if window is None else SIZE_PX
     output[0] = (
         *(window or (0, 0, side, side)),
@@ -92,7 +92,7 @@ def reading(
     out = np.empty((size, size, 3), np.uint8)
 
     def read() -> np.ndarray:
-        native.read(canvas, tile, output, (), (body,), out, 0, 1)
+        native.read(canvas, tile, output, np.zeros(0, FILE), (), (body,), out, 0, 1)
         return out
 
     return read

@@ -69,7 +69,7 @@ class Reads:
         """The reads of a block."""
         draws = sampler.draw_batch(np.arange(block * BLOCK, (block + 1) * BLOCK))
         plan = plan_batch(sampler.corpus, draws, self.side, np.arange(BLOCK))
-        plan.canvases["fd"] = self.file
+        plan.files["fd"] = self.file
         return plan
 
     def read(self, block: int, keys: NDArray[np.uint64]) -> NDArray[np.uint8]:
@@ -77,7 +77,7 @@ class Reads:
         plan = self.plans[block]
         out = np.empty((BLOCK, self.side, self.side, 3), np.uint8)
         plan.canvases["key"] = keys
-        native.read(plan.canvases, plan.tiles, plan.outputs, plan.tables, (), out, 0, len(plan))
+        native.read(plan.canvases, plan.tiles, plan.outputs, plan.files, plan.tables, (), out, 0, len(plan))
         if plan.canvases["status"].any():
             raise SystemExit(f"{self.name}: {set(plan.canvases['message'].tolist())}")
         return out

@@ -1,7 +1,8 @@
 """Runs the canvases of a BatchPlan: natively in one call, or one by one in Python with the same pixels.
 
 Which of the two is decided when the package is imported: the native decoder where it is built, the
-portable one elsewhere, or everywhere with ONLINE_PATCHING_DECODER=portable.
+portable one elsewhere, or everywhere with ONLINE_PATCHING_DECODER=portable. Tiles of other codecs than JPEG
+are decoded one by one by `decode_tile` and pasted and resampled by either.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from online_patching import decode, native
-from online_patching.batch_plan import BatchPlan
+from online_patching.batch_plan import FILE, WHOLE, BatchPlan
+from online_patching.batch_plan.pieces import CHUNKS
+from online_patching.batch_plan.tables import CHUNK, HEADLESS, JPEG, PIXELS
 from online_patching.corpus import Corpus
 from online_patching.decode import BadTileError, decode_tile
 from online_patching.errors import (
@@ -24,6 +27,7 @@ from online_patching.errors import (
     StoreError,
     TileDecodeError,
 )
+from online_patching.geometry import Box
 from online_patching.resample import OUTSIDE, resize
 from online_patching.stats import Stats
 from online_patching.stores import LocalStore, local_path
@@ -31,6 +35,9 @@ from online_patching.stores import LocalStore, local_path
 DECODER = (
     native.ABOUT if native.AVAILABLE else f"portable decoder: {decode.DECODER} ({native.ABOUT})"
 )
+
+_NO_FILES = np.zeros(0, FILE)
+_CHANGED = "changed since it was indexed. Index it again."
 
 Failed = dict[int, PatchingError]
 """Canvases of a plan that could not be made, and why."""
@@ -47,29 +54,73 @@ def read_local(
 ) -> Failed:
     """Make canvases first..stop of local slides. A slide that was deleted, cut short or changed since it
     was indexed fails its canvases; one whose disk cannot be read raises StoreError."""
-    slides = plan.slide[first:stop].tolist()
-    keys = {row: local_path(corpus.uri(row)) for row in set(slides)}
-    with store.hold(keys.values()) as held:
-        failed: Failed = {}
-        handles = [held[keys[row]] for row in slides]
-        for i, handle in enumerate(handles, first):
-            if isinstance(handle, ObjectNotFoundError):
-                failed[i] = handle
-            elif isinstance(handle, PatchingError):
-                raise handle
-        plan.canvases["fd"][first:stop] = [h if isinstance(h, int) else -1 for h in handles]
-        for a, b in _runs(first, stop, failed):
-            if native.AVAILABLE:
-                native.read(plan.canvases, plan.tiles, plan.outputs, plan.tables, (), batch, a, b)
-            else:
-                for i in range(a, b):
-                    _portable(
-                        corpus, plan, i, batch, _from_file(corpus, plan, i, store, keys), failed
-                    )
-    if native.AVAILABLE:
-        _explain(corpus, plan, first, stop, failed)
-    _count(plan, first, stop, stats)
+    failed: Failed = {}
+    itself = _reads_itself(corpus, plan, first, stop)
+    edges = [first, *(np.flatnonzero(np.diff(itself)) + first + 1).tolist(), stop]
+    for a, b in pairwise(edges):
+        if itself[a - first]:
+            _read_natively(corpus, plan, a, b, batch, store, stats, failed)
+            continue
+        for canvas in range(a, b):
+            bodies = _from_files(plan, canvas, store)
+            if isinstance(bodies, PatchingError):
+                failed[canvas] = bodies
+                continue
+            sizes = [len(body) for body in bodies]
+            stats.add(tiles=len(sizes), requests=sum(map(bool, sizes)), bytes_wanted=sum(sizes),
+                      bytes_read=sum(sizes))  # fmt: skip
+            failed |= read_bodies(corpus, plan, [canvas], bodies, batch)
     return failed
+
+
+def _reads_itself(corpus: Corpus, plan: BatchPlan, first: int, stop: int) -> NDArray[np.bool_]:
+    """Which canvases the native decoder reads from files: what it decodes, at byte ranges."""
+    known = np.isin(plan.canvases["packing"][first:stop], _known())
+    return np.asarray(known & (corpus.records["reader"][plan.slide[first:stop]] != CHUNKS))
+
+
+def _known() -> list[int]:
+    """The packings that are decoded natively here."""
+    if not native.AVAILABLE:
+        return []
+    return [JPEG, HEADLESS, CHUNK] if native.CHUNKS else [JPEG, HEADLESS]
+
+
+def _read_natively(
+    corpus: Corpus,
+    plan: BatchPlan,
+    first: int,
+    stop: int,
+    batch: NDArray[np.uint8],
+    store: LocalStore,
+    stats: Stats,
+    failed: Failed,
+) -> None:
+    """Canvases first..stop, of JPEG tiles in files."""
+    its = slice(plan.tiles_of(first).start, plan.tiles_of(stop - 1).stop)
+    lengths, file = plan.tiles["length"][its], plan.tiles["file"][its]
+    paths = {
+        number: local_path(plan.keys[number]) for number in np.unique(file).tolist() if number >= 0
+    }
+    files = plan.files.copy()  # other threads hold descriptors of their own
+    with store.hold(paths.values()) as held:
+        for number, path in paths.items():
+            handle = held[path]
+            if isinstance(handle, int):
+                files["fd"][number] = handle
+            elif isinstance(handle, ObjectNotFoundError):
+                owner = np.repeat(np.arange(first, stop), plan.canvases["n_tiles"][first:stop])
+                failed |= dict.fromkeys(owner[file == number].tolist(), handle)
+            else:
+                raise handle
+        here = {canvas for canvas in failed if first <= canvas < stop}
+        for a, b in _runs(first, stop, here):
+            native.read(
+                plan.canvases, plan.tiles, plan.outputs, files, plan.tables, (), batch, a, b
+            )
+    _explain(corpus, plan, first, stop, failed)
+    size, stored = int(lengths.sum()), int(np.count_nonzero(lengths))
+    stats.add(tiles=len(lengths), requests=stored, bytes_wanted=size, bytes_read=size)
 
 
 def read_bodies(
@@ -79,43 +130,57 @@ def read_bodies(
     bodies: Sequence[bytes],
     batch: NDArray[np.uint8],
 ) -> Failed:
-    """Make some canvases from their tiles' bytes: those of the first, in the order of the plan, then
-    those of the next; b"" for a tile that is not stored."""
+    """Make some canvases from their pieces' bytes: those of the first, in the order of the plan, then
+    those of the next; b"" for a piece that is not stored."""
     failed: Failed = {}
-    of = [plan.tiles_of(canvas) for canvas in canvases]
-    if not native.AVAILABLE:
-        left = iter(bodies)
-        for canvas, its in zip(canvases, of, strict=True):
-            mine = list(islice(left, its.stop - its.start))
-            _portable(corpus, plan, canvas, batch, mine, failed)
-        return failed
-    tiles = np.concatenate([plan.tiles[its] for its in of])
-    tiles["body"] = np.arange(len(tiles))
-    some = plan.canvases[list(canvases)]
+    left, known = iter(bodies), _known()
+    streams: list[int] = []
+    its: list[bytes] = []
+    for canvas in canvases:
+        mine = list(islice(left, int(plan.canvases["n_tiles"][canvas])))
+        if plan.canvases["packing"][canvas] in known:
+            streams.append(canvas)
+            its += mine
+            continue
+        try:
+            pixels = _decoded(corpus, plan, canvas, mine)
+        except TileDecodeError as error:
+            failed[canvas] = error
+        else:
+            (_paste_natively if native.AVAILABLE else _paste)(plan, canvas, pixels, batch)
+    if streams:
+        _read_streams(corpus, plan, streams, its, batch, failed)
+    return failed
+
+
+def _read_streams(
+    corpus: Corpus,
+    plan: BatchPlan,
+    canvases: list[int],
+    bodies: list[bytes],
+    batch: NDArray[np.uint8],
+    failed: Failed,
+) -> None:
+    """Canvases of JPEG tiles that are in memory, in one native call."""
+    tiles = np.concatenate([plan.tiles[plan.tiles_of(canvas)] for canvas in canvases])
+    tiles["start"] += np.where(tiles["file"] < 0, 0, plan.files["base"][tiles["file"]])
+    tiles["body"], tiles["length"], tiles["file"] = np.arange(len(tiles)), [*map(len, bodies)], -1
+    some = plan.canvases[canvases]
     first = np.cumsum(some["n_tiles"]) - some["n_tiles"]
     shift = some["first_tile"] - first
     some["first_tile"] = first
-    native.read(some, tiles, plan.outputs, plan.tables, bodies, batch, 0, len(some))
+    native.read(some, tiles, plan.outputs, _NO_FILES, plan.tables, bodies, batch, 0, len(some))
     for i in np.flatnonzero(some["status"]).tolist():
         some["tile"][i] += shift[i]
         some["first_tile"][i] += shift[i]
         plan.canvases[canvases[i]] = some[i]
         _explain(corpus, plan, canvases[i], canvases[i] + 1, failed)
-    return failed
 
 
-def _runs(first: int, stop: int, without: Failed) -> list[tuple[int, int]]:
+def _runs(first: int, stop: int, without: set[int]) -> list[tuple[int, int]]:
     """first..stop as stretches that leave some out."""
     cuts = [first - 1, *sorted(without), stop]
     return [(a + 1, b) for a, b in pairwise(cuts) if b > a + 1]
-
-
-def _count(plan: BatchPlan, first: int, stop: int, stats: Stats) -> None:
-    # Canvases are numbered in the order of their tiles.
-    tiles = slice(plan.tiles_of(first).start, plan.tiles_of(stop - 1).stop)
-    lengths = plan.tiles["length"][tiles]
-    size, stored = int(lengths.sum()), int(np.count_nonzero(lengths))
-    stats.add(tiles=len(lengths), requests=stored, bytes_wanted=size, bytes_read=size)
 
 
 def _explain(corpus: Corpus, plan: BatchPlan, first: int, stop: int, failed: Failed) -> None:
@@ -124,17 +189,18 @@ def _explain(corpus: Corpus, plan: BatchPlan, first: int, stop: int, failed: Fai
         if int(i) in failed:
             continue
         canvas = plan.canvases[i]
-        uri, status, at = corpus.uri(int(plan.slide[i])), int(canvas["status"]), int(canvas["tile"])
+        status, at = int(canvas["status"]), int(canvas["tile"])
         message = canvas["message"].decode(errors="replace")
+        file = int(plan.tiles["file"][at]) if status != native.NO_MEMORY else -1
+        uri = plan.keys[file] if file >= 0 else corpus.uri(int(plan.slide[i]))
         if status == native.BAD_TILE:
             failed[int(i)] = _bad_tile(corpus, plan, int(i), at, message)
         elif status == native.SHORT_READ:
             start, length = int(plan.tiles["start"][at]), int(plan.tiles["length"][at])
-            failed[int(i)] = ShortReadError(uri, start, start + length, int(canvas["size_bytes"]))
+            size = int(plan.files["size_bytes"][file])
+            failed[int(i)] = ShortReadError(uri, start, start + length, size)
         elif status == native.CHANGED:
-            failed[int(i)] = ObjectChangedError(
-                uri, "changed since it was indexed. Index it again."
-            )
+            failed[int(i)] = ObjectChangedError(uri, _CHANGED)
         elif status == native.IO_ERROR:
             raise StoreError(uri, "cannot be read: the disk or network drive reports an error.")
         else:
@@ -149,56 +215,81 @@ def _bad_tile(corpus: Corpus, plan: BatchPlan, canvas: int, tile: int, why: str)
     return TileDecodeError(corpus.uri(slide), level, int(plan.number[tile]), f"{why}.")
 
 
-def _from_file(
-    corpus: Corpus, plan: BatchPlan, canvas: int, store: LocalStore, keys: dict[int, str]
-) -> list[bytes] | PatchingError:
-    """The bytes of a canvas's tiles, or what is wrong with the slide."""
-    slide = int(plan.slide[canvas])
-    key, token = keys[slide], corpus.token(slide)
+def _from_files(plan: BatchPlan, canvas: int, store: LocalStore) -> list[bytes] | PatchingError:
+    """The bytes of a canvas's pieces, or what is wrong with the slide."""
+    tiles = plan.tiles[plan.tiles_of(canvas)]
+    bodies: list[bytes] = []
+    where = zip(
+        tiles["file"].tolist(), tiles["start"].tolist(), tiles["length"].tolist(), strict=True
+    )
     try:
-        tiles = plan.tiles[plan.tiles_of(canvas)]
-        bodies = [
-            store.read(key, int(t["start"]), int(t["start"] + t["length"])) if t["length"] else b""
-            for t in tiles
-        ]
-        if token and store.version(key)[1] != token:  # afterwards: old and new are never mixed
-            return ObjectChangedError(
-                corpus.uri(slide), "changed since it was indexed. Index it again."
-            )
+        for file, start, length in where:
+            if length == WHOLE:
+                bodies.append(_chunk(local_path(plan.keys[file]), store))
+            else:
+                stop = start + length
+                bodies.append(
+                    store.read(local_path(plan.keys[file]), start, stop) if length else b""
+                )
+        for file in set(tiles["file"].tolist()) - {-1}:
+            token, path = plan.tokens[file], local_path(plan.keys[file])
+            if token and store.version(path)[1] != token:  # afterwards: old and new are never mixed
+                return ObjectChangedError(plan.keys[file], _CHANGED)
         return bodies
     except (ShortReadError, ObjectNotFoundError) as error:
         return error
 
 
-def _portable(
-    corpus: Corpus,
-    plan: BatchPlan,
-    canvas: int,
-    batch: NDArray[np.uint8],
-    bodies: list[bytes] | PatchingError,
-    failed: Failed,
-) -> None:
-    """One canvas: what native.read does, in Python."""
-    if isinstance(bodies, PatchingError):
-        failed[canvas] = bodies
-        return
+def _chunk(path: str, store: LocalStore) -> bytes:
+    """The bytes of a Zarr chunk; none where it is absent: it holds the fill value."""
+    try:
+        return store.read(path, 0, None)
+    except ObjectNotFoundError:
+        return b""
+
+
+def _decoded(
+    corpus: Corpus, plan: BatchPlan, canvas: int, bodies: list[bytes]
+) -> list[NDArray[np.uint8]]:
+    """The pixels that a canvas sees of each of its pieces."""
     c = plan.canvases[canvas]
-    codec = plan.codecs[c["codec"]]
-    pixels = np.full((c["height"], c["width"], 3), OUTSIDE, np.uint8)
+    codec, scale = plan.codecs[c["codec"]], int(c["scale"])
+    width, height = int(c["tile_width"]), int(c["tile_height"])
     tiles = plan.tiles_of(canvas)
-    for at, tile, body in zip(
-        range(tiles.start, tiles.stop), plan.tiles[tiles], bodies, strict=True
+    seen = (plan.tiles[name][tiles].tolist() for name in ("left", "top", "width", "height"))
+    out = []
+    for at, body, left, top, w, h in zip(
+        range(tiles.start, tiles.stop), bodies, *seen, strict=True
     ):
         try:
-            whole = decode_tile(
-                codec, body or None, int(c["tile_width"]), int(c["tile_height"]), int(c["scale"])
-            )
+            box = Box(left, top, left + w, top + h)
+            out.append(decode_tile(codec, body or None, width, height, scale, box))
         except BadTileError as error:
-            failed[canvas] = _bad_tile(corpus, plan, canvas, at, str(error))
-            return
-        x, y, left, top = (int(tile[name]) for name in ("x", "y", "left", "top"))
-        w, h = int(tile["width"]), int(tile["height"])
-        pixels[y : y + h, x : x + w] = whole[top : top + h, left : left + w]
+            raise _bad_tile(corpus, plan, canvas, at, str(error)) from None
+    return out
+
+
+def _paste_natively(
+    plan: BatchPlan, canvas: int, pixels: list[NDArray[np.uint8]], batch: NDArray[np.uint8]
+) -> None:
+    """Patches of a canvas out of decoded pixels, pasted and resampled without the GIL."""
+    some, tiles = plan.canvases[[canvas]], plan.tiles[plan.tiles_of(canvas)].copy()
+    some["first_tile"], some["packing"] = 0, PIXELS
+    tiles["file"], tiles["length"], tiles["body"] = -1, 1, np.arange(len(tiles))
+    native.read(some, tiles, plan.outputs, _NO_FILES, plan.tables, pixels, batch, 0, 1)
+    if some["status"][0]:
+        raise MemoryError(f"no memory for a canvas of {some['width'][0]} x {some['height'][0]} px")
+
+
+def _paste(
+    plan: BatchPlan, canvas: int, pieces: list[NDArray[np.uint8]], batch: NDArray[np.uint8]
+) -> None:
+    """What `_paste_natively` does, in Python."""
+    c = plan.canvases[canvas]
+    pixels = np.full((c["height"], c["width"], 3), OUTSIDE, np.uint8)
+    for tile, piece in zip(plan.tiles[plan.tiles_of(canvas)], pieces, strict=True):
+        x, y, w, h, channel = (int(tile[k]) for k in ("x", "y", "width", "height", "channel"))
+        pixels[y : y + h, x : x + w, channel : channel + piece.shape[2]] = piece
     flat = batch.reshape(-1)
     for o in plan.outputs[plan.outputs_of(canvas)]:
         w, h = int(o["width"]), int(o["height"])

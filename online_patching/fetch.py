@@ -1,14 +1,12 @@
 """Runs plans against stores: the stored pieces of a patch's tiles, as bytes.
 
-Local pieces are read at once by the calling (decode) thread. Remote ones are awaited; whoever asks
-reserves their bytes in a ByteBudget first and holds them until they are decoded. The budget is granted
-in the order of asking, so that a late patch never starves an early one.
+For a slide in a person's hands: local pieces are read at once, remote ones awaited together. Loaders plan
+batches (batch_plan) and read remote ones through a feed (loading/remote.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -178,63 +176,3 @@ async def _fetch_chunks(pieces: list[Piece], stores: Stores, stats: Stats) -> li
     size = sum(len(body) for body in out if body is not None)
     stats.add(tiles=len(pieces), requests=len(pieces), bytes_wanted=size, bytes_read=size)
     return list(out)
-
-
-class ByteBudget:
-    """At most `limit` bytes in flight, granted strictly in the order of asking.
-
-    A request larger than the limit is granted when nothing else is in flight.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.in_flight = 0
-        self.peak = 0
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    def reserve(self, size: int) -> _Reservation:
-        """An async context that holds `size` bytes of the budget."""
-        return _Reservation(self, size)
-
-    async def acquire(self, size: int) -> None:
-        """Wait for `size` bytes of the budget."""
-        if not self._waiting and self._fits(size):
-            self._take(size)
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((size, turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.release(size)
-            raise
-
-    def release(self, size: int) -> None:
-        """Give `size` bytes back and wake whoever is next."""
-        self.in_flight -= size
-        while self._waiting and (
-            self._waiting[0][1].cancelled() or self._fits(self._waiting[0][0])
-        ):
-            waiting, turn = self._waiting.popleft()
-            if not turn.cancelled():
-                self._take(waiting)
-                turn.set_result(None)
-
-    def _fits(self, size: int) -> bool:
-        return self.in_flight == 0 or self.in_flight + size <= self.limit
-
-    def _take(self, size: int) -> None:
-        self.in_flight += size
-        self.peak = max(self.peak, self.in_flight)
-
-
-class _Reservation:
-    def __init__(self, budget: ByteBudget, size: int) -> None:
-        self.budget, self.size = budget, size
-
-    async def __aenter__(self) -> None:
-        await self.budget.acquire(self.size)
-
-    async def __aexit__(self, *_: object) -> None:
-        self.budget.release(self.size)

@@ -15,7 +15,8 @@ class Stats:
     `bytes_wanted` are the bytes of the tiles touched; `bytes_read` are the bytes asked of the
     store for them, so `bytes_read - bytes_wanted` is the excess that merging ranges costs. `failures`
     are patches that were replaced, by reason; `from_states` counts parts of tiles that were decoded from
-    remembered states in this process meanwhile; `filtered` those that a pixel filter refused, by filter.
+    remembered states in this process meanwhile; `cache_hits` and `cache_misses` tiles of remote slides that the
+    disk cache had and had not; `filtered` patches that a pixel filter refused, by filter.
     """
 
     patches: int = 0
@@ -25,6 +26,8 @@ class Stats:
     bytes_wanted: int = 0
     bytes_read: int = 0
     from_states: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
     wait_s: float = 0.0
     failures: Counter[str] = field(default_factory=Counter)
     filtered: Counter[str] = field(default_factory=Counter)

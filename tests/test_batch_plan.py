@@ -1,22 +1,31 @@
 """The planner of a batch against plan.plan_patch, draw by draw; and what sharing a canvas may not change."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from online_patching import Corpus, ForegroundMask, SlideIndex
-from online_patching.batch_plan import can_plan, plan_batch
+from online_patching import Corpus, ForegroundMask, SlideIndex, errors
+from online_patching.batch_plan import WHOLE, can_plan, plan_batch
+from online_patching.fetch import pieces_of
 from online_patching.geometry import PatchRef
 from online_patching.plan import plan_patch
 from online_patching.sampling.sampler import Draws
-from online_patching.slide_index import Codec, Level, pack_rows
+from online_patching.slide_index import ChunkKeys, Codec, Level, SlideObject, pack_rows
 
 SIZE = 56
 
 
-def slide(name, w, h, tiles, mpp, downsamples=(1.0,), huge=False, kind="jpeg") -> SlideIndex:
-    levels, offset = [], 1000
+def slide(
+    name, w, h, tiles, mpp, downsamples=(1.0,), huge=False, kind="jpeg", reductions=0, objects=0,
+    parts=0,
+) -> SlideIndex:  # fmt: skip
+    """`objects`: how many the tiles lie in; `parts`: chunks a tile, of a name each (0: byte ranges)."""
+    levels, offset = [], 0 if objects else 1000
+    edges = [0]
     for number, ds in enumerate(downsamples):
         lw, lh = max(1, int(w / ds)), max(1, int(h / ds))
         tw, th = tiles[number % len(tiles)]
@@ -28,8 +37,11 @@ def slide(name, w, h, tiles, mpp, downsamples=(1.0,), huge=False, kind="jpeg") -
         offset += int(lengths.sum())
         rows, overflow = pack_rows(starts, lengths)
         codec = Codec(
-            kind, "rgb" if number else "ycbcr", b"\xff\xd8tables\xff\xd9" if number else b""
-        )
+            kind, "rgb" if number else "ycbcr", b"\xff\xd8tables\xff\xd9" if number else b"",
+            reductions=reductions,
+        )  # fmt: skip
+        ends = np.cumsum(lengths) + int(starts[0])
+        edges += ends[np.linspace(0, n - 1, max(1, objects) + 1).astype(int)[1:]].tolist()
         levels.append(
             Level(
                 lw,
@@ -41,10 +53,16 @@ def slide(name, w, h, tiles, mpp, downsamples=(1.0,), huge=False, kind="jpeg") -
                 mpp[0] * w / lw,
                 mpp[1] * h / lh,
                 codec,
-                rows,
-                overflow,
+                None if parts else rows,
+                () if parts else overflow,
+                ChunkKeys(f"{number}/", "/", "cyx") if parts else None,
+                max(1, parts),
             )
         )
+    items = tuple(
+        SlideObject(f"{name}/{k}.dcm", b - a, f"{b - a}-{k + 1}")
+        for k, (a, b) in enumerate(pairwise(edges))
+    )
     return SlideIndex(
         name,
         f"/slides/{name}",
@@ -56,6 +74,7 @@ def slide(name, w, h, tiles, mpp, downsamples=(1.0,), huge=False, kind="jpeg") -
         tuple(levels),
         offset,
         f"{offset}-77",
+        objects=items if objects else (),
     )
 
 
@@ -64,6 +83,14 @@ SLIDES = [
     slide("b", 1777, 2500, [(240, 240), (128, 96)], (0.5, 0.497), (1.0, 4.0)),
     slide("huge", 900, 700, [(512, 512)], (0.37, 0.37), (1.0,), huge=True),
     slide("odd", 801, 803, [(100, 36)], (0.3, 0.3), (1.0, 2.0)),
+    slide(
+        "waves", 1500, 2100, [(256, 192)], (0.25, 0.25), (1.0, 4.0), kind="jpeg2000", reductions=4
+    ),
+    slide("few waves", 1500, 900, [(128, 128)], (0.25, 0.25), kind="jpeg2000", reductions=1),
+    slide("packed", 900, 700, [(256, 256)], (0.5, 0.5), kind="deflate"),
+    slide("several", 1900, 1700, [(256, 256)], (0.26, 0.26), (1.0, 4.0), objects=5),
+    slide("chunks", 1000, 1300, [(200, 100)], (0.25, 0.25), (1.0, 2.0), kind="chunk", parts=1),
+    slide("planes", 1000, 1300, [(200, 100)], (0.25, 0.25), (1.0, 2.0), kind="chunk", parts=3),
 ]
 CORPUS = Corpus.from_slides(SLIDES, [ForegroundMask.everything(s) for s in SLIDES])
 
@@ -103,10 +130,9 @@ def test_a_batch_is_planned_as_its_patches_are_one_by_one(rows, per_read):
         outputs = plan.outputs_of(canvas)
         assert per_read > 1 or outputs.stop - outputs.start == 1
         tiles = {}
-        for t, number in zip(
-            plan.tiles[plan.tiles_of(canvas)], plan.number[plan.tiles_of(canvas)], strict=True
-        ):
-            tiles[int(number)] = t
+        its = plan.tiles_of(canvas)
+        for t, number in zip(plan.tiles[its], plan.number[its], strict=True):
+            tiles[int(number), int(t["channel"])] = t
         for output, row in zip(plan.outputs[outputs], plan.row[outputs], strict=True):
             number, mpp, x, y = rows[row]
             index = SLIDES[number]
@@ -127,11 +153,17 @@ def test_a_batch_is_planned_as_its_patches_are_one_by_one(rows, per_read):
                 expected.box.width,
                 expected.box.height,
             )
-            for tile in expected.tiles:
-                seen = tiles[tile.number]
-                assert (seen["start"], seen["start"] + seen["length"]) == index.levels[
-                    expected.level
-                ].byte_range(tile.number)
+            for piece in pieces_of(index, expected):
+                tile = piece.tile
+                seen = tiles[tile.number, piece.part]
+                if piece.start == piece.stop:
+                    assert seen["length"] == 0
+                else:
+                    assert plan.keys[seen["file"]] == piece.key
+                    assert plan.tokens[seen["file"]] == piece.token
+                    assert seen["start"] == piece.start
+                    stop = None if seen["length"] == WHOLE else seen["start"] + seen["length"]
+                    assert stop == piece.stop
                 left = tile.left + int(seen["left"]) - int(seen["x"])
                 top = tile.top + int(seen["top"]) - int(seen["y"])
                 assert tuple(output[n] for n in ("left", "top", "right", "bottom")) == window
@@ -141,7 +173,7 @@ def test_a_batch_is_planned_as_its_patches_are_one_by_one(rows, per_read):
                     assert (left, top) == (expected.box.left, expected.box.top)
             if per_read == 1:
                 assert (c["width"], c["height"]) == (expected.box.width, expected.box.height)
-                assert set(tiles) == {tile.number for tile in expected.tiles}
+                assert set(tiles) == {(p.tile.number, p.part) for p in pieces_of(index, expected)}
             assert 0 <= output["x"] <= c["width"] - output["box_width"]
             assert 0 <= output["y"] <= c["height"] - output["box_height"]
     # What is seen of a tile stays inside the tile, the level and the canvas.
@@ -167,12 +199,37 @@ def test_neighbours_share_a_canvas_and_its_tiles():
     assert len(near.tiles) == 1
 
 
-def test_only_jpeg_in_one_object_is_planned():
-    other = slide("deflate", 900, 700, [(256, 256)], (0.5, 0.5), kind="deflate")
-    corpus = Corpus.from_slides(
-        [SLIDES[0], other], [ForegroundMask.everything(s) for s in (SLIDES[0], other)]
+def test_all_is_planned_but_what_another_library_reads():
+    other = replace(
+        SLIDES[0], container="openslide", levels=(replace(SLIDES[0].levels[0], rows=None),)
     )
-    assert can_plan(corpus, np.asarray([0, 1, 0])).tolist() == [True, False, True]
+    indexes = [SLIDES[0], other, SLIDES[-1], SLIDES[-3]]
+    corpus = Corpus.from_slides(indexes, [ForegroundMask.everything(s) for s in indexes])
+    assert can_plan(corpus, np.arange(4)).tolist() == [True, False, True, True]
+
+
+def test_files_are_what_was_indexed_and_begin_where_their_addresses_do():
+    number = next(i for i, one in enumerate(SLIDES) if one.slide_id == "several")
+    index = SLIDES[number]
+    plan = plan_batch(
+        CORPUS, draws([(number, 0.26, x, 300) for x in range(0, 1900, 90)]), SIZE, np.arange(22)
+    )
+    used = np.unique(plan.tiles["file"][plan.tiles["length"] > 0])
+    assert len(used) > 1
+    for file in used.tolist():
+        item = next(o for o in index.objects if plan.keys[file].endswith(o.name))
+        k = index.objects.index(item)
+        record = plan.files[file]
+        assert record["base"] == sum(o.size_bytes for o in index.objects[:k])
+        assert (record["size_bytes"], record["mtime_ns"]) == (item.size_bytes, k + 1)
+
+
+def test_a_tile_that_lies_in_no_object_is_refused():
+    whole = next(one for one in SLIDES if one.slide_id == "several")
+    short = replace(whole, objects=whole.objects[:1])
+    corpus = Corpus.from_slides([short], [ForegroundMask.everything(short)])
+    with pytest.raises(errors.CorpusError, match="lies in no object"):
+        plan_batch(corpus, draws([(0, 0.26, 1500, 1400)]), SIZE, np.arange(1))
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.5, 0.98, 1.9, 2.0, 3.95, 8.0])

@@ -49,7 +49,7 @@ class Rig:
             self.taken.append(list(groups))
 
         self.feed = Feed(
-            self.reads,  # type: ignore[arg-type]
+            lambda key: self.reads,
             self.loop.loop,
             self.pool.submit,
             take,
@@ -90,7 +90,7 @@ def rig() -> Iterator[Rig]:
 
 
 def group(*sizes: int, tag: object = None) -> Group:
-    return Group("k", "", [(1000 * i, 1000 * i + size) for i, size in enumerate(sizes)], tag)
+    return Group([("k", 1000 * i, 1000 * i + size, "") for i, size in enumerate(sizes)], tag)
 
 
 def tags(groups: list[Group]) -> list[object]:

@@ -21,8 +21,7 @@ from online_patching import (
     open_slide,
     read_slide_index,
 )
-from online_patching.fetch import ByteBudget
-from online_patching.loading import threads
+from online_patching.loading import remote
 from online_patching.stores import RetryPolicy, Stores, redact
 from online_patching.testing import SyntheticSlide, write_tiff
 from tests.servers import Faults
@@ -153,7 +152,7 @@ def test_a_host_that_cannot_be_asked_is_a_store_error_everywhere(stores, host):
     for ask in (stores.version, lambda uri: stores.read(uri, 0, 9)):
         with pytest.raises(errors.StoreError):
             ask(f"http://{host}/a.svs")
-    assert not stores.http().active
+    assert not stores.remote("http://").active
 
 
 def test_a_slide_replaced_in_mid_run_is_noticed_and_never_mixed(
@@ -195,9 +194,7 @@ def test_a_store_that_goes_away_stops_the_stream_at_a_place_to_resume(fault_serv
 
 def most_held(loader: PatchLoader) -> int:
     """The most bytes that were granted at once."""
-    engine = loader._engine
-    feed = getattr(engine, "_feed", None)
-    return max(engine.budget.peak, feed.peak if feed else 0)
+    return loader._engine.remote.peak
 
 
 def test_remote_reads_overlap_and_stay_within_the_budget(fault_server, small_slides):
@@ -210,24 +207,6 @@ def test_remote_reads_overlap_and_stay_within_the_budget(fault_server, small_sli
         peak = most_held(loader)
     assert fault_server.most_concurrent > 1
     assert 0 < peak <= 200_000
-
-
-def test_the_budget_is_granted_in_order_and_never_exceeded():
-    async def scenario() -> list[int]:
-        budget, order = ByteBudget(10), []
-
-        async def one(number: int, size: int) -> None:
-            async with budget.reserve(size):
-                order.append(number)
-                assert budget.in_flight <= max(10, size)
-                await asyncio.sleep(0.001)
-
-        # 2 would fit beside 0, but 1 asked first: 2 waits for it.
-        await asyncio.gather(*(one(i, size) for i, size in enumerate([6, 8, 2, 25, 3])))
-        assert budget.in_flight == 0
-        return order
-
-    assert asyncio.run(scenario()) == [0, 1, 2, 3, 4]
 
 
 def test_local_damage_replaced_by_a_remote_slide_does_not_hang(
@@ -251,16 +230,16 @@ def test_what_is_held_stays_within_the_budget_until_it_is_decoded(
 ):
     """While no decode ends, the server is asked for no more than the budget."""
     shutil.copy(small_slides[0], fault_server.root / "a.svs")
-    remote = read_slide_index(f"{fault_server.url}/a.svs")
+    far = read_slide_index(f"{fault_server.url}/a.svs")
     gate = threading.Event()
-    right = threads.read_bodies  # type: ignore[attr-defined]
+    right = remote.read_bodies  # type: ignore[attr-defined]
 
     def gated(*args):
         assert gate.wait(30)
         return right(*args)
 
-    monkeypatch.setattr(threads, "read_bodies", gated)
-    sampler = PatchSampler([remote], [ForegroundMask.everything(remote)], size_px=64, mpp=[0.5])
+    monkeypatch.setattr(remote, "read_bodies", gated)
+    sampler = PatchSampler([far], [ForegroundMask.everything(far)], size_px=64, mpp=[0.5])
     fault_server.ranges.clear()
     with PatchLoader(sampler, 64, bytes_in_flight=100_000, prefetch=1) as loader:
         reader = threading.Thread(target=take, args=(loader, 1))

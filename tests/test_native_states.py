@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from online_patching import ForegroundMask, PatchLoader, PatchSampler, native
-from online_patching.batch_plan import CANVAS, OUTPUT, TILE, slide_keys
+from online_patching.batch_plan import CANVAS, FILE, OUTPUT, TILE, slide_keys
 from online_patching.decode import decode_tile
 from online_patching.slide_index import Codec
 from online_patching.testing.writers import split_tables
@@ -46,15 +46,15 @@ def read(body, part, key=1, start=0, codec=CODEC, scale=1, tile=(WIDTH, HEIGHT))
     w, h = right - left, bottom - top
     canvas, tiles, output = np.zeros(1, CANVAS), np.zeros(1, TILE), np.zeros(1, OUTPUT)
     for name, value in {
-        "fd": -1, "n_tiles": 1, "n_outputs": 1, "width": w, "height": h, "tile_width": tile[0],
+        "n_tiles": 1, "n_outputs": 1, "width": w, "height": h, "tile_width": tile[0],
         "tile_height": tile[1], "scale": scale, "tables": 0 if codec.tables else -1, "key": key,
         "colour": ("rgb", "ycbcr", "gray").index(codec.colour),
     }.items():  # fmt: skip
         canvas[name] = value
-    tiles[0] = (start, len(body), 0, left, top, w, h, 0, 0, 0)
+    tiles[0] = (start, len(body), -1, 0, left, top, w, h, 0, 0, 0, 0)
     output[0] = (0, 0, w, h, 0, w, h, 0, 0, w, h, 1, 0)
     out = np.full((h, w, 3), 7, np.uint8)
-    native.read(canvas, tiles, output, (codec.tables,), (body,), out, 0, 1)
+    native.read(canvas, tiles, output, np.zeros(0, FILE), (codec.tables,), (body,), out, 0, 1)
     return out, int(canvas[0]["status"]), bytes(canvas[0]["message"])
 
 

@@ -25,6 +25,7 @@ from online_patching.corpus.records import (
     SLIDE_RECORD,
     Packed,
     first_wrong,
+    mtime_of,
 )
 from online_patching.errors import CorpusError, PatchingError, StoreError, redact
 from online_patching.mask import ForegroundMask
@@ -174,18 +175,13 @@ def _fill_slide(
     record["reader"] = 2 if index.fallback else int(index.levels[0].rows is None)
     record["mask_width"], record["mask_height"] = mask.width, mask.height
     record["tissue_cells"] = mask.tissue_cells
-    record["size_bytes"], record["mtime_ns"] = index.size_bytes, _mtime_ns(index)
+    record["size_bytes"], record["mtime_ns"] = (
+        index.size_bytes,
+        (0 if is_remote(index.uri) else mtime_of(index.token, index.size_bytes)),
+    )
     for name, length in zip(("slide_id", "uri", "token", "rest"), lengths, strict=True):
         record[f"{name}_bytes"] = length
     record["rich_fractions"] = mask.rich_box_fractions()
-
-
-def _mtime_ns(index: SlideIndex) -> int:
-    """When a local file was last written, as its token says; 0 for anything else."""
-    size, _, mtime_ns = index.token.partition("-")
-    local = not is_remote(index.uri) and size == str(index.size_bytes)
-    known = local and mtime_ns.isdecimal() and len(mtime_ns) <= 19
-    return int(mtime_ns) if known and int(mtime_ns) < 2**63 else 0
 
 
 def _fill_levels(levels: NDArray[np.void], index: SlideIndex) -> int:

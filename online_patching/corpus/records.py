@@ -61,7 +61,7 @@ CODEC_RECORD = np.dtype([("text_offset", "<i8"), ("text_bytes", "<i8")])
 """Where a codec's JSON lies in the text."""
 
 READERS = ("ranges", "chunks", "fallback")
-"""What a record's `reader` counts: byte ranges of one object, Zarr chunks, another library."""
+"""What a record's `reader` counts: byte ranges of objects, Zarr chunks of a name each, another library."""
 
 KINDS: dict[str, np.dtype[Any]] = {
     "slides": SLIDE_RECORD,
@@ -84,6 +84,13 @@ class Packed(NamedTuple):
     text: NDArray[np.uint8]
     tiles: NDArray[np.uint64]
     masks: NDArray[np.uint8]
+
+
+def mtime_of(token: str, size_bytes: int) -> int:
+    """When a local file was last written, ns, as its version token says; 0 for any other token."""
+    size, _, mtime_ns = token.partition("-")
+    known = size == str(size_bytes) and mtime_ns.isdecimal() and len(mtime_ns) <= 19
+    return int(mtime_ns) if known and int(mtime_ns) < 2**63 else 0
 
 
 def read_codec(packed: Packed, number: int) -> Codec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from online_patching.corpus import Corpus
 from online_patching.geometry import PatchRef
+from online_patching.sampling.filters import PixelFilter
 from online_patching.sampling.sampler import Draws
 from online_patching.stores import RetryPolicy
 from online_patching.stores.range_client import DEFAULT_CONNECTIONS
@@ -26,8 +28,10 @@ class LoaderOptions:
 
     `bytes_in_flight` bounds what remote reads hold, per process; `gap_bytes` joins remote ranges
     this close (0: exactly the tiles touched). `remember_bytes` (0: off) bounds what each process
-    remembers of JPEG tiles to decode later parts of them sooner (`native.remember`). `connections`
-    bounds the requests that each process has under way to http(s) and the clouds, all hosts together.
+    remembers of JPEG tiles to decode later parts of them sooner (`native.remember`). `disk_cache` is a folder
+    that keeps at most `disk_cache_bytes` of tiles of remote slides (`stores.disk_cache`); None: no such.
+    `connections` bounds the requests that each process has under way to http(s) and the clouds, all hosts
+    together.
     """
 
     threads: int = 2
@@ -37,13 +41,14 @@ class LoaderOptions:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     remember_bytes: int = 0
     connections: int = DEFAULT_CONNECTIONS
+    disk_cache: str | Path | None = None
+    disk_cache_bytes: int = 16 * 2**30
 
 
 class DrawSource(Protocol):
     """What a loader asks of a sampler: draw numbers -> patches, the same in every process.
 
-    A source that ends has `len()` draws. `context` are the factors of further views of a patch (none
-    where absent), `patches_per_read` how many consecutive draws share a neighbourhood (1 where absent).
+    A source that ends has `len()` draws.
     """
 
     @property
@@ -53,6 +58,18 @@ class DrawSource(Protocol):
     @property
     def size_px(self) -> int:
         """Side of a patch."""
+
+    @property
+    def context(self) -> tuple[float, ...]:
+        """Factors, in a draw's own µm/px, of further views of the same centre."""
+
+    @property
+    def patches_per_read(self) -> int:
+        """How many consecutive draws share a neighbourhood of tiles."""
+
+    @property
+    def filters(self) -> tuple[PixelFilter, ...]:
+        """What is asked about the pixels of each draw."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -67,6 +84,9 @@ class DrawSource(Protocol):
     ) -> Draws:
         """Columns for many draw numbers; `attempt` is where to start. `barred` maps corpus rows of
         quarantined slides to the first draw that may not use them: it moves to its next attempt."""
+
+    def expand(self, draws: Draws) -> Draws:
+        """Each draw followed by its context views."""
 
     def refs(self, draws: Draws) -> list[PatchRef]:
         """PatchRefs of drawn columns."""
@@ -105,8 +125,8 @@ def n_draws(source: DrawSource) -> int | None:
 
 def batch_shape(source: DrawSource, n: int) -> tuple[int, ...]:
     """The shape of `n` patches: (n, size, size, 3), or (n, views, size, size, 3) with context views."""
-    size, context = source.size_px, getattr(source, "context", ())
-    return (n, 1 + len(context), size, size, 3) if context else (n, size, size, 3)
+    size, views = source.size_px, 1 + len(source.context)
+    return (n, size, size, 3) if views == 1 else (n, views, size, size, 3)
 
 
 @dataclass(frozen=True, eq=False)

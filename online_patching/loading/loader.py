@@ -17,6 +17,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -60,8 +61,9 @@ class PatchLoader:
     `threads` decode threads, made by `start_method` (spawn, fork, forkserver). `prefetch` batches a worker
     are read ahead, and no more are ever in flight: 2 by default, and behind a network enough for 1,024
     patches on their way. `remember_bytes` lets each process remember states inside JPEG tiles, which pays
-    where tiles are touched several times (docs/decisions/0012-restart-states.md). `copy=False` hands out
-    shared memory, to be given back by `batch.release()`.
+    where tiles are touched several times (docs/decisions/0012-restart-states.md). `disk_cache` is a folder
+    that keeps at most `disk_cache_bytes` of remote tiles, for all processes that name it. `copy=False` hands
+    out shared memory, to be given back by `batch.release()`.
 
     Use it as a context manager, or close it; what ends without is cleaned up too. One thread at a time.
     """
@@ -77,6 +79,8 @@ class PatchLoader:
         bytes_in_flight: int = 64 * 2**20,
         gap_bytes: int = 16 * 2**10,
         remember_bytes: int = 0,
+        disk_cache: str | Path | None = None,
+        disk_cache_bytes: int = 16 * 2**30,
         retry: RetryPolicy | None = None,
         connections: int = DEFAULT_CONNECTIONS,
         max_failed_fraction: float = 0.05,
@@ -92,19 +96,14 @@ class PatchLoader:
         if prefetch is None:
             prefetch = _prefetch(sampler, batch_size * max(1, workers))
         _refuse_senseless(batch_size, workers, threads, prefetch, rank, world_size, start_method)
-        _refuse_split_reads(batch_size, first_draw, getattr(sampler, "patches_per_read", 1))
+        _refuse_split_reads(batch_size, first_draw, sampler.patches_per_read)
         self.sampler, self.batch_size, self.workers = sampler, batch_size, workers
         self.rank, self.world_size, self.gather = rank, world_size, gather
         self.start_method, self.copy = start_method, copy
         self.options = LoaderOptions(
-            threads,
-            prefetch,
-            bytes_in_flight,
-            gap_bytes,
-            retry or RetryPolicy(),
-            remember_bytes,
-            connections,
-        )
+            threads, prefetch, bytes_in_flight, gap_bytes, retry or RetryPolicy(), remember_bytes,
+            connections, disk_cache, disk_cache_bytes,
+        )  # fmt: skip
         self.max_failed_fraction = max_failed_fraction
         self.stats = Stats()
         self._agreeing = world_size == 1 or gather is not None

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from online_patching.batch_plan import CANVAS, OUTPUT, TILE
+from online_patching.batch_plan import CANVAS, FILE, OUTPUT, TILE
 
 OK, BAD_TILE, SHORT_READ, IO_ERROR, CHANGED, NO_MEMORY = range(6)
 SWITCH = "ONLINE_PATCHING_DECODER"
@@ -38,20 +38,24 @@ def read(
     canvases: NDArray[np.void],
     tiles: NDArray[np.void],
     outputs: NDArray[np.void],
+    files: NDArray[np.void],
     tables: Sequence[bytes],
-    bodies: Sequence[bytes],
+    bodies: Sequence[bytes | NDArray[np.uint8]],
     batch: NDArray[np.uint8],
     first: int,
     stop: int,
 ) -> None:
     """Make the patches of canvases first..stop; `status` of each says how it went.
 
-    A canvas with fd -1 takes its tiles' bytes from `bodies`. Targets of canvases of one call, or of calls
-    at the same time, must not overlap. ValueError when the arrays contradict each other.
+    Tiles of `file` -1 are handed over: their bytes in `bodies` or, where a canvas's packing is "pixels", the
+    pixels (height, width, channels) of the part that is seen, in any strides. Targets of canvases of one
+    call, or of calls at the same time, must not overlap. ValueError when the arrays contradict each other.
     """
     if _jpeg is None:
         raise RuntimeError(ABOUT)
-    _jpeg.read(canvases, tiles, outputs, tuple(tables), tuple(bodies), batch, first, stop)
+    _jpeg.read(
+        canvases, tiles, outputs, files, tuple(tables), tuple(bodies), batch, first, stop
+    )
 
 
 def remember(limit_bytes: int, step_px: int = STEP_PX) -> None:
@@ -98,8 +102,9 @@ def _load() -> tuple[ModuleType | Any, str]:
         module = importlib.import_module("online_patching.native._jpeg")
     except ImportError as error:
         return None, f"the native decoder is not built ({error})"
-    sizes = (module.CANVAS_BYTES, module.TILE_BYTES, module.OUTPUT_BYTES)
-    if sizes != (CANVAS.itemsize, TILE.itemsize, OUTPUT.itemsize):
+    names = ("CANVAS_BYTES", "TILE_BYTES", "OUTPUT_BYTES", "FILE_BYTES")
+    sizes = tuple(getattr(module, name, 0) for name in names)
+    if sizes != tuple(record.itemsize for record in (CANVAS, TILE, OUTPUT, FILE)):
         return None, f"the native decoder belongs to another version (records of {sizes} bytes)"
     why = ""
     for path, whose in _candidates():
@@ -114,3 +119,5 @@ def _load() -> tuple[ModuleType | Any, str]:
 
 _jpeg, ABOUT = _load()
 AVAILABLE = _jpeg is not None
+CHUNKS = False
+"""Whether Zarr chunks are decoded natively too."""

@@ -45,19 +45,18 @@
 #define MAX_CANVAS_BYTES ((int64_t)1 << 30)
 #define MAX_STEP_PX 65536
 
-/* The three records mirror numpy dtypes in __init__.py, field by field. */
+/* The four records mirror numpy dtypes in batch_plan/tables.py, field by field. */
 
 typedef struct {
-  int64_t size_bytes, mtime_ns; /* of the file, checked when size_bytes > 0 */
-  uint64_t key;                 /* of the slide, for what is remembered of its tiles; 0: nothing is */
-  int32_t fd;                   /* -1: the tiles' bytes are in `bodies` */
+  uint64_t key; /* of the slide, for what is remembered of its tiles; 0: nothing is */
   int32_t first_tile, n_tiles;
   int32_t first_output, n_outputs;
   int32_t width, height; /* of the canvas, in decoded pixels */
   int32_t tile_width, tile_height;
-  int32_t scale;  /* DCT scaling: 1, 2, 4, 8 */
-  int32_t codec;  /* Python's to know */
-  int32_t colour; /* 0 rgb, 1 ycbcr, 2 gray */
+  int32_t scale;   /* DCT scaling: 1, 2, 4, 8 */
+  int32_t codec;   /* Python's to know */
+  int32_t packing; /* of its tiles: see below */
+  int32_t colour;  /* 0 rgb, 1 ycbcr, 2 gray */
   int32_t tables; /* which of the tables, -1 for none */
   int32_t fill;
   int32_t status; /* out: what happened */
@@ -65,14 +64,25 @@ typedef struct {
   char message[MESSAGE_BYTES];
 } Canvas;
 
+enum { STREAM = 0, HEADLESS = 1, PIXELS = 2 };
+
 typedef struct {
   int64_t start, length; /* in the file; length 0: not stored */
-  int32_t body;          /* which of the bodies, when fd is -1 */
+  int32_t file;          /* which of the files, or -1: */
+  int32_t body;          /* which of the bodies */
   int32_t left, top;     /* of the seen part, within the tile, decoded pixels */
   int32_t width, height;
-  int32_t x, y; /* where it goes on the canvas */
+  int32_t x, y;    /* where it goes on the canvas */
+  int32_t channel; /* pixels only: the first that they fill */
   int32_t pad;
 } Tile;
+
+typedef struct {
+  int64_t size_bytes, mtime_ns; /* as indexed, checked when size_bytes > 0 */
+  int64_t base;                 /* the address in its slide of its first byte */
+  int32_t fd;
+  int32_t pad;
+} File;
 
 typedef struct {
   double left, top, right, bottom; /* window, within its box */
@@ -151,6 +161,18 @@ static void source_set(struct jpeg_source_mgr *source, const uint8_t *data, size
 
 /* --- what a thread needs while it works ------------------------------------------------------ */
 
+/* The head of a stream whose restart intervals lie bare, in two: tables, which libjpeg keeps from one
+ * interval to the next, and what must stand before each of them. */
+typedef struct {
+  const void *of; /* the head that was split, for tiles of this size and colour */
+  int width, height, colour;
+  uint8_t *tables, *frame;
+  size_t tables_size, frame_size, tables_room, frame_room;
+  size_t width_at; /* of the frame's width, in `frame` */
+  int mcu_width;   /* px, where the frame is one row of MCUs without restarts inside; else 0 */
+  unsigned defined, needed; /* as in Tables */
+} Head;
+
 typedef struct {
   struct jpeg_decompress_struct cinfo;
   Errors errors;
@@ -160,6 +182,7 @@ typedef struct {
   size_t file_size, canvas_size, middle_size, row_size, weights_size;
   Scratch *scratch;
   const uint8_t *loaded; /* the tables that cinfo holds and no tile has touched since */
+  Head head;
 } Worker;
 
 static int grow(void *block, size_t *have, size_t want) {
@@ -278,6 +301,22 @@ typedef struct {
   Py_ssize_t size;
 } Bytes;
 
+/* A tile's bytes, or the pixels of its seen part: rows, columns and channels that may lie anyhow. */
+typedef struct {
+  const uint8_t *data;
+  Py_ssize_t size;
+  int channels; /* 0: bytes */
+  Py_ssize_t rows, columns, step[3];
+} Body;
+
+/* What a call was given beside the plan's own tables. */
+typedef struct {
+  const File *files;
+  const Bytes *tables;
+  const Body *bodies;
+  Py_ssize_t n_files, n_tables, n_bodies;
+} Given;
+
 /* --- one tile -------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -285,6 +324,8 @@ typedef struct {
   Tables own, shared;
   uint8_t *pixels; /* of the canvas, of `channels` bytes each, 3 or 4 */
   int channels;
+  int cut;         /* the frame was made narrower than its data */
+  int64_t address; /* of the tile in its slide, for what is remembered of it */
 } Job;
 
 static void fail(Worker *w, const char *message) {
@@ -364,7 +405,7 @@ static int decode_stream(Worker *w, Canvas *canvas, const Tile *tile, const Job 
     int got = (int)jpeg.read_scanlines(cinfo, rows, (JDIMENSION)want);
     for (int r = 0; r < got; r++, done++, out += stride) memcpy(out, rows[r] + offset, bytes);
   }
-  if (cinfo->output_scanline == cinfo->output_height) {
+  if (cinfo->output_scanline == cinfo->output_height && !job->cut) {
     jpeg.finish(cinfo); /* whatever is wrong up to the end marker is still seen */
     w->loaded = NULL;   /* and tables that stand before it have replaced ours */
   } else {
@@ -386,6 +427,21 @@ static int decode_from_states(Worker *w, Canvas *canvas, const Tile *tile, const
   return -1;
 }
 
+/* Decode the seen part of a stream that was checked, and remember its states where that is on. */
+static int decode_checked(Worker *w, Canvas *canvas, const Tile *tile, const Job *job, const Touched *touched,
+                          Found found, const States *states) {
+  if (found == KNOWN_TILE && !decode_from_states(w, canvas, tile, job, touched, states)) return 0;
+  const Stream whole = {touched->data, touched->size, tile->left, tile->top, 0};
+  if (decode_stream(w, canvas, tile, job, &whole)) return -1;
+  if (found == NEW_TILE) states_remember(&w->scratch, touched);
+  return 0;
+}
+
+static Touched touch(const Canvas *canvas, const Job *job, const uint8_t *data, size_t size) {
+  return (Touched){canvas->scale == 1 ? canvas->key : 0, job->address, data, job->tables->data, size,
+                   (size_t)job->tables->size};
+}
+
 /* Decode the seen part of a tile onto the canvas. */
 static int decode_tile(Worker *w, Canvas *canvas, const Tile *tile, Job *job, const uint8_t *data, size_t size) {
   job->own = (Tables){0, 0, 0};
@@ -394,15 +450,102 @@ static int decode_tile(Worker *w, Canvas *canvas, const Tile *tile, Job *job, co
     say(canvas, BAD_TILE, "it ends before its picture does");
     return -1;
   }
-  const Touched touched = {canvas->scale == 1 ? canvas->key : 0, tile->start, data, job->tables->data,
-                           size, (size_t)job->tables->size};
-  const States *states;
+  const Touched touched = touch(canvas, job, data, size);
+  const States *states = NULL;
   Found found = states_find(&touched, &states);
-  if (found == KNOWN_TILE && !decode_from_states(w, canvas, tile, job, &touched, states)) return 0;
-  const Stream whole = {data, size, tile->left, tile->top, 0};
-  if (decode_stream(w, canvas, tile, job, &whole)) return -1;
-  if (found == NEW_TILE) states_remember(&w->scratch, &touched);
+  return decode_checked(w, canvas, tile, job, &touched, found, states);
+}
+
+/* --- bare restart intervals -------------------------------------------------------------------- */
+
+static void put(uint8_t *block, size_t *size, const uint8_t *from, size_t count) {
+  memcpy(block + *size, from, count);
+  *size += count;
+}
+
+/* Split the head that a canvas's tiles lack into w->head, unless it holds just that. */
+static int split_head(Worker *w, Canvas *canvas, const Bytes *whole) {
+  Head *head = &w->head;
+  if (head->of == whole->data && head->width == canvas->tile_width && head->height == canvas->tile_height &&
+      head->colour == canvas->colour)
+    return 0;
+  const uint8_t *data = whole->data;
+  size_t size = (size_t)whole->size, at = 2;
+  Tables tables = {0, 0, 0};
+  head->of = NULL;
+  if (w->loaded && w->loaded == head->tables) w->loaded = NULL; /* its room is about to hold others */
+  if (check_markers(canvas, data, size, 0, &tables)) return -1;
+  if (grow(&head->tables, &head->tables_room, size + 4) || grow(&head->frame, &head->frame_room, size)) {
+    say(canvas, NO_MEMORY, "no memory");
+    return -1;
+  }
+  head->tables_size = head->frame_size = 0;
+  put(head->tables, &head->tables_size, data, 2);
+  put(head->frame, &head->frame_size, data, 2);
+  int high = 1, wide = 1, interval = 0;
+  for (;;) { /* check_markers has been here: a frame and a scan header are there, whole */
+    int marker = data[at + 1];
+    size_t length = 2 + (size_t)(data[at + 2] << 8 | data[at + 3]);
+    if (marker == 0xDA) break;
+    if (marker == 0xDB || marker == 0xC4) put(head->tables, &head->tables_size, data + at, length);
+    if (marker == 0xC0 || marker == 0xC1) {
+      for (int i = 0; i < data[at + 9]; i++) {
+        int sampling = data[at + 11 + 3 * i];
+        if (sampling >> 4 > wide) wide = sampling >> 4;
+        if ((sampling & 15) > high) high = sampling & 15;
+      }
+      head->width_at = head->frame_size + 7;
+      put(head->frame, &head->frame_size, data + at, length);
+      if (data[at + 9] == 1) wide = high = 1; /* an MCU of one component is one block */
+    }
+    if (marker == 0xDD && length == 6) {
+      interval = data[at + 4] << 8 | data[at + 5];
+      put(head->frame, &head->frame_size, data + at, length);
+    }
+    at += length;
+  }
+  put(head->frame, &head->frame_size, data + at, size - at);
+  const uint8_t end[2] = {0xFF, 0xD9};
+  put(head->tables, &head->tables_size, end, 2);
+  int across = (canvas->tile_width + 8 * wide - 1) / (8 * wide);
+  head->mcu_width = canvas->tile_height <= 8 * high && (!interval || interval >= across) ? 8 * wide : 0;
+  if (tables.several) head->mcu_width = 0;
+  head->defined = tables.defined;
+  head->needed = tables.needed;
+  head->width = canvas->tile_width;
+  head->height = canvas->tile_height;
+  head->colour = canvas->colour;
+  head->of = whole->data;
   return 0;
+}
+
+/* Decode the seen part of a restart interval, whose bytes lie behind the room for its frame in w->file.
+ *
+ * Of an interval that is one row of MCUs, those right of the part need not even be entropy-decoded: the frame
+ * is made as narrow as the part wants. */
+static int decode_interval(Worker *w, Canvas *canvas, const Tile *tile, Job *job, size_t size) {
+  Head *head = &w->head;
+  const Bytes tables = {head->tables, (Py_ssize_t)head->tables_size};
+  uint8_t *stream = w->file, *end = stream + head->frame_size + size;
+  memcpy(stream, head->frame, head->frame_size);
+  end[0] = 0xFF;
+  end[1] = 0xD9;
+  job->tables = &tables;
+  job->shared.defined = head->defined;
+  job->own = (Tables){0, head->needed, head->needed == ~0u};
+  const Touched touched = touch(canvas, job, stream, head->frame_size + size + 2);
+  const States *states = NULL;
+  Found found = states_find(&touched, &states);
+  if (head->mcu_width && found == PLAIN_TILE) {
+    int right = (tile->left + tile->width + CROP_MARGIN_PX) * canvas->scale;
+    right = (right + head->mcu_width - 1) / head->mcu_width * head->mcu_width;
+    if (right < canvas->tile_width) {
+      stream[head->width_at] = (uint8_t)(right >> 8);
+      stream[head->width_at + 1] = (uint8_t)right;
+      job->cut = 1;
+    }
+  }
+  return decode_checked(w, canvas, tile, job, &touched, found, states);
 }
 
 /* --- resampling: Pillow's triangle filter, in integers --------------------------------------- */
@@ -590,29 +733,45 @@ static int resample(Worker *w, const Canvas *canvas, const Output *o, uint8_t *o
 
 /* --- one canvas: its tiles, then its patches ------------------------------------------------- */
 
-static int file_is_the_same(Canvas *canvas) {
+static int file_is_the_same(const File *file) {
   struct stat now;
-  if (canvas->fd < 0 || canvas->size_bytes <= 0) return 1;
-  if (fstat(canvas->fd, &now)) return 0;
+  if (file->size_bytes <= 0) return 1;
+  if (fstat(file->fd, &now)) return 0;
 #ifdef __APPLE__
   int64_t mtime_ns = (int64_t)now.st_mtimespec.tv_sec * 1000000000 + now.st_mtimespec.tv_nsec;
 #else
   int64_t mtime_ns = (int64_t)now.st_mtim.tv_sec * 1000000000 + now.st_mtim.tv_nsec;
 #endif
-  return now.st_size == canvas->size_bytes && (!canvas->mtime_ns || mtime_ns == canvas->mtime_ns);
+  return now.st_size == file->size_bytes && (!file->mtime_ns || mtime_ns == file->mtime_ns);
 }
 
-static int pread_all(Worker *w, Canvas *canvas, const Tile *tile) {
+/* Whether the files of a canvas are those that were indexed; most canvases have one. */
+static int files_are_the_same(Canvas *canvas, const Tile *tiles, const File *files) {
+  int32_t last = -1;
+  for (int i = 0; i < canvas->n_tiles; i++) {
+    int32_t file = tiles[canvas->first_tile + i].file;
+    if (file < 0 || file == last) continue;
+    last = file;
+    if (file_is_the_same(files + file)) continue;
+    canvas->tile = canvas->first_tile + i;
+    say(canvas, CHANGED, "changed since it was indexed");
+    return 0;
+  }
+  return 1;
+}
+
+/* A tile's bytes to `before` bytes behind the start of w->file, with room for `after` more. */
+static int pread_all(Worker *w, Canvas *canvas, const Tile *tile, int fd, size_t before, size_t after) {
   if (tile->length > MAX_TILE_BYTES) {
     say(canvas, BAD_TILE, "it is larger than 256 MB");
     return -1;
   }
-  if (grow(&w->file, &w->file_size, (size_t)tile->length)) {
+  if (grow(&w->file, &w->file_size, before + (size_t)tile->length + after)) {
     say(canvas, NO_MEMORY, "no memory");
     return -1;
   }
   for (int64_t done = 0; done < tile->length;) {
-    ssize_t got = pread(canvas->fd, w->file + done, (size_t)(tile->length - done), tile->start + done);
+    ssize_t got = pread(fd, w->file + before + done, (size_t)(tile->length - done), tile->start + done);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) {
       say(canvas, IO_ERROR, "cannot be read");
@@ -633,8 +792,47 @@ static void fill(uint8_t *pixels, size_t stride, const Tile *tile, int value, in
            (size_t)tile->width * channels);
 }
 
+static void paste(uint8_t *pixels, size_t stride, const Tile *tile, const Body *body, int channels) {
+  for (int y = 0; y < tile->height; y++) {
+    uint8_t *to = pixels + (size_t)(tile->y + y) * stride + (size_t)tile->x * channels + tile->channel;
+    const uint8_t *from = body->data + y * body->step[0];
+    if (channels == 3 && body->channels == 3 && body->step[1] == 3 && body->step[2] == 1) {
+      memcpy(to, from, 3 * (size_t)tile->width);
+      continue;
+    }
+    for (int c = 0; c < body->channels; c++) {
+      const uint8_t *one = from + c * body->step[2];
+      for (int x = 0; x < tile->width; x++) to[x * channels + c] = one[x * body->step[1]];
+    }
+  }
+}
+
+static int read_tile(Worker *w, Canvas *canvas, const Tile *tile, const Given *given, Job *job) {
+  size_t size = (size_t)tile->length;
+  const Head *head = NULL;
+  if (canvas->packing == HEADLESS) {
+    if (split_head(w, canvas, given->tables + canvas->tables)) return -1;
+    head = &w->head;
+  }
+  size_t before = head ? head->frame_size : 0, after = head ? 2 : 0;
+  const uint8_t *data = tile->file < 0 ? given->bodies[tile->body].data : NULL;
+  if (!data) {
+    if (pread_all(w, canvas, tile, given->files[tile->file].fd, before, after)) return -1;
+    data = w->file;
+  } else if (head) {
+    if (grow(&w->file, &w->file_size, before + size + after)) {
+      say(canvas, NO_MEMORY, "no memory");
+      return -1;
+    }
+    memcpy(w->file + before, data, size);
+    data = w->file;
+  }
+  if (head) return decode_interval(w, canvas, tile, job, size);
+  return decode_tile(w, canvas, tile, job, data, size);
+}
+
 static void read_canvas(Worker *w, Canvas *canvas, const Tile *tiles, const Output *outputs,
-                        const Bytes *tables, const Bytes *bodies, uint8_t *batch) {
+                        const Given *given, uint8_t *batch) {
   const Output *single = outputs + canvas->first_output;
   int direct = canvas->n_outputs == 1 && single->exact && single->width == canvas->width &&
                single->height == canvas->height;
@@ -651,10 +849,7 @@ static void read_canvas(Worker *w, Canvas *canvas, const Tile *tiles, const Outp
     }
     pixels = w->canvas;
   }
-  if (!file_is_the_same(canvas)) {
-    say(canvas, CHANGED, "changed since it was indexed");
-    return;
-  }
+  if (!files_are_the_same(canvas, tiles, given->files)) return;
   int64_t seen = 0;
   for (int i = 0; i < canvas->n_tiles; i++) {
     const Tile *tile = tiles + canvas->first_tile + i;
@@ -664,29 +859,23 @@ static void read_canvas(Worker *w, Canvas *canvas, const Tile *tiles, const Outp
     memset(pixels, 255, stride * (size_t)canvas->height); /* outside the slide is white, like glass */
   for (int i = 0; i < canvas->n_tiles; i++) {
     const Tile *tile = tiles + canvas->first_tile + i;
-    const uint8_t *data;
-    size_t size = (size_t)tile->length;
     canvas->tile = canvas->first_tile + i;
     if (!tile->length) {
       fill(pixels, stride, tile, canvas->fill, channels);
       continue;
     }
-    if (canvas->fd >= 0) {
-      if (pread_all(w, canvas, tile)) return;
-      data = w->file;
-    } else {
-      data = bodies[tile->body].data;
+    if (canvas->packing == PIXELS) {
+      paste(pixels, stride, tile, given->bodies + tile->body, channels);
+      continue;
     }
     const Bytes none = {NULL, 0};
-    const Bytes *own = canvas->tables >= 0 ? tables + canvas->tables : &none;
-    Job job = {own, {0, 0, 0}, {0, 0, 0}, pixels, channels};
+    const Bytes *own = canvas->tables >= 0 && canvas->packing == STREAM ? given->tables + canvas->tables : &none;
+    int64_t base = tile->file < 0 ? 0 : given->files[tile->file].base;
+    Job job = {own, {0, 0, 0}, {0, 0, 0}, pixels, channels, 0, base + tile->start};
     if (own->size && check_markers(canvas, own->data, (size_t)own->size, 1, &job.shared)) return;
-    if (decode_tile(w, canvas, tile, &job, data, size)) return;
+    if (read_tile(w, canvas, tile, given, &job)) return;
   }
-  if (!file_is_the_same(canvas)) { /* nor was it while we read: old and new bytes are never mixed */
-    say(canvas, CHANGED, "changed since it was indexed");
-    return;
-  }
+  if (!files_are_the_same(canvas, tiles, given->files)) return; /* old and new bytes are never mixed */
   if (direct) return;
   for (int i = 0; i < canvas->n_outputs; i++) {
     const Output *o = single + i;
@@ -707,7 +896,7 @@ static void read_canvas(Worker *w, Canvas *canvas, const Tile *tiles, const Outp
 }
 
 static void read_range(Canvas *canvases, Py_ssize_t first, Py_ssize_t stop, const Tile *tiles,
-                       const Output *outputs, const Bytes *tables, const Bytes *bodies, uint8_t *batch) {
+                       const Output *outputs, const Given *given, uint8_t *batch) {
   Worker w;
   memset(&w, 0, sizeof w);
   w.cinfo.err = jpeg.std_error(&w.errors.base);
@@ -720,7 +909,7 @@ static void read_range(Canvas *canvases, Py_ssize_t first, Py_ssize_t stop, cons
     jpeg.create(&w.cinfo, JPEG_LIB_VERSION, sizeof w.cinfo);
     w.cinfo.src = &w.source;
     for (Py_ssize_t i = first; i < stop; i++)
-      read_canvas(&w, canvases + i, tiles, outputs, tables, bodies, batch);
+      read_canvas(&w, canvases + i, tiles, outputs, given, batch);
   }
   jpeg.destroy(&w.cinfo);
   free(w.file);
@@ -728,22 +917,28 @@ static void read_range(Canvas *canvases, Py_ssize_t first, Py_ssize_t stop, cons
   free(w.middle);
   free(w.row);
   free(w.weights);
+  free(w.head.tables);
+  free(w.head.frame);
   states_free(w.scratch);
 }
 
 /* --- checks: what C may touch ----------------------------------------------------------------- */
 
 static const char *check_canvas(const Canvas *c, const Tile *tiles, Py_ssize_t n_tiles,
-                                const Output *outputs, Py_ssize_t n_outputs, Py_ssize_t n_tables,
-                                const Bytes *bodies, Py_ssize_t n_bodies, Py_ssize_t batch_size) {
+                                const Output *outputs, Py_ssize_t n_outputs, const Given *given,
+                                Py_ssize_t batch_size) {
   if (c->first_tile < 0 || c->n_tiles < 0 || (Py_ssize_t)c->first_tile + c->n_tiles > n_tiles) return "tiles";
   if (c->first_output < 0 || c->n_outputs < 1 || (Py_ssize_t)c->first_output + c->n_outputs > n_outputs)
     return "outputs";
   if (c->width < 1 || c->height < 1 || (int64_t)c->width * c->height * 4 > MAX_CANVAS_BYTES) return "canvas size";
   if (c->tile_width < 1 || c->tile_height < 1 || c->tile_width > 65500 || c->tile_height > 65500)
     return "tile size";
-  if (c->scale != 1 && c->scale != 2 && c->scale != 4 && c->scale != 8) return "scale";
-  if (c->tables < -1 || c->tables >= n_tables) return "tables";
+  if (c->packing < STREAM || c->packing > PIXELS) return "packing";
+  if (c->scale != 1 && c->scale != 2 && c->scale != 4 && c->scale != 8 &&
+      (c->packing != PIXELS || (c->scale != 16 && c->scale != 32)))
+    return "scale";
+  if (c->tables < -1 || c->tables >= given->n_tables) return "tables";
+  if (c->packing == HEADLESS && c->tables < 0) return "tables";
   for (int i = 0; i < c->n_tiles; i++) {
     const Tile *t = tiles + c->first_tile + i;
     if (t->length < 0 || t->start < 0) return "byte range";
@@ -751,8 +946,14 @@ static const char *check_canvas(const Canvas *c, const Tile *tiles, Py_ssize_t n
         t->left > c->tile_width - t->width || t->top > c->tile_height - t->height)
       return "seen part";
     if (t->x < 0 || t->y < 0 || t->x > c->width - t->width || t->y > c->height - t->height) return "paste box";
-    if (c->fd < 0 && t->length &&
-        (t->body < 0 || t->body >= n_bodies || bodies[t->body].size != t->length))
+    if (t->file < -1 || t->file >= given->n_files) return "file";
+    if (t->file >= 0 && (c->packing == PIXELS || given->files[t->file].fd < 0)) return "file";
+    if (t->file >= 0 || !t->length) continue;
+    if (t->body < 0 || t->body >= given->n_bodies) return "body";
+    const Body *body = given->bodies + t->body;
+    if (c->packing != PIXELS ? body->channels || body->size != t->length
+                             : body->rows != t->height || body->columns != t->width || body->channels < 1 ||
+                                   t->channel < 0 || t->channel > 3 - body->channels)
       return "body";
   }
   for (int i = 0; i < c->n_outputs; i++) {
@@ -824,7 +1025,7 @@ static PyObject *py_load(PyObject *self, PyObject *argument) {
   Py_RETURN_NONE;
 }
 
-/* A list or tuple of bytes as pointers; the list keeps them alive. */
+/* A tuple of bytes as pointers; the tuple keeps them alive. */
 static Bytes *bytes_of(PyObject *list, Py_ssize_t *n) {
   *n = PySequence_Size(list);
   if (*n < 0) return NULL;
@@ -845,39 +1046,90 @@ failed:
   return NULL;
 }
 
+typedef struct {
+  Py_ssize_t n; /* views that are held */
+  Py_buffer *views;
+  Body *bodies;
+} Held;
+
+static void let_go(Held *held) {
+  for (Py_ssize_t i = 0; i < held->n; i++) PyBuffer_Release(held->views + i);
+  PyMem_Free(held->views);
+  PyMem_Free(held->bodies);
+}
+
+/* A tuple of bytes, or of pixels: whatever has a buffer of one or three dimensions. */
+static int hold(PyObject *list, Held *held) {
+  Py_ssize_t n = PySequence_Size(list);
+  if (n < 0) return -1;
+  held->views = PyMem_Calloc((size_t)n + 1, sizeof(Py_buffer));
+  held->bodies = PyMem_Calloc((size_t)n + 1, sizeof(Body));
+  if (!held->views || !held->bodies) {
+    PyErr_NoMemory();
+    return -1;
+  }
+  for (Py_ssize_t i = 0; i < n; i++) {
+    PyObject *item = PySequence_GetItem(list, i);
+    if (!item) return -1;
+    Py_buffer *view = held->views + i;
+    int bad = PyObject_GetBuffer(item, view, PyBUF_STRIDED_RO);
+    Py_DECREF(item);
+    if (bad) return -1;
+    held->n++;
+    Body *body = held->bodies + i;
+    body->data = view->buf;
+    body->size = view->len;
+    if (view->itemsize == 1 && view->ndim == 3) {
+      body->rows = view->shape[0];
+      body->columns = view->shape[1];
+      body->channels = view->shape[2] <= 3 ? (int)view->shape[2] : 4;
+      memcpy(body->step, view->strides, sizeof body->step);
+    } else if (view->itemsize != 1 || view->ndim != 1 || (view->strides && view->strides[0] != 1)) {
+      PyErr_SetString(PyExc_ValueError, "a body is neither bytes nor rows, columns and channels of bytes");
+      return -1;
+    }
+  }
+  return 0;
+}
+
 static PyObject *py_read(PyObject *self, PyObject *args) {
   (void)self;
-  Py_buffer canvases, tiles, outputs, batch;
-  Py_ssize_t first, stop, n_tables = 0, n_bodies = 0;
+  Py_buffer canvases, tiles, outputs, files, batch;
+  Py_ssize_t first, stop;
   PyObject *table_list, *body_list;
-  if (!PyArg_ParseTuple(args, "w*y*y*O!O!w*nn", &canvases, &tiles, &outputs, &PyTuple_Type, &table_list,
-                        &PyTuple_Type, &body_list, &batch, &first, &stop))
+  if (!PyArg_ParseTuple(args, "w*y*y*y*O!O!w*nn", &canvases, &tiles, &outputs, &files, &PyTuple_Type,
+                        &table_list, &PyTuple_Type, &body_list, &batch, &first, &stop))
     return NULL;
   const char *wrong = NULL;
-  Bytes *tables = bytes_of(table_list, &n_tables);
-  Bytes *bodies = tables ? bytes_of(body_list, &n_bodies) : NULL;
-  if (bodies) {
+  Held held = {0, NULL, NULL};
+  Given given = {files.buf, NULL, NULL, files.len / (Py_ssize_t)sizeof(File), 0, 0};
+  Bytes *tables = bytes_of(table_list, &given.n_tables);
+  if (tables && !hold(body_list, &held)) {
+    given.tables = tables;
+    given.bodies = held.bodies;
+    given.n_bodies = held.n;
     Canvas *all = canvases.buf;
     if (!jpeg.create) wrong = "load() was not called";
     if (first < 0 || stop < first || stop > canvases.len / (Py_ssize_t)sizeof(Canvas)) wrong = "range";
     for (Py_ssize_t i = first; !wrong && i < stop; i++)
       wrong = check_canvas(all + i, tiles.buf, tiles.len / (Py_ssize_t)sizeof(Tile), outputs.buf,
-                           outputs.len / (Py_ssize_t)sizeof(Output), n_tables, bodies, n_bodies, batch.len);
+                           outputs.len / (Py_ssize_t)sizeof(Output), &given, batch.len);
     if (wrong) {
       PyErr_Format(PyExc_ValueError, "a read plan is inconsistent: %s", wrong);
     } else {
       Py_BEGIN_ALLOW_THREADS;
       states_enter();
-      read_range(all, first, stop, tiles.buf, outputs.buf, tables, bodies, batch.buf);
+      read_range(all, first, stop, tiles.buf, outputs.buf, &given, batch.buf);
       states_leave();
       Py_END_ALLOW_THREADS;
     }
   }
   PyMem_Free(tables);
-  PyMem_Free(bodies);
+  let_go(&held);
   PyBuffer_Release(&canvases);
   PyBuffer_Release(&tiles);
   PyBuffer_Release(&outputs);
+  PyBuffer_Release(&files);
   PyBuffer_Release(&batch);
   if (PyErr_Occurred()) return NULL;
   Py_RETURN_NONE;
@@ -918,7 +1170,7 @@ static PyObject *py_remembered(PyObject *self, PyObject *ignored) {
 static PyMethodDef methods[] = {
     {"load", py_load, METH_O, "load(path): use the libjpeg-turbo at this path; OSError when it cannot be."},
     {"read", py_read, METH_VARARGS,
-     "read(canvases, tiles, outputs, tables, bodies, batch, first, stop): canvases first..stop into batch."},
+     "read(canvases, tiles, outputs, files, tables, bodies, batch, first, stop): canvases first..stop into batch."},
     {"remember", py_remember, METH_VARARGS,
      "remember(limit_bytes, step_px): bound what is remembered of tiles; 0 forgets it."},
     {"remembered", py_remembered, METH_NOARGS, "remembered(): what is, and how often it was of use."},
@@ -939,6 +1191,7 @@ PyMODINIT_FUNC PyInit__jpeg(void) {
     PyModule_AddIntConstant(made, "CANVAS_BYTES", (long)sizeof(Canvas));
     PyModule_AddIntConstant(made, "TILE_BYTES", (long)sizeof(Tile));
     PyModule_AddIntConstant(made, "OUTPUT_BYTES", (long)sizeof(Output));
+    PyModule_AddIntConstant(made, "FILE_BYTES", (long)sizeof(File));
   }
   return made;
 }

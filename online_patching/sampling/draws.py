@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -44,7 +45,7 @@ class Draws:
         return Draws(*(getattr(self, column.name)[which] for column in fields(self)))
 
 
-class Sampler:
+class Sampler(ABC):
     """What samplers share. A sampler says what draw i is; `draw_batch` is all it must add.
 
     `context` are the factors, in the draw's own µm/px, of further views of the same centre;
@@ -92,6 +93,7 @@ class Sampler:
         """SHA-256 of `config`."""
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
 
+    @abstractmethod
     def draw_batch(
         self, draws: ArrayLike, attempt: ArrayLike = 0, barred: Mapping[int, int] | None = None
     ) -> Draws:
@@ -101,7 +103,6 @@ class Sampler:
         corpus rows of quarantined slides to the first draw that may not use them: such a draw
         moves to its next attempt.
         """
-        raise NotImplementedError
 
     def __getitem__(self, draw: int) -> PatchRef:
         """The patch of one draw number."""

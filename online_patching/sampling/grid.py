@@ -7,6 +7,7 @@ bit, whether it is tissue enough, and 8 bytes for every 512: 150 bytes for a tho
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,9 +39,9 @@ class _Places(Sampler):
     """A sampler of a grid's places, whose redraws are any other of them."""
 
     @property
+    @abstractmethod
     def _end(self) -> int | None:
         """How many draws there are; None where they never end."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         if self._end is None:
@@ -55,9 +56,9 @@ class _Places(Sampler):
             yield from self.refs(self.draw_batch(np.arange(start, stop)))
             start = stop
 
+    @abstractmethod
     def _places(self, number: Ints) -> Ints:
         """The place of each draw's first attempt."""
-        raise NotImplementedError
 
     def _draw(
         self,

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from online_patching.errors import PatchingError, redact
 from online_patching.stores.any_fsspec import FsspecStore
+from online_patching.stores.awaited import Awaited, Starter
 from online_patching.stores.cloud import CLOUDS
 from online_patching.stores.cloud_options import fsspec_options
 from online_patching.stores.http import HttpStore
@@ -146,6 +147,7 @@ class Stores:
         self.connections = connections
         self.local = LocalStore()
         self._remote: dict[str, AsyncStore] = {}
+        self._awaited: Starter | None = None
         self._loop: LoopThread | None = None
         self._lock = threading.Lock()
 
@@ -184,6 +186,15 @@ class Stores:
         store = self.remote("http://")
         assert isinstance(store, HttpStore)
         return store
+
+    def starter(self, uri: str) -> Starter:
+        """The client for a remote URI as one that starts reads without awaiting them; call it on the loop."""
+        store = self.remote(uri)
+        if isinstance(store, HttpStore):
+            return store
+        if self._awaited is None:
+            self._awaited = Awaited(store)
+        return self._awaited
 
     def version(self, uri: str) -> tuple[int, str]:
         """Size and version token of an object, waiting for the answer."""
@@ -272,7 +283,7 @@ class Stores:
                 self._loop.run(store.close())
             self._loop.close()
         self._remote.clear()
-        self._loop = None
+        self._awaited = self._loop = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Stores, (self.policy, self.connections))

@@ -1,6 +1,6 @@
 """What a loader would ask of its stores for some draws: counted from plans, without a byte being read.
 
-The same arithmetic as loading/threads.py, draw by draw: local tiles are one request each, remote ones are
+The same arithmetic as loading/remote.py, draw by draw: local tiles are one request each, remote ones are
 merged across gaps, per patch (or per read neighbourhood). What byte ranges do not describe is marked:
 Zarr chunks, whose sizes nobody knows before reading (counted as what they decode to), and slides that
 another library reads, of which only patches are counted.
@@ -16,11 +16,8 @@ from numpy.typing import NDArray
 
 from online_patching import Corpus, PatchSampler
 from online_patching.batch_plan import BatchPlan, can_plan, plan_batch
-from online_patching.fetch import Piece, pieces_of, plan_request
-from online_patching.geometry import PatchRef
-from online_patching.plan import merge_ranges, plan_patch
+from online_patching.batch_plan.runs import Piece, merge, pieces_of, size_of
 from online_patching.sampling.draws import Draws
-from online_patching.slide_index import SlideIndex
 from online_patching.stores import is_remote
 
 _AT_ONCE = 4096
@@ -75,7 +72,7 @@ def _reads(sampler: PatchSampler, draws: Draws, gap_bytes: int) -> Reads:
             parts.append(_planned(sampler, draws.take(chosen), chosen, gap_bytes, from_afar))
     chosen = np.flatnonzero(~planned)
     if len(chosen):
-        parts.append(_singles(sampler, draws.take(chosen), chosen, gap_bytes, remote[chosen]))
+        parts.append(_singles(sampler, draws.take(chosen), chosen))
     columns = ([getattr(part, column.name) for part in parts] for column in fields(Reads))
     return Reads(*(np.concatenate(column) for column in columns))
 
@@ -89,73 +86,41 @@ def _planned(
     targets = np.arange(len(expanded))
     plan = plan_batch(sampler.corpus, expanded, sampler.size_px, targets, sampler.patches_per_read)
     first_row = plan.row[plan.canvases["first_output"]]
-    tiles = plan.canvases["n_tiles"].astype(np.int64)
-    owner = np.repeat(np.arange(len(plan)), tiles)
-    lengths = plan.tiles["length"]
-    wanted = np.bincount(owner, lengths, len(plan)).astype(np.int64)
-    requests = np.bincount(owner, lengths > 0, len(plan)).astype(np.int64)
-    read = wanted
-    if remote:
-        wanted, read, requests = _merged(plan, gap_bytes)
+    counts = np.asarray(
+        [_counts(plan, canvas, its, gap_bytes, remote) for canvas, its in _by_canvas(plan)]
+    )
+    tiles, requests, wanted, read, exact = counts.reshape(-1, 5).T
     return Reads(
-        *(places[first_row // views], plan.slide, tiles, requests, wanted, read),
-        np.ones(len(plan), bool),
+        *(places[first_row // views], plan.slide, tiles, requests, wanted, read), exact.astype(bool)
     )
 
 
-def _merged(plan: BatchPlan, gap_bytes: int) -> tuple[Ints, Ints, Ints]:
-    """Bytes wanted, bytes read and requests of each canvas of a remote plan."""
-    out = np.empty((3, len(plan)), np.int64)
-    starts, stops = plan.tiles["start"], plan.tiles["start"] + plan.tiles["length"]
-    every = list(zip(starts.tolist(), stops.tolist(), strict=True))
-    for canvas in range(len(plan)):
-        pieces = every[plan.tiles_of(canvas)]
-        ranges = merge_ranges(pieces, gap_bytes)
-        out[:, canvas] = _size(merge_ranges(pieces, 0)), _size(ranges), len(ranges)
-    return out[0], out[1], out[2]
+def _by_canvas(plan: BatchPlan) -> Iterator[tuple[int, list[Piece]]]:
+    every = pieces_of(plan)
+    return ((canvas, every[plan.tiles_of(canvas)]) for canvas in range(len(plan)))
 
 
-def _size(ranges: list[tuple[int, int]]) -> int:
-    return sum(stop - start for start, stop in ranges)
+def _counts(
+    plan: BatchPlan, canvas: int, pieces: list[Piece], gap_bytes: int, remote: bool
+) -> tuple[int, int, int, int, bool]:
+    """Tiles, requests, bytes wanted and read of one canvas, and whether they are exact."""
+    exact = all(stop is not None for _, _, stop in pieces)
+    if not remote:
+        stored = [piece for piece in pieces if piece[1] != piece[2]]
+        size = size_of(plan, canvas, stored)
+        return len(pieces), len(stored), size, size, exact
+    runs = merge(pieces, gap_bytes)
+    wanted = size_of(plan, canvas, merge(pieces, 0))
+    return len(pieces), len(runs), wanted, size_of(plan, canvas, runs), exact
 
 
-def _singles(
-    sampler: PatchSampler, draws: Draws, places: Ints, gap_bytes: int, remote: NDArray[np.bool_]
-) -> Reads:
-    """Reads of slides that are planned patch by patch."""
+def _singles(sampler: PatchSampler, draws: Draws, places: Ints) -> Reads:
+    """Reads of slides that another library reads: only its patches are known."""
     views = 1 + len(sampler.context)
     rows = []
     for number, ref in enumerate(sampler.refs(sampler.expand(draws))):
-        at = number // views
-        index = sampler.corpus.index(ref.slide)
-        counts = _single(index, ref, gap_bytes, bool(remote[at]))
-        rows.append((int(places[at]), ref.slide, *counts))
+        rows.append((int(places[number // views]), ref.slide, 0, 0, 0, 0, False))
     return Reads.of(rows)
-
-
-def _single(
-    index: SlideIndex, ref: PatchRef, gap_bytes: int, remote: bool
-) -> tuple[int, int, int, int, bool]:
-    """Tiles, requests, bytes wanted and read of one patch, and whether they are exact."""
-    plan = plan_patch(index, ref)
-    if index.fallback:
-        return 0, 0, 0, 0, False
-    pieces = pieces_of(index, plan)
-    request = plan_request(index, plan, pieces, gap_bytes)
-    if index.levels[plan.level].keys is not None:
-        return len(pieces), len(pieces), request.size_bytes, request.size_bytes, False
-    if not remote:
-        sizes = [(piece.stop or 0) - piece.start for piece in pieces]
-        return len(pieces), sum(size > 0 for size in sizes), sum(sizes), sum(sizes), True
-    count = sum(len(some) for some in request.ranges.values())
-    return len(pieces), count, _wanted(pieces), request.size_bytes, True
-
-
-def _wanted(pieces: list[Piece]) -> int:
-    by_object: dict[str, list[tuple[int, int]]] = {}
-    for piece in pieces:
-        by_object.setdefault(piece.key, []).append((piece.start, piece.stop or 0))
-    return sum(_size(merge_ranges(some, 0)) for some in by_object.values())
 
 
 def store_of(uri: str) -> str:

@@ -1,12 +1,13 @@
 """plan.py for a whole batch at once: which tiles, which bytes, pasted and cut where, as arrays. Pure.
 
-For slides whose tiles are JPEG streams at byte ranges of one object. The rules are plan.py's (the level,
-the DCT scale, the box, the window) and the tests compare the two, draw by draw; here they are written
-as array arithmetic because a batch in a Python loop costs as much as its decoding.
+For every slide whose tiles are stored: byte ranges of one object or of several, or chunks. The rules are
+plan.py's (the level, the scale, the box, the window) and the tests compare the two, draw by draw; here they
+are written as array arithmetic because a batch in a Python loop costs as much as its decoding.
 
-A plan is three tables, in the layout that the native decoder reads: canvases (a box of one level's
-decoded pixels), the tiles each is pasted from, and the patches cut out of each. Patches of one read
-neighbourhood share a canvas, so that a tile they share is decoded once.
+A plan is four tables, in the layout that the native decoder reads (tables.py): canvases (a box of one
+level's decoded pixels), the pieces of tiles each is pasted from, the patches cut out of each, and the
+objects that pieces lie in (pieces.py). Patches of one read neighbourhood share a canvas, so that a tile
+they share is decoded once.
 """
 
 from __future__ import annotations
@@ -18,52 +19,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from online_patching.batch_plan.chunk_spec import native_spec
+from online_patching.batch_plan.pieces import FALLBACK, Pieces, locate
+from online_patching.batch_plan.tables import (
+    CANVAS,
+    CHUNK,
+    COLOURS,
+    FILE,
+    HEADLESS,
+    JPEG,
+    OUTPUT,
+    PIXELS,
+    TILE,
+    WHOLE,
+)
 from online_patching.corpus import Corpus
-from online_patching.corpus.records import READERS
-from online_patching.plan import DCT_SCALES, EXACT_WITHIN_PX, HALF, LEVEL_TOLERANCE
+from online_patching.plan import EXACT_WITHIN_PX, HALF, LEVEL_TOLERANCE, phase_px, scales_of
 from online_patching.sampling.levels import choose_levels
 from online_patching.sampling.sampler import Draws
 from online_patching.slide_index import Codec
 
-CANVAS = np.dtype(
-    [
-        ("size_bytes", "<i8"), ("mtime_ns", "<i8"), ("key", "<u8"), ("fd", "<i4"),
-        ("first_tile", "<i4"), ("n_tiles", "<i4"), ("first_output", "<i4"), ("n_outputs", "<i4"),
-        ("width", "<i4"), ("height", "<i4"), ("tile_width", "<i4"), ("tile_height", "<i4"),
-        ("scale", "<i4"), ("codec", "<i4"), ("colour", "<i4"), ("tables", "<i4"), ("fill", "<i4"),
-        ("status", "<i4"), ("tile", "<i4"), ("message", "S120"),
-    ],
-    align=True,
-)  # fmt: skip
-"""A box of one level's decoded pixels. `size_bytes` and `mtime_ns` are of the slide's file as indexed;
-`key` names the slide within the process, for what is remembered of its tiles (0: nothing is);
-`fd` -1 means that the tiles' bytes are handed over; `codec` counts the plan's codecs and `tables` its
-tables (-1 where its streams are complete); `colour` counts COLOURS. The last three are filled in by the
-decoder (tile: of the plan)."""
-
-TILE = np.dtype(
-    [
-        ("start", "<i8"), ("length", "<i8"), ("body", "<i4"), ("left", "<i4"), ("top", "<i4"),
-        ("width", "<i4"), ("height", "<i4"), ("x", "<i4"), ("y", "<i4"), ("pad", "<i4"),
-    ],
-    align=True,
-)  # fmt: skip
-"""The part of a tile that a canvas sees: its byte range (length 0: not stored), which of the bodies it is,
-where the part lies in the tile and where it goes on the canvas (decoded pixels)."""
-
-OUTPUT = np.dtype(
-    [
-        ("left", "<f8"), ("top", "<f8"), ("right", "<f8"), ("bottom", "<f8"), ("target", "<i8"),
-        ("width", "<i4"), ("height", "<i4"), ("x", "<i4"), ("y", "<i4"),
-        ("box_width", "<i4"), ("box_height", "<i4"), ("exact", "<i4"), ("pad", "<i4"),
-    ],
-    align=True,
-)  # fmt: skip
-"""A patch: its window within its box, its byte offset in the batch, its size, its box on the canvas.
-`exact`: the patch is the box. Nothing outside the box is looked at, so that a patch has the same pixels on
-a canvas of its own and on a shared one."""
-
-COLOURS = ("rgb", "ycbcr", "gray")
+__all__ = [
+    "CANVAS",
+    "FILE",
+    "OUTPUT",
+    "TILE",
+    "WHOLE",
+    "BatchPlan",
+    "can_plan",
+    "plan_batch",
+    "slide_keys",
+]
 
 _ONE, _GOLDEN = np.uint64(1), np.uint64(0x9E3779B97F4A7C15)
 _SPLITMIX = (
@@ -78,11 +64,15 @@ _SHARE_WITHIN = 4
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
     """How to read n patches. `slide` and `level` (a row of corpus.levels) are one a canvas, `number`
-    (of the tile in its level) one a tile, `row` (which of the n patches) one an output."""
+    (of the tile in its level) one a piece, `row` (which of the n patches) one an output. `keys` and
+    `tokens` are the URIs and version tokens of the `files`."""
 
     canvases: NDArray[np.void]
     tiles: NDArray[np.void]
     outputs: NDArray[np.void]
+    files: NDArray[np.void]
+    keys: tuple[str, ...]
+    tokens: tuple[str, ...]
     slide: NDArray[np.int64]
     level: NDArray[np.int64]
     number: NDArray[np.int64]
@@ -94,11 +84,11 @@ class BatchPlan:
 
     @cached_property
     def tables(self) -> tuple[bytes, ...]:
-        """The JPEG tables that `canvases["tables"]` counts."""
-        return tuple(codec.tables for codec in self.codecs)
+        """The JPEG tables, or chunk descriptions, that `canvases["tables"]` counts."""
+        return tuple(_tables(codec) for codec in self.codecs)
 
     def tiles_of(self, canvas: int) -> slice:
-        """Where a canvas's tiles are."""
+        """Where a canvas's pieces are."""
         first = int(self.canvases["first_tile"][canvas])
         return slice(first, first + int(self.canvases["n_tiles"][canvas]))
 
@@ -109,14 +99,8 @@ class BatchPlan:
 
 
 def can_plan(corpus: Corpus, slides: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which corpus rows `plan_batch` can plan: byte ranges of one object, in whole JPEG streams."""
-    used, at = np.unique(
-        corpus.levels["codec"][corpus.records["first_level"][slides]], return_inverse=True
-    )
-    codecs = [corpus.codecs[int(i)] for i in used]
-    jpeg = np.asarray([codec.kind == "jpeg" and not codec.headless for codec in codecs], bool)
-    ranges = corpus.records["reader"][slides] == READERS.index("ranges")
-    return np.asarray(ranges & (corpus.records["n_objects"][slides] == 0) & jpeg[at])
+    """Which corpus rows `plan_batch` can plan: all but those that another library reads."""
+    return np.asarray(corpus.records["reader"][slides] != FALLBACK)
 
 
 def plan_batch(
@@ -134,14 +118,18 @@ def plan_batch(
     records, levels = corpus.records, corpus.levels
     slide = draws.slide
     level = choose_levels(corpus, slide, draws.mpp)
+    used, codec = np.unique(levels["codec"][level], return_inverse=True)
+    codecs = tuple(corpus.codecs[int(i)] for i in used)
     sides = np.stack([size_px * draws.mpp / records[name][slide] for name in ("mpp_x", "mpp_y")], 1)
     origin = np.stack([draws.x_px0, draws.y_px0], 1).astype(np.float64)
     downsample = _pair(levels, "downsample_x", "downsample_y", level)
     tile = _pair(levels, "tile_width_px", "tile_height_px", level)
-    scale = _scales((sides / downsample / size_px).min(axis=1), tile)
+    smallest = np.asarray([max(scales_of(one), default=1) for one in codecs])[codec]
+    scale = _scales((sides / downsample / size_px).min(axis=1), tile, smallest)
     downsample, tile = downsample * scale[:, None], tile // scale[:, None]
     limit = -(-_pair(levels, "width_px", "height_px", level) // scale[:, None])
-    box, window, exact = _boxes(origin / downsample, sides / downsample, size_px)
+    phase = _phases(codecs, codec, scale)
+    box, window, exact = _boxes(origin / downsample, sides / downsample, size_px, phase)
 
     group = draws.draw // patches_per_read
     order = np.lexsort((np.arange(len(slide)), group, level, slide))
@@ -150,27 +138,17 @@ def plan_batch(
     first = np.flatnonzero(np.diff(canvas, prepend=-1))
     some = order[first]  # one row of each canvas
 
-    plan_tiles, number, counts = _tiles(
+    tiles, number, counts, pieces = _tiles(
         corpus, slide[some], level[some], box_of, tile[some], limit[some]
     )
     canvases = np.zeros(len(some), CANVAS)
-    canvases["size_bytes"], canvases["mtime_ns"] = (
-        records["size_bytes"][slide[some]],
-        records["mtime_ns"][slide[some]],
-    )
     canvases["key"] = slide_keys(corpus.digest, slide[some])
-    canvases["fd"] = -1
     canvases["first_tile"], canvases["n_tiles"] = np.cumsum(counts) - counts, counts
     canvases["first_output"], canvases["n_outputs"] = first, np.diff(first, append=len(order))
     canvases["width"], canvases["height"] = (box_of[:, 2:] - box_of[:, :2]).T
     canvases["tile_width"], canvases["tile_height"] = (tile[some] * scale[some, None]).T
-    canvases["scale"] = scale[some]
-    used, at = np.unique(levels["codec"][level[some]], return_inverse=True)
-    codecs = [corpus.codecs[int(i)] for i in used]
-    canvases["colour"] = np.asarray([_colour(codec) for codec in codecs])[at]
-    canvases["fill"] = np.asarray([codec.fill for codec in codecs])[at]
-    canvases["tables"] = np.where(np.asarray([bool(codec.tables) for codec in codecs])[at], at, -1)
-    canvases["codec"] = at
+    canvases["scale"], canvases["codec"] = scale[some], codec[some]
+    _describe(canvases, codecs)
 
     outputs = np.zeros(len(order), OUTPUT)
     for name, column in zip(("left", "top", "right", "bottom"), window[order].T, strict=True):
@@ -181,8 +159,31 @@ def plan_batch(
     outputs["width"] = outputs["height"] = size_px
     outputs["exact"] = exact[order]
     return BatchPlan(
-        canvases, plan_tiles, outputs, slide[some], level[some], number, order, tuple(codecs)
+        canvases, tiles, outputs, pieces.files, pieces.keys, pieces.tokens, slide[some], level[some],
+        number, order, codecs,
+    )  # fmt: skip
+
+
+def _describe(canvases: NDArray[np.void], codecs: tuple[Codec, ...]) -> None:
+    """Fill in what a canvas's codec says."""
+    at = canvases["codec"]
+    canvases["packing"] = np.asarray([_packing(codec) for codec in codecs])[at]
+    canvases["colour"] = np.asarray([_colour(codec) for codec in codecs])[at]
+    canvases["fill"] = np.asarray([codec.fill for codec in codecs])[at]
+    canvases["tables"] = np.where(
+        np.asarray([bool(_tables(codec)) for codec in codecs])[at], at, -1
     )
+
+
+def _tables(codec: Codec) -> bytes:
+    """What the native decoder wants to know of all tiles of a codec."""
+    return native_spec(codec) or b"" if codec.kind == "chunk" else codec.tables
+
+
+def _packing(codec: Codec) -> int:
+    if codec.kind != "jpeg":
+        return CHUNK if _tables(codec) else PIXELS
+    return HEADLESS if codec.headless else JPEG
 
 
 def slide_keys(digest: str, slides: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -207,21 +208,40 @@ def _pair(table: NDArray[np.void], x: str, y: str, rows: NDArray[np.int64]) -> N
     return np.stack([table[x][rows], table[y][rows]], axis=1)
 
 
-def _scales(reduction: NDArray[np.float64], tile: NDArray[Any]) -> NDArray[np.int64]:
-    """plan.choose_scale, for JPEG levels."""
+def _scales(
+    reduction: NDArray[np.float64], tile: NDArray[Any], smallest: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """plan.choose_scale: `smallest` is the largest of plan.scales_of, which has all powers of 2 up to it."""
     out = np.ones(len(reduction), np.int64)
-    for scale in sorted(DCT_SCALES):
+    for scale in (2**n for n in range(1, int(smallest.max(initial=1)).bit_length())):
         fits = (scale <= reduction * (1 + LEVEL_TOLERANCE)) & (tile % scale == 0).all(axis=1)
-        out[fits] = scale
+        out[fits & (scale <= smallest)] = scale
     return out
 
 
+def _phases(
+    codecs: tuple[Codec, ...], codec: NDArray[np.int64], scale: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """plan.phase_px, one a row."""
+    if not any(one.reductions for one in codecs):
+        return np.zeros(len(codec))
+    largest = int(scale.max(initial=1))
+    table = np.asarray([[phase_px(one, by) for by in range(1, largest + 1)] for one in codecs])
+    return np.asarray(table.reshape(-1, largest)[codec, scale - 1], np.float64)
+
+
 def _boxes(
-    corner: NDArray[np.float64], side: NDArray[np.float64], size_px: int
+    corner: NDArray[np.float64],
+    side: NDArray[np.float64],
+    size_px: int,
+    phase: NDArray[np.float64],
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
     """plan.plan_window: (left, top, right, bottom) of what is read, the window in it, whether it is exact."""
+    corner = corner + phase[:, None]
     end = corner + side
-    exact = np.asarray((np.abs(end - corner - size_px) < EXACT_WITHIN_PX).all(axis=1))
+    exact = np.asarray(
+        (np.abs(end - corner - size_px) < EXACT_WITHIN_PX).all(axis=1) & (phase == 0)
+    )
     whole = np.floor(corner + HALF)
     margin = np.ceil(np.maximum(1.0, (end - corner) / size_px)) + 1
     loose = np.hstack([np.floor(corner) - margin, np.ceil(end) + margin])
@@ -262,8 +282,9 @@ def _tiles(
     box: NDArray[np.int64],
     tile: NDArray[Any],
     limit: NDArray[Any],
-) -> tuple[NDArray[np.void], NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of TILE, canvas by canvas and row by row; the tiles' numbers; how many each canvas has."""
+) -> tuple[NDArray[np.void], NDArray[np.int64], NDArray[np.int64], Pieces]:
+    """Rows of TILE, canvas by canvas, row by row, part by part; the tiles' numbers; how many rows each
+    canvas has; where they lie."""
     inside = np.hstack([np.maximum(box[:, :2], 0), np.minimum(box[:, 2:], limit)])
     begin = inside[:, :2] // tile
     grid = -(-inside[:, 2:] // tile) - begin
@@ -272,28 +293,21 @@ def _tiles(
     c = np.repeat(np.arange(len(box)), counts)
     j = np.arange(len(c)) - np.repeat(np.cumsum(counts) - counts, counts)
     place = begin[c] + np.stack([j % grid[c, 0], j // grid[c, 0]], axis=1)
-    number = place[:, 1] * corpus.levels["columns"][level[c]] + place[:, 0]
+    tile_number = place[:, 1] * corpus.levels["columns"][level[c]] + place[:, 0]
+    part = np.zeros(len(c), np.int64)
+    parts = corpus.levels["parts"][level].astype(np.int64)
+    if (parts > 1).any():
+        again = np.repeat(np.arange(len(c)), parts[c])
+        part = np.arange(len(again)) - np.repeat(np.cumsum(parts[c]) - parts[c], parts[c])
+        c, place, tile_number, counts = c[again], place[again], tile_number[again], counts * parts
     corner = place * tile[c]
     low = np.maximum(corner, inside[c, :2])
     high = np.minimum(corner + tile[c], inside[c, 2:])
+    pieces = locate(corpus, slide[c], level[c], tile_number, part)
     out = np.zeros(len(c), TILE)
-    out["start"], out["length"] = _ranges(corpus, slide[c], level[c], number)
-    out["body"] = -1
+    out["start"], out["length"], out["file"] = pieces.start, pieces.length, pieces.file
+    out["body"], out["channel"] = -1, part
     out["left"], out["top"] = (low - corner).T
     out["width"], out["height"] = (high - low).T
     out["x"], out["y"] = (low - box[c, :2]).T
-    return out, number, counts
-
-
-def _ranges(
-    corpus: Corpus, slide: NDArray[np.int64], level: NDArray[np.int64], number: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Offset and length of tiles; the few that do not fit into a packed row are looked up one by one."""
-    row = corpus.tiles[corpus.levels["first_tile"][level] + number]
-    start = (row >> np.uint64(24)).astype(np.int64)
-    length = (row & np.uint64(2**24 - 1)).astype(np.int64)
-    for i in np.flatnonzero(length == 2**24 - 1):
-        own = level[i] - corpus.records["first_level"][slide[i]]
-        begin, stop = corpus.index(int(slide[i])).levels[int(own)].byte_range(int(number[i]))
-        start[i], length[i] = begin, stop - begin
-    return start, length
+    return out, tile_number, counts, pieces
