@@ -120,6 +120,7 @@ def _stores(
 machinery: Any = fuzz_tiff
 machinery.hostile = SimpleNamespace(hostile_files=_stores)
 machinery.TARGETS = {"zarr": (zarr_seeds, try_zarr)}
+machinery.CHUNK = 42_000  # starting a child costs seconds: its seeds are written by zarr-python
 machinery.LIMITS_BYTES = {"zarr": 192 * 2**20}
 
 if __name__ == "__main__":

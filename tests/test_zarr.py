@@ -3,6 +3,8 @@
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import google_crc32c
@@ -30,10 +32,17 @@ from online_patching.errors import (
     TileDecodeError,
     UnsupportedSlideError,
 )
+from online_patching.formats.zarr_metadata import (
+    BadDocumentError,
+    NotReadError,
+    parse_array,
+    parse_json,
+)
 from online_patching.geometry import Box
 from online_patching.slide import Slide
 from online_patching.slide_index import SlideIndex
 from online_patching.testing import Storage, SyntheticSlide, write_ome_zarr, write_zarr_array
+from online_patching.testing.hostile_zarr import hostile_zarrs, zarr_seeds
 
 SLIDE = SyntheticSlide(5, 331, 237, mpp=0.351)
 PICTURE = SLIDE.render(0, 0, 331, 237)
@@ -529,3 +538,40 @@ def test_a_remote_prefix_without_a_suffix_is_found_by_its_metadata(fault_server)
         fault_server.root / "plain", SLIDE, version="0.5", level0=PICTURE, downsamples=()
     )
     assert read_slide_index(f"{fault_server.url}/plain").dimensions == (331, 237)
+
+
+@pytest.mark.slow
+def test_hostile_stores_end_in_a_result_or_an_error_of_ours():
+    """`benchmarks/fuzz_zarr.py` runs a million, in children with real limits."""
+    script = Path(__file__).parents[1] / "benchmarks" / "fuzz_zarr.py"
+    words = [sys.executable, str(script), "--target", "zarr", "--inputs", "1500", "--seed", "3"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "1,500 inputs" in done.stdout and "0 findings" in done.stdout
+
+
+def test_hostile_metadata_that_zarr_python_accepts_too_describes_the_same_array():
+    both = 0
+    for store in hostile_zarrs([s for s in zarr_seeds() if "jpeg" not in s.name], range(400), 9):
+        for name, body in store.objects.items():
+            last = name.rpartition("/")[2]
+            if last not in (".zarray", "zarr.json"):
+                continue
+            try:
+                ours = parse_array(parse_json(body))
+            except (BadDocumentError, NotReadError):
+                continue
+            try:
+                buffer = zarr.core.buffer.cpu.Buffer.from_bytes(body)
+                theirs = zarr.open_array(zarr.storage.MemoryStore({last: buffer}), mode="r")
+            except Exception:  # it raises many types
+                continue
+            both += 1
+            assert (theirs.shape, theirs.chunks, theirs.shards) == (
+                ours.shape,
+                ours.chunk,
+                ours.shard,
+            )
+            assert str(theirs.dtype) == ours.dtype or ours.dtype != "uint8"
+            assert ours.dtype != "uint8" or int(theirs.fill_value or 0) == ours.fill
+    assert both > 500

@@ -137,7 +137,8 @@ def _version_3(document: dict[str, Any]) -> ZarrArray:
     outer = _sizes(grid.get("chunk_shape"), "chunk_shape", len(shape))
     prefix, separator = _keys_3(document.get("chunk_key_encoding"))
     given = document.get("data_type")
-    dtype = given if isinstance(given, str) else f"{given!r:.40}"
+    plain = isinstance(given, str) and given.isidentifier()
+    dtype = str(given)[:40] if plain else f"{given!r:.40}"
     codecs = _codecs_3(document.get("codecs"))
     names = document.get("dimension_names") or (None,) * len(shape)
     if not isinstance(names, list | tuple) or len(names) != len(shape):
@@ -264,13 +265,14 @@ def _check_picture(name: str, settings: dict[str, Any]) -> None:
 def _named(entry: Any) -> tuple[str, dict[str, Any]]:
     """Name and configuration of a v3 extension point."""
     if isinstance(entry, str):
-        return entry, {}
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        entry = {"name": entry}
+    name = entry.get("name") if isinstance(entry, dict) else None
+    if not isinstance(name, str) or not name.isprintable():
         raise BadDocumentError(f"{entry!r:.60} instead of a name with its configuration")
     settings = entry.get("configuration") or {}
     if not isinstance(settings, dict):
-        raise BadDocumentError(f"configuration {settings!r:.60} of {entry['name'][:40]}")
-    return entry["name"], settings
+        raise BadDocumentError(f"configuration {settings!r:.60} of {name[:40]}")
+    return name, settings
 
 
 def _sizes(given: Any, what: str, n_axes: int | None = None) -> tuple[int, ...]:

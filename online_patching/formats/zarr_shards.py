@@ -104,9 +104,10 @@ def read_tables(
     versions = _versions(uri, levels, names, stores)
     there = [i for i, found in enumerate(versions) if found is not None]
     found = [versions[i] or (0, "") for i in there]
+    total = sum(size for size, _ in found)  # of Python's numbers, which do not overflow
+    if total >= _MAX_ADDRESS:
+        raise UnsupportedSlideError(uri, f"shards of {total:,} bytes, more than a slide has.")
     starts = np.cumsum([0, *(size for size, _ in found)])
-    if starts[-1] >= _MAX_ADDRESS:
-        raise UnsupportedSlideError(uri, f"shards of {starts[-1]:,} bytes, more than a slide has.")
     objects = tuple(
         SlideObject(names[i], *version) for i, version in zip(there, found, strict=True)
     )
