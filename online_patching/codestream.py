@@ -28,13 +28,15 @@ class BadStreamError(Exception):
 @dataclass(frozen=True, slots=True)
 class Frame:
     """A codestream's header: its size, how each component is subsampled (across, down), how often all of
-    it can be halved, and whether its colours were transformed (the decoder undoes that)."""
+    it can be halved, whether its colours were transformed (the decoder undoes that), and the largest side of
+    a code block, the least that a decoder can decode."""
 
     width: int
     height: int
     subsampling: tuple[tuple[int, int], ...]
     reductions: int
     transformed: bool
+    block_px: int
 
     @property
     def components(self) -> int:
@@ -115,7 +117,8 @@ def _frame(data: bytes) -> tuple[Frame, int, int]:
         if marker in (_COD, _COC):
             style.read(marker, data[position + 4 : position + 2 + size])
         position += 2 + size
-    frame = Frame(right, bottom, tuple((x, y) for _, x, y in parts), style.reductions, style.mct)
+    sampling = tuple((x, y) for _, x, y in parts)
+    frame = Frame(right, bottom, sampling, style.reductions, style.mct, style.block_px)
     return frame, tiles, position
 
 
@@ -125,7 +128,7 @@ class _Style:
     def __init__(self, size_px: tuple[int, int], components: int, tiles: int) -> None:
         self.size_px, self.components, self.tiles = size_px, components, tiles
         self._layers, self._levels, self._precincts = 0, _MAX_LEVELS + 1, 0
-        self.mct = False
+        self.mct, self.block_px = False, 4
 
     @property
     def reductions(self) -> int:
@@ -153,6 +156,7 @@ class _Style:
         if len(sizes) < levels + 1:
             raise BadStreamError("its coding style is damaged")
         self._levels = min(self._levels, levels)
+        self.block_px = max(self.block_px, 4 << max(style[1], style[2]))
         self._precincts += times * self._count(levels, sizes)
         if (
             self._precincts > _MAX_PRECINCTS

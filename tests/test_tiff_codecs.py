@@ -18,7 +18,7 @@ from PIL import Image
 
 from online_patching import errors, plan, read_slide_index
 from online_patching.codestream import BadStreamError, check_complete, read_frame
-from online_patching.decode import BadTileError, decode_tile, openjpeg
+from online_patching.decode import BadTileError, decode_tile, jpeg2000, openjpeg
 from online_patching.geometry import Box
 from online_patching.resample import resize
 from online_patching.slide import Slide
@@ -277,6 +277,36 @@ def test_samples_thought_to_lie_elsewhere_would_be_further_off(tmp_path, monkeyp
                 patch.setattr(plan, "phase_px", lambda codec, scale: 0.0)
                 naive, _ = patch_and_oracle(slide, (31, 31), 360, ratio)
             assert np.abs(naive - expected).mean() > 2 * np.abs(ours - expected).mean()
+
+
+@pytest.mark.parametrize("subsampled", [False, True])
+def test_of_a_large_tile_only_what_a_part_needs_is_decoded(monkeypatch, subsampled):
+    tile, codec = textured(256), Codec("jpeg2000", "ycbcr" if subsampled else "rgb", reductions=5)
+    if subsampled:
+        planes = [to_ycbcr(tile)[:, :, 0], *(to_ycbcr(tile)[::2, ::2, k] for k in (1, 2))]
+        data = encode_planes(planes, [(1, 1), (2, 2), (2, 2)])
+    else:
+        data = bytes(imagecodecs.jpeg2k_encode(tile, level=45, reversible=False, codecformat="j2k"))
+    asked: list[object] = []
+    decode_planes = openjpeg.decode_planes
+    monkeypatch.setattr(
+        jpeg2000, "decode_planes", lambda *args: (asked.append(args[2]), decode_planes(*args))[1]
+    )
+    whole_tile = decode_tile(codec, data, 256, 256)
+    boxes = (
+        Box(0, 0, 90, 70),
+        Box(131, 77, 256, 256),
+        Box(33, 200, 51, 201),
+        Box(255, 0, 256, 256),
+    )
+    for box in boxes:
+        part = decode_tile(codec, data, 256, 256, 1, box)
+        assert (part == whole_tile[box.top : box.bottom, box.left : box.right]).all()
+    assert asked[0] is None and None not in asked[1:]
+    half = decode_tile(codec, data, 256, 256, 2)
+    part = decode_tile(codec, data, 256, 256, 2, Box(3, 5, 40, 60))
+    assert (part == half[5:60, 3:40]).all()
+    assert asked[-1] is None  # its bands are single code blocks: nothing to leave out
 
 
 def test_reductions_are_read_from_the_stream_and_used_only_as_far_as_they_go(tmp_path):

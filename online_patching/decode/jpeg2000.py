@@ -19,7 +19,8 @@ def decode(
     """RGB pixels of one codestream, or of a part of it (px of the tile decoded at 1/scale).
 
     At 1/scale the finest wavelet bands are left out: pixels are the low-pass band of that resolution.
-    Only code blocks that a part needs are decoded; its pixels are those of the whole.
+    Only code blocks that a part needs are decoded; its pixels are those of the whole. Where the finest bands
+    are no larger than a code block, leaving some out costs more than it saves, and the whole is decoded.
     """
     try:
         data = codestream_of(data)
@@ -35,7 +36,8 @@ def decode(
         raise BadTileError(f"it can be halved {frame.reductions} times, not {reductions}")
     whole = Box(0, 0, -(-width // scale), -(-height // scale))
     box = box or whole
-    seen = _aligned(box, frame, whole)
+    small = max(whole.width, whole.height) <= 2 * frame.block_px
+    seen = whole if small else _aligned(box, frame, whole)
     area = None
     if seen != whole:
         area = (seen.left * scale, seen.top * scale,
