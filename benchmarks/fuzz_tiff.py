@@ -45,7 +45,7 @@ import numpy as np
 import tifffile
 
 from online_patching import ForegroundMask, SlideIndex, read_slide_index
-from online_patching.decode import BadTileError, decode_tile
+from online_patching.decode import BadTileError, decode_tile, jpeg2000
 from online_patching.errors import PatchingError
 from online_patching.formats import tiff
 from online_patching.formats.tiff_tags import MAX_REQUESTS
@@ -105,6 +105,7 @@ def try_tiff(file: HostileFile) -> str:
 
 def try_tile(file: HostileFile) -> str:
     """Decode it whole, in part, and at half its size where its kind has one."""
+    jpeg2000.WORTH_BLOCKS = 0  # in part although the tile is small
     codec = _tiles()[file.kind.partition(": ")[2]]
     data, sizes = file.whole() if file.size_bytes < 2**20 else file.base, TILE_PX
     done = 0

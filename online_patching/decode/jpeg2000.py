@@ -13,6 +13,10 @@ from online_patching.geometry import Box
 from online_patching.slide_index import Codec
 
 
+WORTH_BLOCKS = 2
+"""Parts are decoded of tiles more code blocks across than this: their finest bands hold several."""
+
+
 def decode(
     codec: Codec, data: bytes, width: int, height: int, scale: int = 1, box: Box | None = None
 ) -> NDArray[np.uint8]:
@@ -36,7 +40,7 @@ def decode(
         raise BadTileError(f"it can be halved {frame.reductions} times, not {reductions}")
     whole = Box(0, 0, -(-width // scale), -(-height // scale))
     box = box or whole
-    small = max(whole.width, whole.height) <= 2 * frame.block_px
+    small = max(whole.width, whole.height) <= WORTH_BLOCKS * frame.block_px
     seen = whole if small else _aligned(box, frame, whole)
     area = None
     if seen != whole:
