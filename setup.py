@@ -11,8 +11,13 @@ setup(
     ext_modules=[
         Extension(
             "online_patching.native._jpeg",
-            sources=["online_patching/native/_jpeg.c", "online_patching/native/_states.c"],
+            sources=[
+                "online_patching/native/_jpeg.c",
+                "online_patching/native/_states.c",
+                "online_patching/native/_chunks.c",
+            ],
             depends=[
+                "online_patching/native/_chunks.h",
                 "online_patching/native/_states.h",
                 "online_patching/native/include/jpeglib.h",
             ],

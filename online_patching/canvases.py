@@ -36,6 +36,7 @@ DECODER = (
     native.ABOUT if native.AVAILABLE else f"portable decoder: {decode.DECODER} ({native.ABOUT})"
 )
 
+_AT_ONCE = 8  # canvases whose bytes are held for one call
 _NO_FILES = np.zeros(0, FILE)
 _CHANGED = "changed since it was indexed. Index it again."
 
@@ -61,15 +62,19 @@ def read_local(
         if itself[a - first]:
             _read_natively(corpus, plan, a, b, batch, store, stats, failed)
             continue
-        for canvas in range(a, b):
-            bodies = _from_files(plan, canvas, store)
-            if isinstance(bodies, PatchingError):
-                failed[canvas] = bodies
-                continue
+        for begin in range(a, b, _AT_ONCE):
+            canvases, bodies = [], []
+            for canvas in range(begin, min(b, begin + _AT_ONCE)):
+                found = _from_files(plan, canvas, store)
+                if isinstance(found, PatchingError):
+                    failed[canvas] = found
+                    continue
+                canvases.append(canvas)
+                bodies += found
             sizes = [len(body) for body in bodies]
             stats.add(tiles=len(sizes), requests=sum(map(bool, sizes)), bytes_wanted=sum(sizes),
                       bytes_read=sum(sizes))  # fmt: skip
-            failed |= read_bodies(corpus, plan, [canvas], bodies, batch)
+            failed |= read_bodies(corpus, plan, canvases, bodies, batch)
     return failed
 
 

@@ -10,10 +10,12 @@ inside our own wheel, else the one that Pillow ships, else the system's. `AVAILA
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,9 +55,7 @@ def read(
     """
     if _jpeg is None:
         raise RuntimeError(ABOUT)
-    _jpeg.read(
-        canvases, tiles, outputs, files, tuple(tables), tuple(bodies), batch, first, stop
-    )
+    _jpeg.read(canvases, tiles, outputs, files, tuple(tables), tuple(bodies), batch, first, stop)
 
 
 def remember(limit_bytes: int, step_px: int = STEP_PX) -> None:
@@ -117,7 +117,30 @@ def _load() -> tuple[ModuleType | Any, str]:
     return None, f"no libjpeg-turbo to load ({why})"
 
 
+def _load_chunks() -> bool:
+    """Whether the libraries of Zarr's compressors, which come with imagecodecs, were found."""
+    if _jpeg is None:
+        return False
+    paths = []
+    try:
+        files = distribution("imagecodecs").files or []
+        for name in ("libzstd-", "libblosc-", "libdeflate-", "liblz4-", "libsnappy-"):
+            found = next((f for f in files if f.name.startswith(name)), None)
+            paths.append(None if found is None else str(found.locate()))
+        for path in (
+            paths[0],
+            paths[3],
+            paths[4],
+        ):  # C-Blosc needs them, and does not know where they are
+            ctypes.CDLL(str(path))
+    except (PackageNotFoundError, OSError):
+        pass  # systems have them where the linker looks
+    names = ("libzstd.so.1", "libblosc.so.1", "libdeflate.so.0")
+    given = (path or name for path, name in zip_longest(paths[:3], names))
+    return bool(_jpeg.load_chunks(*given))
+
+
 _jpeg, ABOUT = _load()
 AVAILABLE = _jpeg is not None
-CHUNKS = False
+CHUNKS = _load_chunks()
 """Whether Zarr chunks are decoded natively too."""

@@ -33,6 +33,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "_chunks.h"
 #include "_states.h"
 #include "include/jpeglib.h"
 
@@ -64,7 +65,7 @@ typedef struct {
   char message[MESSAGE_BYTES];
 } Canvas;
 
-enum { STREAM = 0, HEADLESS = 1, PIXELS = 2 };
+enum { STREAM = 0, HEADLESS = 1, PIXELS = 2, CHUNK = 3 };
 
 typedef struct {
   int64_t start, length; /* in the file; length 0: not stored */
@@ -73,7 +74,7 @@ typedef struct {
   int32_t left, top;     /* of the seen part, within the tile, decoded pixels */
   int32_t width, height;
   int32_t x, y;    /* where it goes on the canvas */
-  int32_t channel; /* pixels only: the first that they fill */
+  int32_t channel; /* pixels and chunks: the first that they fill */
   int32_t pad;
 } Tile;
 
@@ -181,6 +182,7 @@ typedef struct {
   int32_t *weights;
   size_t file_size, canvas_size, middle_size, row_size, weights_size;
   Scratch *scratch;
+  ChunkScratch *chunks;
   const uint8_t *loaded; /* the tables that cinfo holds and no tile has touched since */
   Head head;
 } Worker;
@@ -787,9 +789,14 @@ static int pread_all(Worker *w, Canvas *canvas, const Tile *tile, int fd, size_t
 }
 
 static void fill(uint8_t *pixels, size_t stride, const Tile *tile, int value, int channels) {
-  for (int y = 0; y < tile->height; y++)
-    memset(pixels + (size_t)(tile->y + y) * stride + (size_t)tile->x * channels, value,
-           (size_t)tile->width * channels);
+  for (int y = 0; y < tile->height; y++) {
+    uint8_t *row = pixels + (size_t)(tile->y + y) * stride + (size_t)tile->x * channels;
+    if (!tile->channel)
+      memset(row, value, (size_t)tile->width * channels);
+    else /* a tile in parts: its first has filled all channels, and others fill those from theirs on */
+      for (int x = 0; x < tile->width; x++)
+        for (int c = tile->channel; c < 3; c++) row[x * channels + c] = (uint8_t)value;
+  }
 }
 
 static void paste(uint8_t *pixels, size_t stride, const Tile *tile, const Body *body, int channels) {
@@ -805,6 +812,18 @@ static void paste(uint8_t *pixels, size_t stride, const Tile *tile, const Body *
       for (int x = 0; x < tile->width; x++) to[x * channels + c] = one[x * body->step[1]];
     }
   }
+}
+
+static int decode_chunk(Worker *w, Canvas *canvas, const Tile *tile, const Job *job, const Bytes *spec,
+                        const uint8_t *data, size_t size) {
+  size_t stride = (size_t)canvas->width * job->channels;
+  uint8_t *out = job->pixels + (size_t)tile->y * stride + (size_t)tile->x * job->channels;
+  ChunkPart part = {canvas->tile_width, canvas->tile_height, tile->left, tile->top, tile->width, tile->height,
+                    out, stride, job->channels, tile->channel};
+  char message[CHUNK_MESSAGE_BYTES] = "";
+  int wrong = chunk_part(&w->chunks, spec->data, data, size, &part, message);
+  if (wrong) say(canvas, wrong == CHUNK_NO_MEMORY ? NO_MEMORY : BAD_TILE, wrong == CHUNK_NO_MEMORY ? "no memory" : message);
+  return wrong ? -1 : 0;
 }
 
 static int read_tile(Worker *w, Canvas *canvas, const Tile *tile, const Given *given, Job *job) {
@@ -828,6 +847,8 @@ static int read_tile(Worker *w, Canvas *canvas, const Tile *tile, const Given *g
     data = w->file;
   }
   if (head) return decode_interval(w, canvas, tile, job, size);
+  if (canvas->packing == CHUNK)
+    return decode_chunk(w, canvas, tile, job, given->tables + canvas->tables, data, size);
   return decode_tile(w, canvas, tile, job, data, size);
 }
 
@@ -920,6 +941,7 @@ static void read_range(Canvas *canvases, Py_ssize_t first, Py_ssize_t stop, cons
   free(w.head.tables);
   free(w.head.frame);
   states_free(w.scratch);
+  chunk_free(w.chunks);
 }
 
 /* --- checks: what C may touch ----------------------------------------------------------------- */
@@ -933,12 +955,17 @@ static const char *check_canvas(const Canvas *c, const Tile *tiles, Py_ssize_t n
   if (c->width < 1 || c->height < 1 || (int64_t)c->width * c->height * 4 > MAX_CANVAS_BYTES) return "canvas size";
   if (c->tile_width < 1 || c->tile_height < 1 || c->tile_width > 65500 || c->tile_height > 65500)
     return "tile size";
-  if (c->packing < STREAM || c->packing > PIXELS) return "packing";
+  if (c->packing < STREAM || c->packing > CHUNK) return "packing";
   if (c->scale != 1 && c->scale != 2 && c->scale != 4 && c->scale != 8 &&
       (c->packing != PIXELS || (c->scale != 16 && c->scale != 32)))
     return "scale";
   if (c->tables < -1 || c->tables >= given->n_tables) return "tables";
-  if (c->packing == HEADLESS && c->tables < 0) return "tables";
+  if ((c->packing == HEADLESS || c->packing == CHUNK) && c->tables < 0) return "tables";
+  if (c->packing == CHUNK) {
+    const Bytes *spec = given->tables + c->tables;
+    const char *wrong = chunk_check(spec->data, (size_t)spec->size, c->tile_width, c->tile_height);
+    if (wrong || c->scale != 1) return wrong ? wrong : "scale";
+  }
   for (int i = 0; i < c->n_tiles; i++) {
     const Tile *t = tiles + c->first_tile + i;
     if (t->length < 0 || t->start < 0) return "byte range";
@@ -946,6 +973,7 @@ static const char *check_canvas(const Canvas *c, const Tile *tiles, Py_ssize_t n
         t->left > c->tile_width - t->width || t->top > c->tile_height - t->height)
       return "seen part";
     if (t->x < 0 || t->y < 0 || t->x > c->width - t->width || t->y > c->height - t->height) return "paste box";
+    if (t->channel < 0 || t->channel > 2) return "channel";
     if (t->file < -1 || t->file >= given->n_files) return "file";
     if (t->file >= 0 && (c->packing == PIXELS || given->files[t->file].fd < 0)) return "file";
     if (t->file >= 0 || !t->length) continue;
@@ -1023,6 +1051,14 @@ static PyObject *py_load(PyObject *self, PyObject *argument) {
   jpeg.create(&w.cinfo, JPEG_LIB_VERSION, sizeof w.cinfo);
   jpeg.destroy(&w.cinfo);
   Py_RETURN_NONE;
+}
+
+/* Paths of libzstd, C-Blosc and libdeflate, or None; whether all are there. */
+static PyObject *py_load_chunks(PyObject *self, PyObject *args) {
+  (void)self;
+  const char *zstd, *blosc, *deflate;
+  if (!PyArg_ParseTuple(args, "zzz", &zstd, &blosc, &deflate)) return NULL;
+  return PyBool_FromLong(chunk_load(zstd, blosc, deflate) == 7);
 }
 
 /* A tuple of bytes as pointers; the tuple keeps them alive. */
@@ -1169,6 +1205,8 @@ static PyObject *py_remembered(PyObject *self, PyObject *ignored) {
 
 static PyMethodDef methods[] = {
     {"load", py_load, METH_O, "load(path): use the libjpeg-turbo at this path; OSError when it cannot be."},
+    {"load_chunks", py_load_chunks, METH_VARARGS,
+     "load_chunks(zstd, blosc, deflate): use the libraries at these paths; whether all are there."},
     {"read", py_read, METH_VARARGS,
      "read(canvases, tiles, outputs, files, tables, bodies, batch, first, stop): canvases first..stop into batch."},
     {"remember", py_remember, METH_VARARGS,
