@@ -12,7 +12,6 @@ from online_patching.decode.openjpeg import decode_planes
 from online_patching.geometry import Box
 from online_patching.slide_index import Codec
 
-
 WORTH_BLOCKS = 2
 """Parts are decoded of tiles more code blocks across than this: their finest bands hold several."""
 
