@@ -2,7 +2,7 @@
 
 They are named in the environment, so that every process of a run has them and no file of a run does:
 
-    PATCHING_HTTP_HEADERS='{"https://api.gdc.cancer.gov": {"X-Auth-Token": "/home/me/gdc-token.txt"}}'
+    PATCHING_HTTP_HEADERS='{"https://api.gdc.cancer.gov": {"X-Auth-Token": "~/gdc-token.txt"}}'
 
 A header belongs to one origin (scheme, host, port) and is sent nowhere else, not after a redirect either. Its
 value is read from the file named, when it is first needed.

@@ -15,6 +15,7 @@ import inspect
 import pickle
 import traceback
 from collections.abc import Awaitable, Callable
+from operator import methodcaller
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -131,7 +132,7 @@ class StoreContract:
         self.put("changing.bin", content(2))  # of the same size
         assert self.use(lambda store: store.version(key))[1] != token
         for stop in (10, SIZE, None):
-            error = self.failure(lambda store, stop=stop: store.read(key, 0, stop, token))
+            error = self.failure(methodcaller("read", key, 0, stop, token))
             assert isinstance(error, ObjectChangedError)
         assert self.use(lambda store: store.read(key, 0, 10)) == content(2)[:10]
 
@@ -179,8 +180,8 @@ class StoreContract:
         for number, name in enumerate(self.odd_names):
             data = content(number, 1000)
             key = self.put(name, data)
-            assert self.use(lambda store, key=key: store.version(key))[0] == 1000
-            assert self.use(lambda store, key=key: store.read(key, 1, 999)) == data[1:999]
+            assert self.use(methodcaller("version", key))[0] == 1000
+            assert self.use(methodcaller("read", key, 1, 999)) == data[1:999]
 
     def test_a_listing_is_sorted_and_tells_sizes_and_tokens(self) -> None:
         if not self.lists:
@@ -195,7 +196,7 @@ class StoreContract:
         assert {item.uri: item.size_bytes for item in found} == keys
         assert beside not in keys
         for item in found:
-            version = self.use(lambda store, item=item: store.version(item.uri))
+            version = self.use(methodcaller("version", item.uri))
             assert version == (item.size_bytes, item.token)
 
     def test_a_listing_of_one_object_is_that_object(self) -> None:
