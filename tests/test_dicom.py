@@ -27,8 +27,11 @@ from online_patching.errors import (
     TileDecodeError,
     UnsupportedSlideError,
 )
+from online_patching.formats import dicom_walk
+from online_patching.formats.dicom_frames import frame_ranges
+from online_patching.formats.dicom_tags import Source, read_attributes
 from online_patching.testing import SyntheticSlide
-from online_patching.testing.dicom import SYNTAXES, Written, text, write_dicom
+from online_patching.testing.dicom import SYNTAXES, Written, instance, text, write_dicom
 from online_patching.testing.writers import encode_jpeg, shrink
 from tests.servers import FaultServer
 
@@ -310,6 +313,42 @@ def test_a_file_over_http_is_read_alone_in_few_requests(levels, tmp_path: Path) 
             before = server.seen["requests"]
             read_slide_index(slide.index.uri)
             assert server.seen["requests"] - before <= 6
+
+
+def test_items_without_a_table_are_walked_from_many_places_at_once(
+    levels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise holds what looks like items; guesses that are wrong must not count."""
+    monkeypatch.setattr(dicom_walk, "_ONE_REQUEST_BYTES", 0)
+    noise = np.random.default_rng(1).integers(0, 256, (48, 64, 3), np.uint8)
+    trap = b"\xfe\xff\x00\xe0\x20\x00\x00\x00" + bytes(32)
+    noise.reshape(-1)[: 40 * len(trap)] = np.frombuffer(trap * 40, np.uint8)
+    how = Written(tile_px=(16, 16), table="none", jpeg=lambda tile: tile.tobytes() + b"\xff\xd9")
+    for picture in (levels[0], np.tile(noise, (5, 5, 1))):
+        data = instance(picture, 0, 1.0, how, 0, 1)
+        frames = -(-picture.shape[0] // 16) * -(-picture.shape[1] // 16)
+        spans: list[int] = []
+
+        def fetch(
+            ranges: list[tuple[int, int]], data: bytes = data, spans: list[int] = spans
+        ) -> list[bytes]:
+            spans.append(len(ranges))
+            return [data[start:stop] for start, stop in ranges]
+
+        found = []
+        for remote in (False, True):
+            spans.clear()
+            source = Source(fetch, len(data), data[:4096], remote=remote)
+            attributes = read_attributes(source, lambda _: True)
+            found.append(frame_ranges(source, attributes, frames, 768))
+            assert len(spans) >= frames if not remote else len(spans) < frames and max(spans) > 10
+        assert np.array_equal(found[0], found[1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = pydicom.dcmread(io.BytesIO(data)).PixelData
+            fragments = list(pydicom.encaps.generate_fragments(theirs))[1:]
+        starts, lengths = found[0]
+        assert [data[a : a + n] for a, n in zip(starts, lengths, strict=True)] == fragments
 
 
 def test_a_changed_instance_is_noticed(levels, tmp_path: Path) -> None:

@@ -163,7 +163,8 @@ def _instances(
                 source = Source(fetch, one.size_bytes, head, _KIND_BYTES)
                 out.append(Instance.read(own, one, source, SAMPLES))
             else:
-                out.append(Instance.read(own, one, Source(fetch, one.size_bytes, head)))
+                source = Source(fetch, one.size_bytes, head, remote=is_remote(one.uri))
+                out.append(Instance.read(own, one, source))
         except BadDicomError as error:
             if not lenient:
                 raise slide_error(name, own, one.size_bytes, error) from None
@@ -193,8 +194,13 @@ def _heads(listed: list[Listed], stores: Stores) -> list[tuple[bytes | PatchingE
     return heads
 
 
-def _fetch(stores: Stores, one: Listed, start: int, stop: int) -> bytes:
-    return stores.read(one.uri, start, stop, one.token)
+def _fetch(stores: Stores, one: Listed, ranges: list[tuple[int, int]]) -> list[bytes]:
+    out = []
+    for found in stores.read_many([(one.uri, *span, one.token) for span in ranges]):
+        if isinstance(found, PatchingError):
+            raise found
+        out.append(found)
+    return out
 
 
 def _levels_of(instances: list[Instance]) -> list[Instance]:

@@ -19,6 +19,7 @@ from online_patching.formats.dicom_attributes import (
     StoredOtherwiseError,
 )
 from online_patching.formats.dicom_tags import Source
+from online_patching.formats.dicom_walk import walk_items
 
 MAX_FRAMES = 2 * 2**20
 """Of one instance. A slide has about 150,000."""
@@ -128,25 +129,7 @@ def _basic(source: Source, at: int, table_bytes: int, frames: int) -> Ranges:
 
 def _walk(source: Source, at: int, frames: int) -> Ranges:
     """From the items themselves, each behind the last."""
-    starts, lengths, size = [], [], source.size_bytes
-    while True:
-        head = source.read(at, 8) if at + 8 <= size else b""
-        if head[:4] != _ITEM:
-            break
-        length = int.from_bytes(head[4:], "little")
-        if at + 8 + length > size:
-            raise PastEndError(at + 8, at + 8 + length)
-        starts.append(at + 8)
-        lengths.append(length)
-        if len(starts) > frames:
-            raise StoredOtherwiseError(
-                f"more than {frames:,} fragments for {frames:,} frames: frames in several fragments are not read"
-            )
-        at += 8 + length
-    if len(starts) < frames:
-        if at + 8 > size:
-            raise PastEndError(at, at + 8)
-        raise BadDicomError(f"it holds {len(starts):,} fragments for {frames:,} frames")
+    starts, lengths = walk_items(source, at, frames)
     return np.array(starts, np.int64), np.array(lengths, np.int64)
 
 

@@ -106,8 +106,8 @@ def is_level(found: Attributes) -> bool:
 def says_no_level(head: bytes, size_bytes: int) -> bool:
     """Whether a file's first bytes say that it is no level: its pixels are not even to be fetched."""
 
-    def no_more(start: int, stop: int) -> bytes:
-        raise PastEndError(start, stop)
+    def no_more(ranges: list[tuple[int, int]]) -> list[bytes]:
+        raise PastEndError(*ranges[0])
 
     try:
         found = read_attributes(Source(no_more, size_bytes, head), is_level, tags.IMAGE_TYPE + 1)

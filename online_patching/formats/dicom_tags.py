@@ -56,24 +56,37 @@ _FIRST_TAG = 0x00020000  # of commands there are none in files
 _META_LENGTH, _SYNTAX = 0x00020000, 0x00020010
 
 
+Fetch = Callable[[list[tuple[int, int]]], list[bytes]]
+"""Ranges (start, stop) -> exactly those bytes of each, fetched at the same time where that helps."""
+
+
 class Source:
     """Bytes of an object by position, through a window that grows as it is read on.
 
-    `fetch(start, stop)` gives exactly those bytes; `head` are the first ones, if they are known. A
-    window has `ahead_bytes` at first.
+    `head` are the first bytes, if they are known. A window has `ahead_bytes` at first. `remote` says
+    that a request takes long.
     """
 
     def __init__(
-        self,
-        fetch: Callable[[int, int], bytes],
-        size_bytes: int,
-        head: bytes = b"",
-        ahead_bytes: int = _FIRST_AHEAD,
-    ) -> None:
-        self.size_bytes = size_bytes
+        self, fetch: Fetch, size_bytes: int, head: bytes = b"", ahead_bytes: int = _FIRST_AHEAD,
+        remote: bool = False,
+    ) -> None:  # fmt: skip
+        self.size_bytes, self.remote = size_bytes, remote
         self.requests, self.bytes_fetched = 0, len(head)
         self._fetch, self._window, self._start = fetch, head, 0
         self._ahead = self._first_ahead = ahead_bytes
+
+    def peek(self, places: list[int], count: int = 8) -> list[bytes]:
+        """A few bytes at each of many places, fewer at the end, all at the same time."""
+        first, stop = self._start, self._start + len(self._window)
+        inside = [first <= at and min(at + count, self.size_bytes) <= stop for at in places]
+        wanted = [at for at, known in zip(places, inside, strict=True) if not known]
+        self.requests += len(wanted)
+        found = iter(self._fetch([(at, min(self.size_bytes, at + count)) for at in wanted]))
+        return [
+            self._window[at - first : at - first + count] if known else next(found)
+            for at, known in zip(places, inside, strict=True)
+        ]
 
     def read(self, start: int, count: int) -> bytes:
         """Exactly `count` bytes from `start`; PastEndError when there are fewer."""
@@ -94,7 +107,7 @@ class Source:
         if self.bytes_fetched > MAX_HEADER_BYTES:
             raise BadDicomError(f"its attributes say to read more than {MAX_HEADER_BYTES:,} bytes")
         self.requests += 1
-        self._window, self._start = self._fetch(start, stop), start
+        [self._window], self._start = self._fetch([(start, stop)]), start
 
 
 def is_dicom(head: bytes) -> bool:
