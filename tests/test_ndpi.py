@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import openslide
 import pytest
+import tifffile
 from PIL import Image
 
 from online_patching import (
@@ -302,23 +303,26 @@ class RecordingStores(Stores):
         return data
 
 
-def test_indexing_reads_little_and_nothing_of_the_macro_or_the_map(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_byte", [0, 2**32 + 12])
+def test_indexing_reads_little_and_not_a_byte_of_the_macro_or_the_map(
+    tmp_path: Path, at_byte: int
+) -> None:
     picture = noise((2048, 1024, 3))
-    path = write_ndpi(
-        tmp_path / "a.ndpi", [picture], quality=95, tags={65427: (2, b"MUELLER 1951\0")}
-    )
-    data = path.read_bytes()
-    macro = data.rindex(b"\xff\xd8\xff\xe0")
+    tags = {65427: (2, b"MUELLER 1951\0"), 65449: (2, b"Patient=MUELLER\r\nCreated=2011/05/23\0")}
+    path = write_ndpi(tmp_path / "a.ndpi", [picture], quality=95, tags=tags, at_byte=at_byte)
     stores = RecordingStores()
     index = read_slide_index(str(path), stores=stores)
     stores.close()
-    assert len(stores.ranges) < ndpi_strips.MARKERS_TRIED + 20
-    # Headers come in aligned blocks of 64 KiB; the macro's stream lies before its directory, in one.
-    assert sum(b - a for a, b in stores.ranges) < 0.25 * len(data)
-    starts = index.levels[0].byte_range(0)[0], index.levels[0].byte_range(index.n_tiles - 1)[1]
-    assert max(starts) < macro
-    header, _ = index.to_bytes()
-    assert b"MUELLER" not in header and index.levels[0].n_tiles == 8 * 256
+    with tifffile.TiffFile(path) as tif:
+        level, macro, sketch = (
+            (page.tags[273].value[0], page.tags[279].value[0]) for page in tif.pages
+        )
+    for start, size in (macro, sketch):
+        assert not any(a < start + size and start < b for a, b in stores.ranges)
+    assert len(stores.ranges) < ndpi_strips.MARKERS_TRIED + 30
+    assert sum(b - a for a, b in stores.ranges) < 2**16 + 10_000 + 4 * index.n_tiles
+    assert all(0 <= n - level[0] < level[1] for n in index.levels[0].byte_range(index.n_tiles - 1))
+    assert b"MUELLER" not in index.to_bytes()[0] and index.n_tiles == 8 * 256
 
 
 def test_only_the_plane_in_focus_is_read(tmp_path: Path, pictures) -> None:

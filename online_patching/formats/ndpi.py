@@ -78,9 +78,9 @@ def _directories(reader: HeaderReader) -> list[NdpiDirectory]:
 
 def _refuse_fluorescence(name: str, directories: list[NdpiDirectory]) -> None:
     for tags in directories:
-        vendors.refuse_fluorescence(name, tags.note(_PROPERTIES, _MAX_TEXT_BYTES))
         if (tags.real(_LENS) or 0.0) <= 0:
             continue
+        vendors.refuse_fluorescence(name, tags.note(_PROPERTIES, _MAX_TEXT_BYTES))
         wavelength = tags.real(_WAVELENGTH) or 0.0
         lit = tags.note(_FILTER, 64).strip()
         named = bool(lit) and "bright" not in lit.lower()

@@ -27,7 +27,10 @@ _NEXT_BYTES = 8
 
 
 class NdpiDirectory(Directory):
-    """The tags of one image; a number that has outgrown its entry is whole."""
+    """The tags of one image; a number that has outgrown its entry is whole.
+
+    Of values that lie elsewhere just their own bytes are read: next to them may be parts of the macro.
+    """
 
     def __init__(
         self, reader: HeaderReader, entries: dict[int, Entry], grown: Mapping[int, int]
@@ -37,7 +40,20 @@ class NdpiDirectory(Directory):
 
     def numbers(self, tag: int, most: int) -> tuple[int, ...]:
         """The first `most` values of a tag of integers; () when it is absent."""
-        return (self._grown[tag],) if tag in self._grown else super().numbers(tag, most)
+        if tag in self._grown:
+            return (self._grown[tag],)
+        self._hold(tag, 8 * most)
+        return super().numbers(tag, most)
+
+    def rational(self, tag: int) -> tuple[int, int] | None:
+        """Numerator and denominator of a tag; None when it is absent or of another type."""
+        self._hold(tag, 8)
+        return super().rational(tag)
+
+    def _hold(self, tag: int, most_bytes: int) -> None:
+        entry = self.entries.get(tag)
+        if entry is not None:
+            self._reader.hold(entry.start, entry.start + min(entry.size_bytes, most_bytes))
 
     def real(self, tag: int) -> float | None:
         """The first value of a tag of FLOATs or integers; None when it is absent."""
@@ -54,12 +70,14 @@ class NdpiDirectory(Directory):
         entry = self.entries.get(tag)
         if entry is None or _SIZES[entry.kind] != 1:
             return ""
+        self._hold(tag, most)
         data = self._reader.read(entry.start, min(entry.count, most))
         return data.partition(b"\0")[0].decode("latin-1")
 
 
 def ndpi_directories(reader: HeaderReader) -> Iterator[NdpiDirectory]:
     """The directories of the chain, in order; BadTagError when it loops, is too long or leaves the file."""
+    reader.hold(0, 12)
     head = reader.read(0, 12)
     if head[:4] != b"II*\0":
         raise BadTagError("it does not start as an NDPI file does")
@@ -77,11 +95,13 @@ def ndpi_directories(reader: HeaderReader) -> Iterator[NdpiDirectory]:
 
 
 def _directory(reader: HeaderReader, offset: int, far: bool) -> tuple[NdpiDirectory, int]:
+    reader.hold(offset, offset + 2)
     (count,) = struct.unpack("<H", reader.read(offset, 2))
     if count > _MOST_TAGS:
         raise BadTagError(f"a directory of it holds {count:,} tags, more than {_MOST_TAGS:,}")
     start = offset + 2
     tail = _NEXT_BYTES + 4 * count if far else 4
+    reader.hold(start, start + count * _ENTRY.size + tail)
     data = reader.read(start, count * _ENTRY.size + tail)
     after = count * _ENTRY.size
     high = struct.unpack_from(f"<{count}I", data, after + _NEXT_BYTES) if far else (0,) * count
