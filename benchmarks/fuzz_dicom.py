@@ -86,6 +86,7 @@ def seeds() -> list[Seed]:
 
 fuzz_tiff.TARGETS = {"dicom": (seeds, try_dicom)}
 fuzz_tiff.LIMITS_BYTES = {"dicom": 256 * 2**20}
+fuzz_tiff.CHUNK = 60_000
 
 if __name__ == "__main__":
     fuzz_tiff.main()

@@ -16,7 +16,15 @@ import openslide
 import pytest
 from PIL import Image
 
-from online_patching import SlideIndex, find_slides, open_slide, read_slide_index
+from online_patching import (
+    ForegroundMask,
+    PatchLoader,
+    PatchSampler,
+    SlideIndex,
+    find_slides,
+    open_slide,
+    read_slide_index,
+)
 from online_patching.errors import (
     DamagedSlideError,
     MppError,
@@ -30,6 +38,7 @@ from online_patching.errors import (
 from online_patching.formats import dicom_walk
 from online_patching.formats.dicom_frames import frame_ranges
 from online_patching.formats.dicom_tags import Source, read_attributes
+from online_patching.plan import plan_patch
 from online_patching.testing import SyntheticSlide
 from online_patching.testing.dicom import SYNTAXES, Written, instance, text, write_dicom
 from online_patching.testing.writers import encode_jpeg, shrink
@@ -285,6 +294,8 @@ def test_files_named_by_uids_without_a_suffix_are_found(levels, tmp_path: Path) 
         file.rename(folder / f"1.2.826.0.1.{number}12345")
     assert find_slides(str(tmp_path)) == [str(folder)]
     assert np.abs(ours(folder).astype(int) - levels[0]).mean() < 3
+    named = folder.rename(tmp_path / "1.2.826.0.1.77")
+    assert read_slide_index(str(named)).slide_id == "1.2.826.0.1.77"
 
 
 def test_a_prefix_is_read_as_a_folder_is(levels, tmp_path: Path) -> None:
@@ -349,6 +360,19 @@ def test_items_without_a_table_are_walked_from_many_places_at_once(
             fragments = list(pydicom.encaps.generate_fragments(theirs))[1:]
         starts, lengths = found[0]
         assert [data[a : a + n] for a, n in zip(starts, lengths, strict=True)] == fragments
+
+
+def test_the_whole_loader_delivers_what_a_slide_reads(levels, tmp_path: Path) -> None:
+    folder = write_dicom(tmp_path / "slide", levels, replace(SPARSE, parts=3))
+    index = read_slide_index(str(folder))
+    tissue = ForegroundMask.from_array(np.ones((20, 30), bool), SIZE, (0.5, 0.5))
+    sampler = PatchSampler([index], [tissue], size_px=32, mpp=0.6, seed=2)
+    refs = sampler.refs(sampler.draw_batch(np.arange(24)))
+    with PatchLoader(sampler, 24, threads=2) as loader, open_slide(index) as slide:
+        batch = loader.next_batch()
+        assert not batch.failures
+        for ref, pixels in zip(refs, batch.pixels, strict=True):
+            assert np.array_equal(pixels, slide.read_plan(plan_patch(index, ref)))
 
 
 def test_a_changed_instance_is_noticed(levels, tmp_path: Path) -> None:

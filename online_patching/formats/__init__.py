@@ -166,6 +166,7 @@ def slide_id_of(uri: str) -> str:
             name = name[: -len(suffix)]
             break
     else:
-        name = name.rsplit(".", 1)[0] if "." in name[-8:] else name
+        uid = set(name) <= set("0123456789.")  # of a DICOM series: its last number is no suffix
+        name = name.rsplit(".", 1)[0] if "." in name[-8:] and not uid else name
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".")
     return safe[:120] or "slide"
