@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -509,3 +511,15 @@ def test_progressive_streams_go_through_another_reader(tmp_path: Path, pictures)
     Image.fromarray(pictures[0]).save(file, "JPEG", progressive=True)
     image = NdpiImage((WIDTH, HEIGHT), file.getvalue(), 40.0)
     assert read_slide_index(str(write_images(tmp_path / "a.ndpi", [image], 0.25))).fallback
+
+
+@pytest.mark.slow
+def test_hostile_files_end_in_a_result_or_an_error_of_ours() -> None:
+    """Within a second of CPU and 256 MiB of address space each: the script's children see to that."""
+    script = Path(__file__).parents[1] / "benchmarks" / "fuzz_ndpi.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--inputs", "3000", "--seed", "7"],
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "3,000 inputs" in done.stdout and "0 findings" in done.stdout
