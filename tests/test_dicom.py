@@ -364,7 +364,8 @@ def test_items_without_a_table_are_walked_from_many_places_at_once(
 
 def test_the_whole_loader_delivers_what_a_slide_reads(levels, tmp_path: Path) -> None:
     folder = write_dicom(tmp_path / "slide", levels, replace(SPARSE, parts=3))
-    index = read_slide_index(str(folder))
+    index = read_slide_index(str(folder / "level-1.dcm"))
+    assert index.beside  # which must survive the corpus that the loader makes
     tissue = ForegroundMask.from_array(np.ones((20, 30), bool), SIZE, (0.5, 0.5))
     sampler = PatchSampler([index], [tissue], size_px=32, mpp=0.6, seed=2)
     refs = sampler.refs(sampler.draw_batch(np.arange(24)))

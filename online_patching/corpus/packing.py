@@ -108,7 +108,7 @@ class Packer:
         """The strings of a slide: id, URI, token, and as JSON what no record holds."""
         rest: dict[str, Any] = {
             name: getattr(index, name)
-            for name in ("container", "vendor", "mpp_source", "content_hash")
+            for name in ("container", "vendor", "mpp_source", "content_hash", "beside")
         }
         rest["levels"] = [
             {"keys": asdict(level.keys) if level.keys else None, "overflow": level.overflow}
