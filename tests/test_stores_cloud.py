@@ -32,6 +32,10 @@ QUICK = RetryPolicy(
 DATA = bytes(range(256)) * 400
 
 
+def slow(kind: str) -> object:
+    return pytest.param(kind, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def s3_fault(
     fault_server: FaultServer, monkeypatch: pytest.MonkeyPatch
@@ -153,7 +157,7 @@ def test_what_may_pass_is_tried_again_and_then_right(s3_fault, kind: str) -> Non
     assert stores.retries == 2
 
 
-@pytest.mark.parametrize("kind", ["hang", "drip", "500", "reset"])
+@pytest.mark.parametrize("kind", ["hang", "500", slow("drip"), slow("reset")])
 def test_what_does_not_pass_ends_within_its_deadlines(s3_fault, kind: str) -> None:
     server, stores = s3_fault
     stores.version(KEY)
@@ -244,7 +248,7 @@ def test_many_refused_reads_renew_once_together(s3_fault, monkeypatch) -> None:
     assert len(made) == 1
 
 
-@pytest.mark.parametrize("told", ["1", "date"])
+@pytest.mark.parametrize("told", ["1", slow("date")])
 def test_a_server_that_says_when_to_come_back_is_heeded(s3_fault, told: str) -> None:
     server, stores = s3_fault
     at = datetime.fromtimestamp(time.time() + 2, UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")

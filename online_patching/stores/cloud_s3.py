@@ -39,6 +39,9 @@ _REREAD_S = 60.0  # keys that were exchanged in a file are seen by the next gran
 _REGION = re.compile(r"[a-z0-9-]{1,40}")
 _AWS = re.compile(r".*\.amazonaws\.com(\.cn)?")
 _PAYER = (("x-amz-request-payer", "requester"),)
+_MOST_KNOWN = 1000
+_KNOWN: dict[tuple[str, str | None, int], tuple[str, str, float]] = {}
+"""(bucket, region, hash of AWS_*) -> URL, region, until when; for all stores of a process."""
 
 
 class S3:
@@ -90,6 +93,17 @@ class S3:
         """The URL of a bucket and the region to sign for, by all that botocore knows of endpoints."""
         if self._session is None or time.monotonic() - self._made_at > _REREAD_S:
             self._session, self._made_at = botocore.session.Session(), time.monotonic()
+        told = hash(frozenset(item for item in os.environ.items() if item[0].startswith("AWS_")))
+        url, known_region, until = _KNOWN.get((bucket, region, told), ("", "", 0.0))
+        if time.monotonic() >= until:
+            url, known_region = self._asked(bucket, region)
+            if len(_KNOWN) > _MOST_KNOWN:
+                _KNOWN.clear()
+            _KNOWN[bucket, region, told] = url, known_region, time.monotonic() + _FRESH_S
+        return url, known_region
+
+    def _asked(self, bucket: str, region: str | None) -> tuple[str, str]:
+        """The same from botocore itself: a client takes 60 to 150 ms to make."""
         told = os.environ.get("AWS_REGION")  # as all SDKs but botocore read it
         region = region or told or self._session.get_config_variable("region") or "us-east-1"
         client = self._client(region, {})
