@@ -20,8 +20,8 @@ from online_patching.errors import DamagedSlideError, PatchingError, StoreError
 from online_patching.geometry import Box
 from online_patching.slide_index import SlideIndex
 
-MOST_WORKERS = 8
-"""Processes that one process starts at most; each takes about 100 MB."""
+MOST_WORKERS = min(8, os.cpu_count() or 1)
+"""Processes that one process starts at most: one a core, each of about 100 MB."""
 
 _TIMEOUT_S = 120.0
 
