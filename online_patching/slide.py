@@ -202,7 +202,8 @@ def check_unchanged(index: SlideIndex, stores: Stores) -> None:
     if index.objects and not is_remote(index.uri):
         for number, item in enumerate(index.objects):
             key = index.object_key(number)
-            _refuse_changed(key, item.token, stores.version(key)[1])
+            if item.token:
+                _refuse_changed(key, item.token, stores.version(key)[1])
     if not index.token:
         return
     is_zarr = index.container in ("ome-zarr", "zarr")

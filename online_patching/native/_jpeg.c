@@ -874,7 +874,7 @@ static void read_canvas(Worker *w, Canvas *canvas, const Tile *tiles, const Outp
   int64_t seen = 0;
   for (int i = 0; i < canvas->n_tiles; i++) {
     const Tile *tile = tiles + canvas->first_tile + i;
-    seen += (int64_t)tile->width * tile->height;
+    if (!tile->channel) seen += (int64_t)tile->width * tile->height; /* once for a tile in parts */
   }
   if (seen < (int64_t)canvas->width * canvas->height)
     memset(pixels, 255, stride * (size_t)canvas->height); /* outside the slide is white, like glass */
