@@ -35,7 +35,7 @@ from online_patching.errors import (
     TileDecodeError,
     UnsupportedSlideError,
 )
-from online_patching.formats import dicom_walk
+from online_patching.formats import dicom, dicom_walk
 from online_patching.formats.dicom_frames import frame_ranges
 from online_patching.formats.dicom_tags import Source, read_attributes
 from online_patching.plan import plan_patch
@@ -539,6 +539,16 @@ def test_two_volumes_of_one_size_are_told_apart_by_what_they_are(levels, tmp_pat
     with pytest.raises(UnsupportedSlideError, match="both 300 x 205 px") as caught:
         read_slide_index(str(folder))
     assert caught.value.code == "multiplex"
+
+
+def test_a_folder_of_too_many_files_is_refused_rather_than_half_read(
+    levels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_dicom(tmp_path / "slide", levels, Written(parts=4))
+    monkeypatch.setattr(dicom, "MAX_FILES", 3)
+    for uri in (folder, folder / "level-1.dcm"):
+        with pytest.raises(UnsupportedSlideError, match="more than 3 files lie in one folder"):
+            read_slide_index(str(uri))
 
 
 def test_volumes_of_other_shapes_are_no_pyramid(levels, tmp_path: Path) -> None:

@@ -87,9 +87,7 @@ def read_file_index(
         listed = [one for one in _children(folder, stores) if one.uri != uri]
     except StoreError:  # no listing, or too long a one
         listed = []
-    others = (
-        [] if len(listed) >= MAX_FILES else _instances(uri, folder, listed, stores, lenient=True)
-    )
+    others = _instances(uri, folder, listed, stores, lenient=True)
     found = next(
         group for group in slides_of([own, *others]).values() if any(one is own for one in group)
     )
