@@ -320,9 +320,7 @@ def test_pixels_are_pasted_from_any_strides_and_bad_ones_are_refused():
         native.read(canvas, tile, output, files, (), (planes, planes), out, 0, 1)
 
 
-def test_a_server_that_fails_some_objects_is_asked_again(
-    fault_server: FaultServer, folder, indexes
-):
+def test_an_object_that_a_server_lost_fails_its_patches_alone(fault_server, folder, indexes):
     shutil.copytree(folder / "jpeg-dicom", fault_server.root / "jpeg-dicom")
     there = moved(indexes["jpeg-dicom"], f"{fault_server.url}/jpeg-dicom")
     (fault_server.root / "jpeg-dicom" / "level-0-1.dcm").unlink()
