@@ -33,6 +33,7 @@ from pathfm.cohorts import (
     fingerprint,
     read_cohort,
 )
+from pathfm.cohorts.twins import _coverage
 from pathfm.index import IndexConfig
 from pathfm.runtime import PathfmError, provenance
 from pathfm.tracking import TrackingConfig, open_run
@@ -165,6 +166,14 @@ def test_a_fingerprint_is_the_mean_luma_of_256_parts(tmp_path: Path) -> None:
     luma = coarse.astype(float) @ [0.299, 0.587, 0.114]
     got = np.frombuffer(base64.b64decode(text), np.uint8).reshape(16, 16)
     np.testing.assert_allclose(got, luma, atol=0.51)
+
+
+def test_the_parts_share_out_every_pixel_and_the_last_one_is_cut() -> None:
+    """By hand: 20 px decoded at 1/8 are pixels of 8, 8 and 4 px, in 16 parts of 1.25 px."""
+    shares = _coverage(20, 8)
+    np.testing.assert_allclose(shares.sum(axis=0), [8, 8, 4])
+    np.testing.assert_allclose(shares.sum(axis=1), np.full(16, 1.25))
+    np.testing.assert_allclose(shares[6], [0.5, 0.75, 0])  # 7.5 to 8.75
 
 
 def test_an_empty_slide_has_no_fingerprint_and_nonsense_is_no_twin(tmp_path: Path) -> None:
