@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +73,9 @@ def main() -> None:
             cases.append(("tiled", write_tiled(folder / "tiled.svs"), args.tiled, False))
         cases += [("small", small, n, True) for n in args.http]
         for kind, source, count, remote in cases:
-            lines += measure(folder / f"{kind}{count}{remote}", kind, source, count, remote)
-            print("\n".join(lines[-6:]), file=sys.stderr, flush=True)
+            for line in measure(folder / f"{kind}{count}{remote}", kind, source, count, remote):
+                print(line, file=sys.stderr, flush=True)  # hours of work are not lost at a fault
+                lines.append(line)
         write_out(lines, args.out)
 
 
@@ -84,8 +85,8 @@ HEAD = (
 )
 
 
-def measure(folder: Path, kind: str, source: Path, count: int, remote: bool) -> list[str]:
-    """The lines of one case."""
+def measure(folder: Path, kind: str, source: Path, count: int, remote: bool) -> Iterator[str]:
+    """The lines of one case, as they are measured."""
     slides, extra = folder / "slides", folder / "more"
     link(source, slides, count)
     added = min(A_FOLDER, max(1, count // 10))
@@ -98,7 +99,6 @@ def measure(folder: Path, kind: str, source: Path, count: int, remote: bool) -> 
             f"{run.cpu_s:>8.1f} {1000 * run.cpu_s / n:>13.2f} {run.peak_mb:>8,.0f}"
         )
 
-    lines = []
     with nginx(folder, make(folder / "nginx")) as served:
 
         def asked(which: Path) -> str:
@@ -111,20 +111,19 @@ def measure(folder: Path, kind: str, source: Path, count: int, remote: bool) -> 
             return str(table)
 
         first = folder / "first"
-        lines.append(told("first", count, indexed(asked(slides), first)))
-        lines.append(told("again", count, indexed(asked(slides), first)))
-        lines.append(told("append", added, indexed(asked(extra), first, "--append")))
+        yield told("first", count, indexed(asked(slides), first))
+        yield told("again", count, indexed(asked(slides), first))
+        yield told("append", added, indexed(asked(extra), first, "--append"))
         shutil.rmtree(first)
         killed = folder / "killed"
         done = kill_half_way(asked(slides), killed, count)
         resumed = indexed(asked(slides), killed)
-        lines.append(told("goes on", count - done, resumed) + f"   ({done:,} were done)")
+        yield told("goes on", count - done, resumed) + f"   ({done:,} were done)"
     if not remote and count <= A_FOLDER:
         paths = [str(path) for path in sorted(slides.rglob("*.svs"))]
         for name, read in PEERS.items():
-            lines.append(told(name, count, peer(read, paths)))
+            yield told(name, count, peer(read, paths))
     shutil.rmtree(folder)
-    return lines
 
 
 def indexed(slides: str, out: Path, *more: str) -> Run:
