@@ -77,7 +77,9 @@ class Reads:
         plan = self.plans[block]
         out = np.empty((BLOCK, self.side, self.side, 3), np.uint8)
         plan.canvases["key"] = keys
-        native.read(plan.canvases, plan.tiles, plan.outputs, plan.files, plan.tables, (), out, 0, len(plan))
+        native.read(
+            plan.canvases, plan.tiles, plan.outputs, plan.files, plan.tables, (), out, 0, len(plan)
+        )
         if plan.canvases["status"].any():
             raise SystemExit(f"{self.name}: {set(plan.canvases['message'].tolist())}")
         return out
