@@ -457,8 +457,13 @@ def test_fluorescence_is_refused_by_any_of_its_signs(tmp_path: Path, pictures, t
     assert refused.value.code == "fluorescence"
 
 
-def test_brightfield_with_the_same_tags_is_not_refused(tmp_path: Path, pictures) -> None:
-    tags = {65434: (2, b"Brightfield\0"), 65451: (11, (0.0,)), 65441: (4, (0,))}
+@pytest.mark.parametrize(
+    "filter_name", [b"Brightfield\0", b"\0"]
+)  # the latter is short: text lies outside
+def test_brightfield_with_the_same_tags_is_not_refused(
+    tmp_path: Path, pictures, filter_name: bytes
+) -> None:
+    tags = {65434: (2, filter_name), 65451: (11, (0.0,)), 65441: (4, (0,))}
     assert read_slide_index(str(write_ndpi(tmp_path / "a.ndpi", pictures, tags=tags))).mpp > 0
 
 
