@@ -18,9 +18,11 @@ from online_patching import (
     ForegroundMask,
     PatchLoader,
     PatchSampler,
+    native,
     open_slide,
     read_slide_index,
 )
+from online_patching.batch_plan.chunk_spec import native_spec
 from online_patching.decode import BadTileError, decode_tile
 from online_patching.errors import (
     DamagedSlideError,
@@ -575,3 +577,52 @@ def test_hostile_metadata_that_zarr_python_accepts_too_describes_the_same_array(
             assert str(theirs.dtype) == ours.dtype or ours.dtype != "uint8"
             assert ours.dtype != "uint8" or int(theirs.fill_value or 0) == ours.fill
     assert both > 500
+
+
+@pytest.mark.skipif(not native.CHUNKS, reason="Zarr chunks are not decoded natively here")
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    storage=STORAGES_2 | STORAGES_3 | sharded(),
+    seed=st.integers(0, 999),
+    mpp=st.sampled_from([0.5, 0.61]),
+)
+def test_the_native_decoder_makes_the_pixels_of_the_portable_one(tmp_path, storage, seed, mpp):
+    path = tmp_path / "a.zarr"
+    shutil.rmtree(path, ignore_errors=True)
+    write_zarr_array(path, PICTURE, storage)
+    index = read_slide_index(str(path), mpp=0.5)
+    assert native_spec(index.levels[0].codec) is not None
+    mask = ForegroundMask.everything(index)
+    sampler = PatchSampler([index], [mask], size_px=40, mpp=mpp, seed=seed)
+    with (
+        PatchLoader(sampler, batch_size=12, threads=1, prefetch=1) as loader,
+        Slide(index) as slide,
+    ):
+        batch = next(iter(loader))
+        for ref, patch in zip(batch.refs, batch.pixels, strict=True):
+            x_um, y_um = ref.x_px0 * index.mpp_x, ref.y_px0 * index.mpp_y
+            assert (slide.read_patch(x_um=x_um, y_um=y_um, mpp=mpp, size_px=40) == patch).all()
+
+
+@pytest.mark.skipif(not native.CHUNKS, reason="Zarr chunks are not decoded natively here")
+@pytest.mark.parametrize("compressor", ["zstd", "gzip", "blosc-lz4-1-0", "blosc-zstd-2-0", "none"])
+def test_damaged_chunks_are_told_alike_by_both_decoders(tmp_path, compressor):
+    storage = Storage(
+        3, 64, compressor=compressor, axes="yxc", crc32c=compressor == "none", shard_px=64
+    )
+    path = write_zarr_array(tmp_path / "a.zarr", PICTURE[:64, :64], storage)
+    shard = path / "c/0/0/0"
+    body = bytearray(shard.read_bytes())
+    body[4:12] = b"\xff" * 8  # within the chunk's head
+    shard.write_bytes(body)
+    index = read_slide_index(str(path), mpp=0.5)
+    sampler = PatchSampler([index], [ForegroundMask.everything(index)], size_px=48, mpp=0.5, seed=0)
+    with (
+        PatchLoader(sampler, batch_size=2) as loader,
+        pytest.raises(PatchingError, match="does not decode"),
+    ):
+        next(iter(loader))
+    with pytest.raises(TileDecodeError):
+        pixels(path)
