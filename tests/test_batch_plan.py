@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from online_patching import Corpus, ForegroundMask, SlideIndex, errors
 from online_patching.batch_plan import WHOLE, can_plan, plan_batch
+from online_patching.batch_plan.chunk_spec import native_spec
 from online_patching.fetch import pieces_of
 from online_patching.geometry import PatchRef
 from online_patching.plan import plan_patch
@@ -238,3 +240,14 @@ def test_the_dct_scale_leaves_at_most_two_percent_too_coarse(mpp):
     scale = int(plan.canvases["scale"][0])
     assert scale * 0.37 <= max(mpp * 1.02, 0.37)
     assert scale == 8 or 2 * scale * 0.37 > mpp * 1.02
+
+
+def test_plain_packed_tiles_are_what_chunks_are_and_others_are_decoded_portably():
+    for kind, compressor in (("raw", 0), ("zstd", 2), ("deflate", 4)):
+        spec = native_spec(Codec(kind))
+        assert spec is not None
+        assert (spec[:3], spec[4], int.from_bytes(spec[8:], "little")) == (b"yxc", compressor, 3)
+    odd: list[dict[str, Any]] = [{"predictor": 2}, {"samples": 4}, {"samples": 1}, {"planar": True}]
+    odd.append({"colour": "ycbcr"})
+    assert [native_spec(Codec("raw", **fields)) for fields in odd] == [None] * 5
+    assert native_spec(Codec("lzw")) is None

@@ -177,7 +177,7 @@ def _describe(canvases: NDArray[np.void], codecs: tuple[Codec, ...]) -> None:
 
 def _tables(codec: Codec) -> bytes:
     """What the native decoder wants to know of all tiles of a codec."""
-    return native_spec(codec) or b"" if codec.kind == "chunk" else codec.tables
+    return codec.tables if codec.kind == "jpeg" else native_spec(codec) or b""
 
 
 def _packing(codec: Codec) -> int:
