@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import imagecodecs
-import numcodecs
+import numcodecs  # type: ignore[import-untyped]
 import numpy as np
 import simplejpeg
 import tensorstore as ts
@@ -189,12 +189,13 @@ def bare_reader(index: SlideIndex) -> Reader:
     size = level.tile_width_px * level.tile_height_px * codec.samples
     out = np.empty(size, np.uint8)
     name = codec.filters[-1]["id"] if codec.kind == "chunk" else "jpeg"
-    decode = {
+    known: dict[str, Callable[[bytes], Any]] = {
         "blosc": lambda d: numcodecs.blosc.decompress(d, out),
-        "zstd": lambda d: imagecodecs.zstd_decode(d, out=out),
-        "gzip": lambda d: imagecodecs.gzip_decode(d, out=out),
+        "zstd": lambda d: imagecodecs.zstd_decode(d, out=out.data),
+        "gzip": lambda d: imagecodecs.gzip_decode(d, out=out.data),
         "jpeg": lambda d: simplejpeg.decode_jpeg(d, "RGB"),
-    }[name]
+    }
+    decode = known[name]
     stores, held = Stores(), dict[tuple[str, int], bytes]()
 
     def bodies(ref: PatchRef) -> list[bytes]:
@@ -244,7 +245,7 @@ def make(
         corners = [
             (x, y) for x in range(0, width - side_px, 512) for y in range(0, height - side_px, 512)
         ] or [(0, 0)]
-        x, y = max(corners, key=lambda c: mask.fraction(*c, c[0] + side_px, c[1] + side_px))
+        x, y = max(corners, key=lambda c: mask.fraction(c[0], c[1], side_px, side_px))
         picture = opened.read_box(0, Box(x, y, min(x + side_px, width), min(y + side_px, height)))
     while picture.shape[1] < wide_px:
         picture = np.concatenate([picture, picture[:, ::-1]], axis=1)
