@@ -98,7 +98,7 @@ class SlideError(PatchingError):
 
     def __init__(self, uri: str, reason: str) -> None:
         uri = redact(uri)
-        super().__init__(f"{uri}: {reason}")
+        super().__init__(f"{_in_a_line(uri)}: {reason}")
         self.uri, self.reason = uri, reason
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -171,7 +171,7 @@ class StoreError(PatchingError):
 
     def __init__(self, key: str, reason: str, code: str | None = None) -> None:
         key = redact(key)
-        super().__init__(f"{key}: {reason}")
+        super().__init__(f"{_in_a_line(key)}: {reason}")
         self.key, self.reason = key, reason
         self.code = code or self.code
 
@@ -243,6 +243,13 @@ class WorkerDiedError(LoaderError):
     """A loader process ended without handing over an error."""
 
     code = "worker"
+
+
+def _in_a_line(name: str) -> str:
+    """A name as a message may hold it: line ends and halves of characters are escaped."""
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def _rebuild(

@@ -7,6 +7,7 @@ themselves come through the same small client as http(s) (docs/decisions/0013-cl
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ CLOUDS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": 
 
 _MOST_KEPT = 50_000  # addresses; of a Zarr array every chunk has one
 _SETTLED_S = 5.0  # a refusal of credentials that are newer than this is meant
+_BUCKET = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._:-]{0,221}")  # stands in requests as it is
 
 T = TypeVar("T")
 Query = Sequence[tuple[str, str]]
@@ -75,7 +77,7 @@ class Provider(Protocol):
 
 
 def place_of(key: str) -> Place | None:
-    """A cloud's URI in parts, or None for other schemes. StoreError when it names no bucket."""
+    """A cloud's URI in parts, or None for other schemes. StoreError when it names no bucket, or no text."""
     scheme, mark, rest = key.partition("://")
     cloud = CLOUDS.get(scheme.lower()) if mark else None
     if cloud is None:
@@ -84,8 +86,12 @@ def place_of(key: str) -> Place | None:
     host = ""
     if cloud == "az":
         bucket, _, host = bucket.partition("@")
-    if not bucket or "@" in bucket:
+    if not _BUCKET.fullmatch(bucket):
         raise StoreError(redact(key), f"names no bucket. Write {scheme}://bucket/name.")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise StoreError(redact(key), "holds what is no text: half a character.") from None
     return Place(cloud, bucket, name, host.lower())
 
 
@@ -99,7 +105,7 @@ class CloudAddresses:
         self._header = header
         self._providers: dict[str, Provider] = {}
         self._grants: dict[tuple[str, str, str], Grant] = {}
-        self._making: dict[tuple[str, str, str], asyncio.Lock] = {}
+        self._making: dict[tuple[str, str, str], asyncio.Task[Grant]] = {}
         self._kept: dict[str, tuple[Address, Grant]] = {}
 
     def at_once(self, key: str) -> Address | None:
@@ -130,22 +136,36 @@ class CloudAddresses:
         return address
 
     async def grant_for(self, key: str) -> Grant | None:
-        """The grant for the key's bucket, made when there is none; None for http(s)."""
+        """The grant for the key's bucket, made when there is none; None for http(s).
+
+        One attempt serves all who wait for it, also where it fails: credentials that nobody answers for
+        take a minute each.
+        """
         place = place_of(key)
         if place is None:
             return None
         bucket = (place.cloud, place.bucket, place.host)
-        async with self._making.setdefault(bucket, asyncio.Lock()):
-            grant = self._grants.get(bucket)
-            if grant is None or time.monotonic() >= grant.until:
-                try:
-                    grant = self._grants[bucket] = await self._provider(place.cloud).grant(place)
-                except ImportError:
-                    extra = {"s3": "s3", "gs": "gcs", "az": "azure"}[place.cloud]
-                    raise StoreError(
-                        redact(key), f"reading it needs a package: pip install 'pathfm[{extra}]'."
-                    ) from None
+        grant = self._grants.get(bucket)
+        if grant is not None and time.monotonic() < grant.until:
             return grant
+        making = self._making.get(bucket)
+        if making is None:
+            making = asyncio.get_running_loop().create_task(self._make(bucket, place))
+            self._making[bucket] = making
+        try:
+            return await asyncio.shield(making)
+        except ImportError:
+            extra = {"s3": "s3", "gs": "gcs", "az": "azure"}[place.cloud]
+            raise StoreError(
+                redact(key), f"reading it needs a package: pip install 'pathfm[{extra}]'."
+            ) from None
+
+    async def _make(self, bucket: tuple[str, str, str], place: Place) -> Grant:
+        try:
+            grant = self._grants[bucket] = await self._provider(place.cloud).grant(place)
+        finally:
+            del self._making[bucket]
+        return grant
 
     def refused(self, key: str, address: Address) -> bool:
         """Whether new credentials may help: these are not anonymous, and not brand new."""
