@@ -249,6 +249,24 @@ def test_many_refused_reads_renew_once_together(s3_fault, monkeypatch) -> None:
     assert len(made) == 1
 
 
+def test_credentials_that_fail_are_asked_for_once_by_all_who_wait(s3_fault, monkeypatch) -> None:
+    _, stores = s3_fault
+    asked = []
+
+    async def refused(self, place):
+        asked.append(place)
+        await asyncio.sleep(0.1)
+        raise errors.StoreError("s3://b", "no credentials", "access")
+
+    monkeypatch.setattr(cloud_s3.S3, "grant", refused)
+    answers = stores.read_many([(f"s3://b/{i}", 0, 4, "") for i in range(20)])
+    assert {getattr(answer, "code", None) for answer in answers} == {"access"}
+    assert len(asked) == 1
+    with pytest.raises(errors.StoreError, match="no credentials"):  # a later one tries anew
+        stores.read("s3://b/1", 0, 4)
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("told", ["1", slow("date")])
 def test_a_server_that_says_when_to_come_back_is_heeded(s3_fault, told: str) -> None:
     server, stores = s3_fault
@@ -469,6 +487,12 @@ def test_azure_takes_a_sas_an_identity_or_nothing(fault_server, monkeypatch) -> 
         ("s3:///a.bin", "names no bucket"),
         ("gs://", "names no bucket"),
         ("s3://key:secret@b/a.bin", "names no bucket"),
+        ("gs://b\r\nX-Injected: 1\r\nY: /a.bin", "names no bucket"),
+        ("az://b c/a.bin", "names no bucket"),
+        ("gs://b%2f?x=/a.bin", "names no bucket"),
+        ("gs://../b/a.bin", "names no bucket"),
+        ("gs://bücher/a.bin", "names no bucket"),
+        ("s3://b/\udc80.bin", "no text"),
     ],
 )
 def test_a_uri_that_names_no_place_is_refused(uri: str, words: str, monkeypatch) -> None:
@@ -478,6 +502,7 @@ def test_a_uri_that_names_no_place_is_refused(uri: str, words: str, monkeypatch)
         with pytest.raises(errors.StoreError, match=words) as caught:
             ask(uri)
         assert "secret" not in str(caught.value)
+        assert str(caught.value).isprintable()
     stores.close()
 
 
@@ -553,6 +578,14 @@ def listed(pages: dict[str, bytes], uri: str = "s3://b/x", most: int = 100) -> l
     place = cloud.place_of(uri)
     assert place is not None
     return [item.uri for item in asyncio.run(list_place(uri, place, most, ask))]
+
+
+def test_a_listing_s_names_are_those_that_s3_means() -> None:
+    page = s3_page(["x/a+b%2Bc%20%C3%B6"]).replace(
+        b"<Contents>", b"<EncodingType>url</EncodingType><Contents>", 1
+    )
+    assert listed({"": page}) == ["s3://b/x/a b+c ö"]
+    assert listed({"": s3_page(["x/a+b%2Bc"])}) == ["s3://b/x/a+b%2Bc"]  # not encoded
 
 
 def test_a_listing_goes_through_all_pages() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_plus
 from xml.etree.ElementTree import Element
 
 from defusedxml.common import DefusedXmlException
@@ -62,7 +62,8 @@ def _s3_page(root: Element) -> Page:
     space = root.tag.rpartition("}")[0] + "}" if "}" in root.tag else ""
     if root.tag != f"{space}ListBucketResult":
         raise ValueError(root.tag)
-    plain = unquote if root.findtext(f"{space}EncodingType") == "url" else str
+    # S3 says a space as "+" and a plus as "%2B".
+    plain = unquote_plus if root.findtext(f"{space}EncodingType") == "url" else str
     objects = [
         (
             plain(item.findtext(f"{space}Key") or ""),
