@@ -177,7 +177,7 @@ def test_all_containers_over_http_within_one_budget(fault_server, folder, indexe
 
 @pytest.fixture
 def bucket(folder: Path) -> Iterator[str]:
-    """The containers in fsspec's memory: a store that is awaited, and whose reads check no tokens."""
+    """The containers in fsspec's memory: a store that is awaited."""
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/bucket", recursive=True)
     yield "memory://bucket"
@@ -201,7 +201,7 @@ def test_a_mix_of_files_http_and_awaited_stores_has_one_budget(
         assert 0 < loader._engine.remote.peak <= 300_000
 
 
-def test_an_object_that_changed_under_an_awaited_store_is_noticed_at_its_first_touch(bucket):
+def test_an_object_that_changed_under_an_awaited_store_is_noticed(bucket):
     found = [read_slide_index(f"{bucket}/{name}") for name in ("jpeg.svs", "jpeg-dicom")]
     memory = fsspec.filesystem("memory")
     memory.pipe("/bucket/jpeg-dicom/level-0-1.dcm", memory.cat("/bucket/jpeg-dicom/level-0-1.dcm"))

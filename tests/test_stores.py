@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import fsspec
@@ -18,6 +21,7 @@ from online_patching.stores import (
     Listed,
     RetryPolicy,
     Stores,
+    any_fsspec,
     is_ranged,
     is_remote,
 )
@@ -184,6 +188,45 @@ def test_a_filesystem_that_hangs_ends_at_its_deadline_and_costs_no_other(monkeyp
     finally:
         HangingFileSystem.released.set()
         fsspec.filesystem("memory").store.clear()
+
+
+def test_a_filesystem_s_object_is_read_whole_only_if_it_is_no_larger_than_any_other_s(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(any_fsspec, "MAX_OBJECT_BYTES", 1000)
+    memory = fsspec.filesystem("memory")
+    for size in (1000, 1001):
+        memory.pipe_file(f"/m/{size}", bytes(size))
+    with closing(Stores(QUICK)) as stores:
+        assert len(stores.read("memory://m/1000", 0, None)) == 1000
+        for stop in (None, 1001):
+            with pytest.raises(errors.StoreError, match="a read of 1,001 bytes"):
+                stores.read("memory://m/1001", 0, stop)
+    memory.store.clear()
+
+
+@pytest.mark.parametrize("uri", ["reference://a/b", "reference::https://h/refs.json"])
+def test_documents_with_templates_that_are_run_are_not_opened(uri: str) -> None:
+    with (
+        closing(Stores(QUICK)) as stores,
+        pytest.raises(errors.StoreError, match="name the slide itself"),
+    ):
+        stores.version(uri)
+
+
+def test_stores_that_were_used_before_a_fork_are_good_in_both_processes(
+    fault_server: FaultServer,
+) -> None:
+    (fault_server.root / "a.bin").write_bytes(b"0123456789")
+    key = f"{fault_server.url}/a.bin"
+    with closing(Stores(QUICK)) as stores:
+        assert stores.read(key, 0, 3) == b"012"
+        pid = os.fork()
+        if pid == 0:  # nothing of pytest's may run here
+            signal.alarm(20)
+            os._exit(0 if stores.read(key, 2, 5) == b"234" else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert stores.read(key, 3, 6) == b"345"
 
 
 def test_what_a_filesystem_says_is_not_repeated() -> None:

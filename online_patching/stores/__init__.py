@@ -137,7 +137,7 @@ class Stores:
     """The stores of one process: one LocalStore, one client for HTTP and clouds, one for fsspec, one loop.
 
     `connections` bounds what http(s) and the clouds hold at once, all hosts together. Everything is made
-    on first use, so an instance may be created before a fork or pickled without its clients.
+    on first use, so an instance may be created (or used) before a fork, or pickled without its clients.
     """
 
     def __init__(
@@ -155,9 +155,15 @@ class Stores:
     def loop(self) -> LoopThread:
         """This process's event-loop thread."""
         with self._lock:
+            self._forget_parents()
             if self._loop is None:
                 self._loop = LoopThread()
             return self._loop
+
+    def _forget_parents(self) -> None:
+        """After a fork: the loop's thread is not here, and its sockets are another process's."""
+        if self._loop is not None and self._loop.pid != os.getpid():
+            self._remote, self._awaited, self._loop = {}, None, None
 
     def cancel_all(self) -> None:
         """Cancel every remote read that is under way."""
@@ -173,6 +179,7 @@ class Stores:
         """The client for a remote URI: one for http(s) and all clouds, one for fsspec's other schemes."""
         kind = "http" if is_ranged(uri) else "fsspec"
         with self._lock:
+            self._forget_parents()
             if kind not in self._remote:
                 self._remote[kind] = (
                     HttpStore(self.policy, self.connections)

@@ -18,11 +18,13 @@ from online_patching.errors import (
     StoreError,
     redact,
 )
+from online_patching.stores.http_answer import MAX_OBJECT_BYTES, check_size
 from online_patching.stores.listing import MOST_LISTED, Listed, check_count, in_order
 from online_patching.stores.retry import RetryPolicy, TransientError, with_retries
 
 _MOST_THREADS = 32
 _ETAGS = ("ETag", "etag")
+_REFUSED = "reference"  # its documents, which may lie anywhere, hold templates that are run
 T = TypeVar("T")
 
 
@@ -49,10 +51,14 @@ class FsspecStore:
         """Bytes start..stop of an object, or to its end when stop is None, of the version `token`."""
 
         def read(fs: Any, path: str) -> tuple[bytes, str]:
-            data = b"" if start == stop else fs.cat_file(path, start=start, end=stop)
+            end = start + MAX_OBJECT_BYTES + 1 if stop is None else stop
+            data = b"" if start == stop else fs.cat_file(path, start=start, end=end)
             return bytes(data), _token(_fresh_info(fs, path)) if token else ""
 
+        if stop is not None:
+            check_size(key, stop - start, MAX_OBJECT_BYTES)
         data, found = await self._call(key, read)
+        check_size(key, len(data), MAX_OBJECT_BYTES)
         if found != token:
             raise ObjectChangedError(redact(key), "changed since it was indexed. Index it again.")
         if stop is not None and len(data) != stop - start:
@@ -154,6 +160,8 @@ def _fresh_info(fs: Any, path: str) -> dict[str, Any]:
 
 def _filesystem(key: str) -> tuple[Any, str]:
     scheme = key.partition("://")[0]
+    if _REFUSED in scheme.lower().split("::"):
+        raise StoreError(redact(key), f"{_REFUSED}:// is not read: name the slide itself.")
     try:
         filesystem, path = fsspec.core.url_to_fs(key)
     except ImportError:

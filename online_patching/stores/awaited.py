@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
-from online_patching.errors import ObjectChangedError, redact
 from online_patching.stores.range_connection import Done
 
 
@@ -33,53 +32,28 @@ class Starter(Protocol):
 class Reader(Protocol):
     """The half of an AsyncStore that is needed here."""
 
-    async def version(self, key: str) -> tuple[int, str]:
-        """Size in bytes and version token."""
-        ...
-
     async def read(self, key: str, start: int, stop: int | None, token: str = "") -> bytes:
-        """Bytes start..stop of an object."""
+        """Bytes start..stop of the version `token` of an object."""
         ...
 
 
 class Awaited:
-    """A Starter that makes a task of each read, for filesystems that only know how to be awaited.
-
-    Such a store compares no tokens as it reads, so that of an object is looked up at its first touch.
-    """
+    """A Starter that makes a task of each read, for filesystems that only know how to be awaited."""
 
     def __init__(self, store: Reader) -> None:
         self._store = store
-        self._looking: dict[str, asyncio.Task[tuple[int, str]]] = {}
 
     def start(
         self, key: str, start: int, stop: int | None, token: str, done: Done
     ) -> asyncio.Task[bytes]:
         """See Starter."""
-        task = asyncio.get_running_loop().create_task(self._read(key, start, stop, token))
+        loop = asyncio.get_running_loop()
+        task: asyncio.Task[bytes] = loop.create_task(self._read(key, start, stop, token))
         task.add_done_callback(partial(_ended, done))
         return task
 
     async def _read(self, key: str, start: int, stop: int | None, token: str) -> bytes:
-        if token:
-            await self._check(key, token)
         return await self._store.read(key, start, stop, token)
-
-    async def _check(self, key: str, token: str) -> None:
-        """ObjectChangedError unless the object has this token, the first time that it is read."""
-        looking = self._looking.get(key)
-        if looking is None:
-            work: Any = self._store.version(key)
-            looking = self._looking[key] = asyncio.get_running_loop().create_task(work)
-        try:
-            _, now = await asyncio.shield(looking)  # others wait for it too
-            if now != token:
-                raise ObjectChangedError(
-                    redact(key), "changed since it was indexed. Index it again."
-                )
-        except Exception:
-            self._looking.pop(key, None)  # whoever comes next looks again
-            raise
 
 
 def _ended(done: Done, task: asyncio.Task[bytes]) -> None:
