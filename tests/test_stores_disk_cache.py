@@ -68,6 +68,11 @@ def test_bytes_that_are_not_the_range_are_not_kept(cache: DiskCache) -> None:
         ("https://h/a?Expires=1&Signature=2&Key-Pair-Id=3", "https://h/a", True),
         ("https://me:secret@h/a", "https://h/a", True),
         ("https://h/a?id=1", "https://h/a?id=2", False),
+        (
+            "https://h/a?st=1&sp=2",
+            "https://h/a?st=2&sp=2",
+            False,
+        ),  # Azure's names, and no signature
         ("https://h/a?id=1&sig=2", "https://h/a?id=1", True),
         ("s3://b/a?versionId=1", "s3://b/a?versionId=2", False),
         ("https://h/a#x", "https://h/a", True),

@@ -32,8 +32,11 @@ _TOUCHED_S = 1.0  # how old a file's time must be before a read renews it
 _PAUSE_S = 60.0  # how long nothing is written after the disk refused
 _SIGNING = re.compile(  # parts of a query that say who may read, not what
     r"(?:x-(?:amz|goog)-[^=&]*|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id"
-    r"|s[vrpsteikd]|s[ktr][oitesv]|sig|spr|sip|sdd|ses|sce|token|access_token)(?:=[^&]*)?",
+    r"|token|access_token)(?:=[^&]*)?",
     re.IGNORECASE,
+)
+_SAS = re.compile(  # the same of Azure, whose short names mean other things elsewhere
+    r"(?:s[vrpsteikd]|s[ktr][oitesv]|sig|spr|sip|sdd|ses|sce)(?:=[^&]*)?", re.IGNORECASE
 )
 _log = logging.getLogger("online_patching")
 
@@ -192,6 +195,8 @@ def identity(uri: str) -> str:
         return redact(uri)
     parts = query.partition("#")[0].split("&")
     kept = [part for part in parts if not _SIGNING.fullmatch(part)]
+    if any(part.lower().startswith("sig=") for part in kept):
+        kept = [part for part in kept if not _SAS.fullmatch(part)]
     return "?".join([redact(head), *(["&".join(kept)] if kept else [])])
 
 
