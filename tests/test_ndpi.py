@@ -502,6 +502,17 @@ def test_a_picture_of_another_size_than_its_directory_says_is_damage(
         read_slide_index(str(path))
 
 
+def test_a_plain_level_that_claims_more_bytes_than_its_pixels_need_is_damage(
+    tmp_path: Path, pictures
+) -> None:
+    # A loader reads a tile whole: it would read what this says.
+    image = NdpiImage((WIDTH, HEIGHT), encode(pictures[0], None) + bytes(6 * 2**20), 40.0)
+    with pytest.raises(
+        errors.DamagedSlideError, match=r"claims 6,.* bytes, more than its pixels need"
+    ):
+        read_slide_index(str(write_images(tmp_path / "a.ndpi", [image], 0.25)))
+
+
 def test_what_cannot_be_cut_up_goes_through_openslide_and_says_so(
     tmp_path: Path, pictures, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,13 @@ def strip_of(file: NdpiFile, tags: NdpiDirectory, width: int, height: int) -> St
     tile, says = head.tile_px(width, height), (head.width_px, head.height_px)
     if tile is None:  # the stream is right where both were rounded differently, as OpenSlide found
         fits = min(says) > 0 and max(says) <= JPEG_MAX_PX and says[0] * says[1] <= _MAX_TILE_PX
-        return Strip(tags, *says, start, stop, stop, head, None) if fits else None
+        whole = Strip(tags, *says, start, stop, stop, head, None)
+        if fits and stop - start > whole.most_bytes:
+            raise DamagedSlideError(
+                file.name,
+                f"a picture of {says[0]} x {says[1]} px claims {stop - start:,} bytes, more than its pixels need.",
+            )
+        return whole if fits else None
     if min(says) > 0 and max(width, height) <= JPEG_MAX_PX and says != (width, height):
         raise DamagedSlideError(
             file.name, f"a level of {width} x {height} px holds a picture of {says[0]} x {says[1]}."
