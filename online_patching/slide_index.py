@@ -55,7 +55,8 @@ class Codec:
     JPEG 2000 stream: rgb, ycbcr or gray. `tables` are abbreviated JPEG tables; where the tiles are
     `headless` (bare restart intervals) they are a whole stream up to the end of its SOS header.
     `predictor` 2 is TIFF's horizontal differencing. `fill` is the value of a tile that is not stored.
-    `reductions` is how many times a JPEG 2000 stream can be halved (its decomposition levels).
+    `reductions` is how many times a JPEG 2000 stream can be halved (its decomposition levels). `fragments`: what is
+    stored of a tile are DICOM items, whose contents joined are the tile.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Codec:
     fill: int = 255
     headless: bool = False
     reductions: int = 0
+    fragments: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only."""

@@ -181,7 +181,7 @@ def _tables(codec: Codec) -> bytes:
 
 
 def _packing(codec: Codec) -> int:
-    if codec.kind != "jpeg":
+    if codec.kind != "jpeg" or codec.fragments:
         return CHUNK if _tables(codec) else PIXELS
     return HEADLESS if codec.headless else JPEG
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from online_patching.decode import chunk, jpeg, jpeg2000, openjpeg, packed, planes
 from online_patching.decode.bad_tile import BadTileError
+from online_patching.fragments import joined
 from online_patching.geometry import Box
 from online_patching.slide_index import CODEC_KINDS, Codec
 
@@ -77,6 +78,8 @@ def decode_tile(
         raise BadTileError("it is empty")
     decoded = wanted if codec.kind in _BOXES else whole
     try:
+        if codec.fragments:
+            data = joined(data)
         if decoded != whole:
             pixels = _BOXES[codec.kind](codec, data, width_px, height_px, scale, wanted)
         elif codec.kind in _SCALED:

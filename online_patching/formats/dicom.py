@@ -33,6 +33,7 @@ from online_patching.formats.dicom_series import (
 )
 from online_patching.formats.dicom_tags import Source, is_dicom
 from online_patching.formats.vendors import Mpp, require_mpp
+from online_patching.fragments import BadItemsError, joined
 from online_patching.slide_index import Codec, Level, SlideIndex, SlideObject
 from online_patching.stores import Listed, Stores, is_remote, redact
 
@@ -286,10 +287,11 @@ def _looked_at(
             raise head
         heads.append(head)
     codecs = []
-    for level, head in zip(levels, heads, strict=False):
+    for level, head, table in zip(levels, heads, tables, strict=False):
         try:
-            codecs.append(codec_of(level[0].found, head))
-        except BadDicomError as error:
+            first = joined(head, cut=True) if table.fragments else head
+            codecs.append(replace(codec_of(level[0].found, first), fragments=table.fragments))
+        except (BadDicomError, BadItemsError) as error:
             raise slide_error(name, level[0].name, level[0].size_bytes, error) from None
     return codecs, hashlib.sha256(heads[-1]).hexdigest()
 

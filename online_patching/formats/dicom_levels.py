@@ -30,6 +30,8 @@ class Table:
 
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    fragments: bool
+    """Whether a tile is stored as items with their headers."""
 
     @property
     def stored(self) -> NDArray[np.int64]:
@@ -81,8 +83,11 @@ def level_table(uri: str, parts: list[Instance], bases: list[int]) -> Table:
     first = parts[0]
     frame_bytes = first.tile[0] * first.tile[1] * first.samples
     found = [frame_ranges(part.source, part.found, part.frames, frame_bytes) for part in parts]
-    starts = np.concatenate([one[0] + base for one, base in zip(found, bases, strict=True)])
-    lengths = np.concatenate([one[1] for one in found])
+    fragments = any(one.fragments for one in found)
+    if fragments:
+        found = [one.with_headers() for one in found]
+    starts = np.concatenate([one.starts + base for one, base in zip(found, bases, strict=True)])
+    lengths = np.concatenate([one.lengths for one in found])
     # No codec makes a frame four times larger than its pixels; a loader would read what this says.
     if len(lengths) and int(lengths.max()) > 4 * frame_bytes + 2**16:
         raise DamagedSlideError(
@@ -91,9 +96,9 @@ def level_table(uri: str, parts: list[Instance], bases: list[int]) -> Table:
     if np.count_nonzero(lengths >= 2**24 - 1) > _MAX_LARGE_TILES:
         raise DamagedSlideError(uri, f"{first.shown} lists thousands of frames of 16 MB.")
     frames, tiles = _placed(uri, parts, len(lengths))
-    out = Table(np.zeros(_n_tiles(first), np.int64), np.zeros(_n_tiles(first), np.int64))
-    out.starts[tiles], out.lengths[tiles] = starts[frames], lengths[frames]
-    return out
+    starts_of, lengths_of = np.zeros((2, _n_tiles(first)), np.int64)
+    starts_of[tiles], lengths_of[tiles] = starts[frames], lengths[frames]
+    return Table(starts_of, lengths_of, fragments)
 
 
 def _n_tiles(part: Instance) -> int:

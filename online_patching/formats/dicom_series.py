@@ -24,6 +24,7 @@ from online_patching.formats.dicom_attributes import (
     StoredOtherwiseError,
 )
 from online_patching.formats.dicom_tags import Source, read_attributes
+from online_patching.fragments import BadItemsError
 from online_patching.stores import Listed
 
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
@@ -168,9 +169,9 @@ def _in_order(uri: str, parts: list[Instance]) -> list[Instance]:
     first = parts[0]
     if not first.found.text(tags.CONCATENATION):
         return parts
-    expected, shape = 0, (first.width, first.height, first.tile)
+    expected, shape = 0, _shape(first)
     for number, part in enumerate(parts, 1):
-        if part.offset != expected or (part.width, part.height, part.tile) != shape:
+        if part.offset != expected or _shape(part) != shape:
             raise DamagedSlideError(
                 uri,
                 f"part {number} of a concatenation ({part.shown}) begins at frame {part.offset:,}, not "
@@ -184,6 +185,11 @@ def _in_order(uri: str, parts: list[Instance]) -> list[Instance]:
             f"{len(parts)} of {total} parts of a concatenation are there. Copy all of its files.",
         )
     return parts
+
+
+def _shape(part: Instance) -> tuple[object, ...]:
+    """What all parts of a concatenation have in common."""
+    return part.width, part.height, part.tile, part.samples, part.found.syntax
 
 
 def _check(uri: str, item: Instance) -> None:
@@ -223,7 +229,9 @@ def _check(uri: str, item: Instance) -> None:
         )
 
 
-def slide_error(uri: str, name: str, size_bytes: int, error: BadDicomError) -> SlideError:
+def slide_error(
+    uri: str, name: str, size_bytes: int, error: BadDicomError | BadItemsError
+) -> SlideError:
     """What a caller is told about a file that cannot be read."""
     shown = " ".join(name.split())[:100]
     if isinstance(error, StoredOtherwiseError):

@@ -71,7 +71,7 @@ def walk_items(source: Source, first: int, frames: int) -> tuple[list[int], list
     _advance(source, [whole], frames)
     if len(whole.starts) > frames:
         raise StoredOtherwiseError(
-            f"more than {frames:,} fragments for {frames:,} frames: frames in several fragments are not read"
+            f"more than {frames:,} fragments for {frames:,} frames, and no table of which are whose"
         )
     if len(whole.starts) < frames:
         if whole.at + 8 > size:
