@@ -7,6 +7,7 @@ are decoded one by one by `decode_tile` and pasted and resampled by either.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import islice, pairwise
 
@@ -65,7 +66,8 @@ def read_local(
         for begin in range(a, b, _AT_ONCE):
             canvases, bodies = [], []
             for canvas in range(begin, min(b, begin + _AT_ONCE)):
-                found = _from_files(plan, canvas, store)
+                folder = local_path(corpus.uri(int(plan.slide[canvas])))
+                found = _from_files(plan, canvas, store, folder)
                 if isinstance(found, PatchingError):
                     failed[canvas] = found
                     continue
@@ -220,8 +222,10 @@ def _bad_tile(corpus: Corpus, plan: BatchPlan, canvas: int, tile: int, why: str)
     return TileDecodeError(corpus.uri(slide), level, int(plan.number[tile]), f"{why}.")
 
 
-def _from_files(plan: BatchPlan, canvas: int, store: LocalStore) -> list[bytes] | PatchingError:
-    """The bytes of a canvas's pieces, or what is wrong with the slide."""
+def _from_files(
+    plan: BatchPlan, canvas: int, store: LocalStore, folder: str
+) -> list[bytes] | PatchingError:
+    """The bytes of a canvas's pieces, or what is wrong with the slide, whose chunks lie in `folder`."""
     tiles = plan.tiles[plan.tiles_of(canvas)]
     bodies: list[bytes] = []
     where = zip(
@@ -230,7 +234,7 @@ def _from_files(plan: BatchPlan, canvas: int, store: LocalStore) -> list[bytes] 
     try:
         for file, start, length in where:
             if length == WHOLE:
-                bodies.append(_chunk(local_path(plan.keys[file]), store))
+                bodies.append(_chunk(local_path(plan.keys[file]), store, folder))
             else:
                 stop = start + length
                 bodies.append(
@@ -245,11 +249,13 @@ def _from_files(plan: BatchPlan, canvas: int, store: LocalStore) -> list[bytes] 
         return error
 
 
-def _chunk(path: str, store: LocalStore) -> bytes:
-    """The bytes of a Zarr chunk; none where it is absent: it holds the fill value."""
+def _chunk(path: str, store: LocalStore, folder: str) -> bytes:
+    """The bytes of a Zarr chunk; none where it alone is absent: it holds the fill value."""
     try:
         return store.read(path, 0, None)
     except ObjectNotFoundError:
+        if not os.path.isdir(folder):  # deleted, or a drive that is no longer there
+            raise
         return b""
 
 

@@ -167,6 +167,8 @@ class Slide:
             data = self._stores.loop.run(work)
         else:
             data = fetch_local(self.index, pieces, self._stores, self.stats)
+        if self.levels[plan.level].keys is not None and None in data:
+            check_unchanged(self.index, self._stores)  # chunks are absent; is the slide?
         return finish(self.index, plan, pieces, data)
 
     def close(self) -> None:

@@ -18,11 +18,15 @@ from online_patching import (
     PatchLoader,
     PatchSampler,
     SlideIndex,
+    errors,
     native,
     open_slide,
     read_slide_index,
 )
+from online_patching.geometry import Box
+from online_patching.loading import remote
 from online_patching.plan import plan_patch
+from online_patching.stores import local
 from online_patching.testing import SyntheticSlide, write_ome_zarr, write_tiff
 from online_patching.testing.dicom import Written, write_dicom
 from online_patching.testing.ndpi import write_ndpi
@@ -254,6 +258,52 @@ def test_an_absent_chunk_holds_the_fill_value_near_and_far(
         far = moved(index, f"{fault_server.url}/{name}")
         with PatchLoader(sampler_of([index, far], mpp=[MPP]), 32) as loader:
             check(loader, [index, index])
+
+
+@pytest.mark.parametrize("where", ["files", "http"])
+def test_a_zarr_slide_that_is_gone_is_no_slide_of_absent_chunks(
+    fault_server, folder, monkeypatch, where
+):
+    monkeypatch.setattr(remote, "_TRUSTED_S", 0.0)
+    monkeypatch.setattr(local, "_MAX_OPEN_FILES", 0)  # what is open can be read on
+    path = fault_server.root / "parts.zarr"
+    shutil.copytree(folder / "parts.zarr", path)
+    index = read_slide_index(str(path) if where == "files" else f"{fault_server.url}/parts.zarr")
+    slide = open_slide(index)
+    with PatchLoader(
+        sampler_of([index], mpp=[MPP]),
+        8,
+        prefetch=1,
+        max_failed_fraction=1.0,
+        quarantine_after=None,
+    ) as loader:
+        assert not loader.next_batch().failures
+        shutil.rmtree(path)
+        with pytest.raises(errors.LoaderError, match="ObjectNotFoundError"):
+            [loader.next_batch() for _ in range(3)]  # one may be on its way
+    with slide, pytest.raises(errors.ObjectNotFoundError):
+        slide.read_box(0, Box(0, 0, 64, 64))
+
+
+def test_processes_read_a_cloud_with_a_disk_cache_of_their_own_all_together(
+    s3_cloud, folder, indexes, tmp_path, monkeypatch
+):
+    s3_cloud.enter(monkeypatch)
+    names = ("jpeg.svs", "shards.zarr")
+    for path in [p for name in names for p in (folder / name, *(folder / name).rglob("*"))]:
+        if path.is_file():
+            s3_cloud.put(str(path.relative_to(folder)), path.read_bytes())
+    found = [read_slide_index(f"s3://slides/{name}") for name in names]  # its stores came first
+    for method in ("fork", "spawn"):
+        with PatchLoader(
+            sampler_of(found, mpp=[MPP]), 16, workers=2, start_method=method,
+            disk_cache=tmp_path / "cache", disk_cache_bytes=2**26,
+        ) as loader:  # fmt: skip
+            check(loader, [indexes[name] for name in names], 2)
+            stats = loader.stats
+    assert stats.requests == stats.cache_misses == 0 < stats.cache_hits  # the first had read it all
+    for file in (tmp_path / "cache").rglob("*"):
+        assert not file.is_file() or b"AKIA" not in file.read_bytes()
 
 
 def test_tiles_that_were_read_before_come_from_the_disk(fault_server, folder, indexes, tmp_path):
