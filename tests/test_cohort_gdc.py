@@ -71,7 +71,9 @@ def test_a_manifest_s_slides_carry_name_size_patient_and_site(
     [
         ("../../etc/passwd\ta.svs\t\t9\treleased", "line 2: '../../etc/passwd' is no file id"),
         (f"{IDS[0]}\ta.svs\t\tmany\treleased", "line 2: 'many' is no size in bytes"),
+        (f"{IDS[0]}\t{'a' * 200_000}.svs\t\t9\treleased", "line 2: not a manifest: field larger"),
     ],
+    ids=["id", "size", "length"],
 )
 def test_a_bad_line_of_a_manifest_is_refused(tmp_path: Path, line: str, says: str) -> None:
     path = tmp_path / "m.tsv"

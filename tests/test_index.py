@@ -1,4 +1,5 @@
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ def test_an_override_makes_a_slide_usable_and_unmatched_rows_are_told(
     assert "what is not among the slides: typo.svs" in capsys.readouterr().out
 
 
+def test_an_override_finds_a_file_that_a_table_calls_otherwise(
+    folder: Path, tmp_path: Path
+) -> None:
+    table = folder / "cohort.csv"
+    table.write_text("slide_id,uri\nS-17,bare.svs\n")
+    config = IndexConfig(slides=(str(table),), out=tmp_path / "c", mpp_overrides=overrides(folder))
+    assert run(config).slides == 1
+    assert [row["mpp_source"] for row in rows(tmp_path / "c" / "slides.csv")] == ["override table"]
+
+
 def test_a_rerun_takes_over_what_did_not_change(folder: Path, tmp_path: Path) -> None:
     config = IndexConfig(
         slides=(str(folder / "*.svs"),), out=tmp_path / "c", mpp_overrides=overrides(folder)
@@ -134,6 +145,40 @@ def test_a_folder_without_any_slide_is_told(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with pytest.raises(PathfmError, match=r"no slides found|usable slide"):
         run(IndexConfig(slides=(str(tmp_path / "in"),), out=tmp_path / "c"))
+
+
+def test_a_folder_that_may_not_be_listed_is_one_refusal_among_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = folder / "closed"
+    closed.mkdir()
+    closed.chmod(0)
+    _as_any_user(monkeypatch, closed)
+    assert run(IndexConfig(slides=(str(folder),), out=tmp_path / "c")).skipped["access"] == 1
+    with pytest.raises(PathfmError, match="closed: cannot be listed: permission denied"):
+        run(IndexConfig(slides=(str(closed),), out=tmp_path / "d"))
+
+
+def _as_any_user(monkeypatch: pytest.MonkeyPatch, closed: Path) -> None:
+    """Make a closed folder closed to root too, whom permissions do not stop."""
+    listed, allowed = os.listdir, os.access
+
+    def listdir(path: Any = ".") -> list[Any]:
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    monkeypatch.setattr(os, "access", lambda p, m, **k: Path(p) != closed and allowed(p, m, **k))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_neither_file_nor_folder_is_told(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "pipe" if kind == "pipe" else Path(os.devnull)
+    if kind == "pipe":
+        os.mkfifo(source)
+    with pytest.raises(PathfmError, match="neither a file nor a folder"):
+        run(IndexConfig(slides=(str(source),), out=tmp_path / "c"))
 
 
 def test_an_unwritable_output_is_told(folder: Path) -> None:

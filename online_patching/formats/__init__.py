@@ -6,11 +6,12 @@ Everything else that OpenSlide or tiffslide opens: fallback.py, read region by r
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from online_patching.errors import NotASlideError, ObjectNotFoundError
+from online_patching.errors import NotASlideError, ObjectNotFoundError, StoreError
 from online_patching.formats import dicom, fallback, tiff, zarr
 from online_patching.formats.vendors import Mpp
 from online_patching.slide_index import SlideIndex
@@ -61,7 +62,9 @@ def _read(uri: str, override: Mpp | None, stores: Stores) -> SlideIndex:
     slide_id = slide_id_of(uri)
     if is_zarr(uri):
         return zarr.read_index(uri, slide_id, override, stores)
-    if not is_remote(uri) and Path(uri).is_dir():
+    if not is_remote(uri) and os.path.isdir(uri):
+        if not os.access(uri, os.R_OK | os.X_OK):
+            raise StoreError(uri, "cannot be listed: permission denied.", "access")
         series = dicom.read_index(uri, slide_id, override, stores)
         if series is not None:
             return series
@@ -106,7 +109,8 @@ def find_slides(root: str) -> list[str]:
     else, OME-Zarr folders, and one URI for each slide of DICOM instances: their folder where there is
     no other slide or folder in it, or else one of them.
 
-    A file or URL comes back as itself. Hidden files are left out.
+    A file or URL comes back as itself, and so does a folder that may not be listed: reading it says why.
+    Hidden files are left out.
     """
     if is_remote(root):
         return [root]
@@ -124,14 +128,18 @@ def _walk(folder: Path, found: list[str], above: frozenset[Path] = frozenset()) 
     here = folder.resolve()
     if here in above:
         return  # a symbolic link to a folder above
-    entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    files = [p for p in entries if p.is_file()]
+    try:
+        entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError:
+        found.append(str(folder))
+        return
+    files = [p for p in entries if os.path.isfile(p)]
     series = dicom.group_files([str(p) for p in files if dicom.may_be_dicom(p.name)])
     instances = {path for group in series for path in group}
     slides = [
         str(p) for p in files if str(p) not in instances and p.suffix.lower() not in NOT_SLIDES
     ]
-    folders = [p for p in entries if p.is_dir()]
+    folders = [p for p in entries if os.path.isdir(p)]
     if len(series) == 1 and not slides and not folders:
         slides = [str(folder)]
     else:
@@ -151,7 +159,9 @@ def is_zarr(uri: str) -> bool:
         return True
     if is_remote(uri):
         return ".zarr/" in path and "." not in path.rpartition(".zarr/")[2]
-    return any((Path(uri) / name).is_file() for name in (".zgroup", ".zarray", "zarr.json"))
+    return any(
+        os.path.isfile(os.path.join(uri, name)) for name in (".zgroup", ".zarray", "zarr.json")
+    )
 
 
 def slide_id_of(uri: str) -> str:

@@ -41,7 +41,7 @@ def read_manifest(name: str, text: str, options: CohortOptions) -> Iterator[Coho
         send_token(options.gdc_endpoint, options.gdc_token_file)
     lines = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
     lines.fieldnames = [(column or "").strip().lower() for column in lines.fieldnames or ()]
-    for record in lines:
+    for record in _each(name, lines):
         cells = {key: (value or "").strip() for key, value in record.items() if key}
         if not any(cells.values()):
             continue
@@ -51,6 +51,15 @@ def read_manifest(name: str, text: str, options: CohortOptions) -> Iterator[Coho
         if not cells["size"].isascii() or not cells["size"].isdigit():
             raise PathfmError(f"{where}: {cells['size'][:60]!r} is no size in bytes")
         yield _row(cells, options.gdc_endpoint)
+
+
+def _each(name: str, lines: csv.DictReader[str]) -> Iterator[dict[str, str]]:
+    try:
+        yield from lines
+    except csv.Error as error:
+        raise PathfmError(
+            f"{name}, line {lines.reader.line_num}: not a manifest: {error}"
+        ) from None
 
 
 def _row(cells: dict[str, str], endpoint: str) -> CohortRow | Skipped:

@@ -93,7 +93,7 @@ def _csv_records(
             record = {k.strip().lower(): (v or "").strip() for k, v in cells.items() if k}
             yield reader.line_num, record
     except csv.Error as error:
-        raise PathfmError(f"{name}, line {reader.line_num}: not a CSV: {error}") from None
+        raise PathfmError(f"{name}, line {reader.reader.line_num}: not a CSV: {error}") from None
 
 
 def _parquet(uri: str, stores: Stores) -> Iterator[Record]:

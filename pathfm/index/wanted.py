@@ -105,7 +105,9 @@ def _row_again(address: str, record: Record) -> CohortRow:
 
 
 def _told(row: CohortRow, overrides: MppOverrides) -> tuple[float, float] | None:
-    mpp = row.mpp if row.mpp is not None else overrides.find(row.name or row.uri)
+    mpp = row.mpp
+    for title in (row.name, row.uri):  # a manifest's name, or the file's own where a table has ids
+        mpp = overrides.find(title) if mpp is None and title else mpp
     if mpp is None:
         return None
     return (mpp[0], mpp[1]) if isinstance(mpp, tuple) else (mpp, mpp)
