@@ -6,6 +6,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import fsspec
 import pyarrow as pa
@@ -80,6 +81,16 @@ def test_wildcards_stay_within_a_folder_unless_doubled(
     bucket: object, glob: str, found: list[str]
 ) -> None:
     assert uris(find_cohort([glob])) == [f"memory://study/{name}" for name in found]
+
+
+@pytest.mark.parametrize("bucket_name", ["plain", "my.bucket", "slides.svs"])
+def test_a_bucket_is_listed_whatever_its_name(bucket_name: str) -> None:
+    class OneSlide:
+        def list(self, prefix: str) -> list[Listed]:
+            return [Listed(f"{prefix}/a.svs", 1, "t")]
+
+    source = f"s3://{bucket_name}"
+    assert uris(find_cohort([source], stores=cast(Stores, OneSlide()))) == [f"{source}/a.svs"]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def _pattern(glob: str) -> re.Pattern[str]:
         elif piece in ("*", "?"):
             parts.append("[^/]" + ("*" if piece == "*" else ""))
         elif piece.startswith("[") and len(piece) > 2:
-            parts.append(fnmatch.translate(piece).removeprefix("(?s:").removesuffix(")\\Z"))
+            parts.append(re.sub(r"^\(\?s:|\)\\[zZ]$", "", fnmatch.translate(piece)))
         else:
             parts.append(re.escape(piece))
     return re.compile("".join(parts), re.DOTALL)

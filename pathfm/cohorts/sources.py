@@ -10,6 +10,7 @@ from pathlib import Path
 from online_patching import find_slides
 from online_patching.errors import redact
 from online_patching.stores import Stores, is_remote, local_path
+from online_patching.stores.cloud import CLOUDS
 from pathfm.cohorts import gdc, idc
 from pathfm.cohorts.columns import read_table
 from pathfm.cohorts.listing import has_glob, slides_below
@@ -103,6 +104,9 @@ def _remote(source: str, options: CohortOptions, stores: Stores) -> Iterator[Coh
 
 def _is_one(name: str) -> bool:
     """Whether the last part of a URI is a file's name, or a Zarr store's: nothing is to be listed."""
+    scheme, _, path = name.partition("://")
+    if scheme in CLOUDS and "/" not in path:
+        return False  # a bucket's name may have dots
     if name.endswith("/"):
         return name.endswith(".zarr/")
     suffix = os.path.splitext(name)[1]
