@@ -71,7 +71,7 @@ def test_appending_to_a_killed_run_s_folder_or_to_a_stranger_s(slides, source, t
     out = tmp_path / "c"
     (out / "slides").mkdir(parents=True)
     (out / "slides" / "old.index").write_bytes(b"?")
-    with pytest.raises(PathfmError, match="no journal that tells of them"):
+    with pytest.raises(PathfmError, match="holds 1 indexes of other slides"):
         index(slides, out, append=True)
     (out / "slides" / "old.index").unlink()
     assert index(slides, out, append=True).slides == N
@@ -83,6 +83,26 @@ def test_appending_to_a_killed_run_s_folder_or_to_a_stranger_s(slides, source, t
     with pytest.raises(PathfmError, match=r"text\.svs"):
         index(slides / "text.svs", out, append=True)
     assert len(rows(out / "slides.csv")) == N
+
+
+def test_a_killed_run_that_appended_to_nothing_goes_on_with_the_same_command(
+    slides, tmp_path, read
+):
+    out = tmp_path / "c"
+    index(slides, out, append=True)
+    journal = out / "index.journal"
+    head, *lines = journal.read_bytes().splitlines(keepends=True)
+    head = head.replace(f'"committed":{len(lines)}'.encode(), b'"committed":0')
+    journal.write_bytes(
+        head + b"".join(lines[:5])
+    )  # as kill -9 leaves it; 4 slides and a refusal are done
+    (out / "index.unfinished").touch()
+    read.clear()
+    other = slides / "s00.svs"
+    with pytest.raises(PathfmError, match="of a run that has not finished"):
+        index(other, out, append=True)
+    result = index(slides, out, append=True)
+    assert (result.slides, result.reused, sum(read.values())) == (N, 4, N + 2 - 5)
 
 
 @pytest.mark.parametrize("damage", ["cut", "nonsense"])

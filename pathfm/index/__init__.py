@@ -13,7 +13,7 @@ for: indexes of other slides are removed. With ``--append`` they stay as they ar
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,6 @@ from pathfm.runtime import PathfmError, make_folder, save_config
 
 if TYPE_CHECKING:
     from online_patching.stores import Stores
-    from pathfm.index.folder import Folder
     from pathfm.index.journal import Journal
 
 
@@ -110,8 +109,11 @@ def _index(config: IndexConfig, stores: Stores) -> IndexResult:
     with opened(config.out) as journal:
         folder = Folder(config.out)
         if config.append:
-            _refuse_to_append_to_what_is_not_known(config.out, folder, journal)
+            _refuse_to_append_to_a_damaged_journal(config.out, journal)
         wanted = wanted_of(cohort, overrides, folder, journal, config.append)
+        if config.append:
+            ids = {slide.slide_id for slide in wanted.slides}
+            _refuse_to_drop(folder.sizes.keys() - ids, config.out, journal)
         threads = config.threads or default_threads(slide.row.uri for slide in wanted.slides)
         reader = Reader(folder, journal, stores, threads, config.cohort, cohort)
         reader.bring_up_to_date(wanted.slides, config.anew)
@@ -128,12 +130,19 @@ def _index(config: IndexConfig, stores: Stores) -> IndexResult:
     )
 
 
-def _refuse_to_append_to_what_is_not_known(out: Path, folder: Folder, journal: Journal) -> None:
-    if folder.sizes and not journal.committed:
-        what = f"holds {len(folder.sizes):,} indexes and no journal that tells of them"
-    elif journal.damaged:
-        what = f"its journal has lost {journal.damaged:,} lines: slides would be lost with them"
-    else:
-        return
-    journal.roll_back()
-    raise PathfmError(f"{out}: {what}. Index all of its slides again, without --append")
+def _refuse_to_append_to_a_damaged_journal(out: Path, journal: Journal) -> None:
+    if journal.damaged:
+        journal.roll_back()
+        raise PathfmError(
+            f"{out}: its journal has lost {journal.damaged:,} lines: slides would be lost with them. "
+            "Index all of its slides again, without --append"
+        )
+
+
+def _refuse_to_drop(slide_ids: Set[str], out: Path, journal: Journal) -> None:
+    if slide_ids and not journal.committed:  # none: a run that appended to nothing was killed
+        journal.roll_back()
+        raise PathfmError(
+            f"{out}: holds {len(slide_ids):,} indexes of other slides, of a run that has not finished. "
+            "Finish it first, without --append"
+        )
