@@ -115,6 +115,12 @@ def test_strips_go_through_tiffslide_with_the_stored_pixels(tmp_path: Path, pict
             assert np.array_equal(box_of(index, level, box), stored), (level, box)
 
 
+def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.svs")
+    with pytest.raises(errors.StoreError, match="neither a file nor a folder"):
+        read_slide_index(str(tmp_path / "a.svs"))
+
+
 def test_a_file_that_nobody_opens_is_told_with_each_readers_reason(tmp_path: Path) -> None:
     path = tmp_path / "a.mrxs"
     path.write_bytes(b"not MIRAX")

@@ -56,6 +56,49 @@ def levels_of(index: SlideIndex) -> list[np.ndarray]:
         ]
 
 
+# --- Aperio ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lacks", [{3}, {0, 6}, {20}])
+def test_aperio_levels_that_lack_tiles_of_what_is_there_are_not_read(tmp_path, lacks):
+    """OpenSlide draws such tiles from the level before, so we must not call them white."""
+    text = b"Aperio Image Library v12\r\n448x320 [0,0 448x320] (64x64)|AppMag = 20|MPP = 0.4991\0"
+
+    def page(picture: np.ndarray, *missing: int) -> RawImage:
+        layout = Layout((64, 64), missing=frozenset(missing))
+        return coded_image(picture, Coding(5, predictor=2), layout, {270: (2, text)})
+
+    first, second, third = LEVELS
+    blank = {0, 1, 7, 8} if 0 in lacks else set()  # of level 0, beneath tile 0 of level 1
+    path = tmp_path / "a.svs"
+    images = [page(first, *blank), page(second, *(lacks if max(lacks) < 20 else ())), page(third)]
+    path.write_bytes(build_tiff(images))
+    index = read_slide_index(str(path))
+    assert [v.width_px for v in index.levels] == (
+        [448, 112] if max(lacks) < 20 else [448, 224, 112]
+    )
+    with openslide.OpenSlide(path) as oracle:
+        assert oracle.level_count == 3
+        drawn = np.asarray(oracle.read_region((0, 0), 1, (224, 160)).convert("RGBA"))
+    theirs = np.where(drawn[..., 3:] > 0, drawn[..., :3], 255).astype(int)
+    with Slide(index) as slide:
+        ours = slide.read_patch(x_um=0, y_um=0, mpp=0.9982, size_px=150)
+    assert np.abs(ours.astype(int) - theirs[:150, :150]).mean() < 3
+
+
+def test_aperio_levels_may_lack_what_the_largest_lacks_too(tmp_path):
+    text = b"Aperio Image Library v12\r\n448x320 [0,0 448x320] (64x64)|AppMag = 20|MPP = 0.4991\0"
+    images = [
+        coded_image(
+            picture, Coding(5), Layout((64, 64), missing=frozenset(missing)), {270: (2, text)}
+        )
+        for picture, missing in zip(LEVELS[:2], ({0, 1, 7, 8, 30}, {0}), strict=True)
+    ]
+    path = tmp_path / "a.svs"
+    path.write_bytes(build_tiff(images))
+    assert [v.width_px for v in read_slide_index(str(path)).levels] == [448, 224]
+
+
 # --- Philips --------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from online_patching.errors import (
 from online_patching.formats import ndpi, vendors
 from online_patching.formats.ome import OmeFile, is_ome, read_ome, refuse_parts, refuse_planes
 from online_patching.formats.philips import MAX_TEXT_BYTES, is_philips, read_philips
-from online_patching.formats.tiff_levels import Source, read_levels
+from online_patching.formats.tiff_levels import Source, read_levels, without_gaps
 from online_patching.formats.tiff_page import (
     MACRO_FLAG,
     REDUCED_FLAG,
@@ -113,12 +113,13 @@ def _from_tags(tags: TiffTags, uri: str, slide_id: str, override: Mpp | None) ->
             first.tags.rational(282), first.tags.rational(283), first.tags.number(296, 2)
         ),
     )
+    rows = read_levels(name, sources, found, tags.reader)
     container, vendor = (
         ("svs", "aperio") if svs else ("ome-tiff", "ome") if ome else ("tiff", "generic")
     )
     return SlideIndex(
         slide_id, uri, container, vendor, found.x, found.y, found.source,
-        read_levels(name, sources, found, tags.reader),
+        without_gaps(rows) if svs else rows,
     )  # fmt: skip
 
 

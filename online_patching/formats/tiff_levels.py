@@ -60,6 +60,42 @@ def read_levels(
     return tuple(out)
 
 
+def without_gaps(levels: tuple[Level, ...]) -> tuple[Level, ...]:
+    """The largest level, and those that lack no tile where the largest has pixels.
+
+    Aperio's reduced images can lack tiles of tissue. OpenSlide draws those from the level before; to be
+    white would be wrong, and from a level that is not there a read falls back to a finer one.
+    """
+    first = levels[0]
+    return (first, *(level for level in levels[1:] if not _has_gap(first, level)))
+
+
+def _has_gap(first: Level, level: Level) -> bool:
+    missing = np.flatnonzero(~_is_stored(level))
+    if not len(missing):
+        return False
+    stored = _is_stored(first).reshape(-1, first.columns)
+    counts = np.pad(stored.cumsum(0, np.int64).cumsum(1), ((1, 0), (1, 0)))
+    row, column = np.divmod(missing, level.columns)
+
+    def edges(number: NDArray[np.int64], tile: float, limit: int) -> NDArray[np.int64]:
+        return np.asarray(np.minimum(np.rint(number * tile), limit), np.int64)
+
+    down = level.tile_height_px * level.downsample_y / first.tile_height_px
+    across = level.tile_width_px * level.downsample_x / first.tile_width_px
+    top, bottom = (edges(row + n, down, stored.shape[0]) for n in (0, 1))
+    left, right = (edges(column + n, across, stored.shape[1]) for n in (0, 1))
+    seen = counts[bottom, right] - counts[top, right] - counts[bottom, left] + counts[top, left]
+    return bool(np.any(seen > 0))
+
+
+def _is_stored(level: Level) -> NDArray[np.bool_]:
+    """For each tile whether any piece of it is stored."""
+    assert level.rows is not None
+    stored = (level.rows & np.uint64(0xFFFFFF)) != 0
+    return np.asarray(stored.reshape(-1, level.parts).any(axis=1))
+
+
 def _check_sizes(name: str, level: Level, tiles: int) -> None:
     if max(level.width_px, level.height_px) > _MAX_SIDE_PX:
         raise DamagedSlideError(name, f"claims {level.width_px:,} x {level.height_px:,} px.")

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 
 from online_patching.errors import (
     ObjectChangedError,
@@ -43,6 +44,9 @@ class LocalStore:
             raise ObjectNotFoundError(key, "there is no such file. Check the path.") from None
         except OSError as error:
             raise _cannot_be_opened(key, error) from None
+        if not S_ISREG(stat.st_mode) and not S_ISDIR(stat.st_mode):
+            # To open a pipe would wait for its writer.
+            raise StoreError(key, "is neither a file nor a folder, but a pipe or device.")
         return stat.st_size, token_of(stat)
 
     def list(self, prefix: str, most: int = MOST_LISTED) -> list[Listed]:
