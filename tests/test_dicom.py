@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import struct
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from online_patching.errors import (
     ObjectChangedError,
     ShortReadError,
     SlideError,
+    StoreUnavailableError,
     TileDecodeError,
     UnsupportedSlideError,
 )
@@ -39,6 +41,7 @@ from online_patching.formats import dicom, dicom_walk
 from online_patching.formats.dicom_frames import frame_ranges
 from online_patching.formats.dicom_tags import Source, read_attributes
 from online_patching.plan import plan_patch
+from online_patching.stores import Stores
 from online_patching.testing import SyntheticSlide
 from online_patching.testing import dicom as written
 from online_patching.testing.dicom import SYNTAXES, Written, instance, text, write_dicom
@@ -378,6 +381,74 @@ def test_a_file_over_http_is_read_alone_in_few_requests(levels, tmp_path: Path) 
             before = server.seen["requests"]
             read_slide_index(slide.index.uri)
             assert server.seen["requests"] - before <= 6
+
+
+@pytest.mark.parametrize("fails", ["list", "read_many"])
+def test_levels_are_not_lost_to_a_store_that_fails_for_a_while(
+    fails: str, levels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read without its siblings, a file would be a slide of one level, for good."""
+    folder = write_dicom(tmp_path / "slide", levels)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/lost/slide", recursive=True)
+    uri, failed = "memory://lost/slide/level-0.dcm", StoreUnavailableError("memory://lost", "busy.")
+
+    class Busy(Stores):
+        def list(self, *about: Any) -> Any:
+            if fails == "list":
+                raise failed
+            return super().list(*about)
+
+        def read_many(self, requests: Any) -> Any:
+            found = super().read_many(requests)
+            busy = [fails == "read_many" and "level-1" in request[0] for request in requests]
+            return [failed if bad else data for bad, data in zip(busy, found, strict=True)]
+
+    stores = Busy()
+    try:
+        assert len(read_slide_index(uri).levels) == 2
+        with pytest.raises(StoreUnavailableError):
+            read_slide_index(uri, stores=stores)
+    finally:
+        memory.rm("/lost", recursive=True)
+        stores.close()
+
+
+class SlowStores(Stores):
+    """Stores whose every answer takes a while; counts how many wait at a time."""
+
+    waiting = most = 0
+
+    def read_many(self, requests: Any) -> Any:
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        time.sleep(0.02)
+        try:
+            return super().read_many(requests)
+        finally:
+            self.waiting -= 1
+
+
+@pytest.mark.parametrize("how", [SPARSE, Written(table="extended", label=True)])
+def test_far_files_of_a_series_are_read_several_at_a_time(
+    how: Written, picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dicom, "_FIRST_BYTES", 1400)  # as far as it takes to want more
+    levels = [picture, *(shrink(picture, k) for k in (2, 3, 4))]
+    folder = write_dicom(tmp_path / "slide", levels, how)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/far/slide", recursive=True)
+    stores = SlowStores()
+    try:
+        far = read_slide_index("memory://far/slide", stores=stores)
+    finally:
+        memory.rm("/far", recursive=True)
+        stores.close()
+    near = read_slide_index(str(folder))
+    assert [item.name for item in far.objects] == [item.name for item in near.objects]
+    for ours, theirs in zip(far.levels, near.levels, strict=True):
+        assert np.array_equal(ours.rows, theirs.rows)
+    assert 2 < stores.most <= 4
 
 
 def test_items_without_a_table_are_walked_from_many_places_at_once(

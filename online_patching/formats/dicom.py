@@ -10,8 +10,11 @@ import bisect
 import hashlib
 import itertools
 import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from online_patching.errors import (
     CorpusError,
@@ -19,6 +22,7 @@ from online_patching.errors import (
     ObjectNotFoundError,
     PatchingError,
     StoreError,
+    StoreUnavailableError,
     UnsupportedSlideError,
 )
 from online_patching.formats.dicom_attributes import MANUFACTURER, SAMPLES, BadDicomError
@@ -45,6 +49,11 @@ MAX_FILES = 1024
 _KIND_BYTES = 2**10  # ImageType is among them
 _FIRST_BYTES = 64 * 2**10
 _MAX_HASHED_BYTES = 2**20
+_AT_ONCE = (
+    4  # files of a remote series: of each, attributes and tables are read one part after another
+)
+
+_Found = TypeVar("_Found")
 
 
 def may_be_dicom(name: str) -> bool:
@@ -86,6 +95,8 @@ def read_file_index(
     own = _instances(uri, folder, [Listed(uri, size, token)], stores)[0]
     try:
         listed = [one for one in _children(folder, stores) if one.uri != uri]
+    except StoreUnavailableError:  # it may have siblings, and be a level of theirs
+        raise
     except StoreError:  # no listing, or too long a one
         listed = []
     others = _instances(uri, folder, listed, stores, lenient=True)
@@ -141,33 +152,48 @@ def _children(base: str, stores: Stores) -> list[Listed]:
 def _instances(
     uri: str, base: str, listed: list[Listed], stores: Stores, lenient: bool = False
 ) -> list[Instance]:
-    """The DICOM files among those listed, their attributes read; `lenient` leaves out damaged ones."""
+    """The DICOM files among those listed, their attributes read; `lenient` leaves out those that cannot be read."""
     name = redact(uri)
     if len(listed) > MAX_FILES:
         raise UnsupportedSlideError(
             name, f"more than {MAX_FILES:,} files lie in one folder. Give each series a folder."
         )
-    out = []
-    for one, (head, is_other) in zip(listed, _heads(listed, stores), strict=True):
-        if isinstance(head, PatchingError):
-            if lenient:
-                continue
-            raise head
-        if not is_dicom(head):
-            continue
-        own = one.uri.removeprefix(base + "/")
-        fetch = partial(_fetch, stores, one)
+
+    def read(one: Listed, head: bytes | PatchingError, is_other: bool) -> Instance | None:
         try:
-            if is_other:  # which slide it belongs to is all that matters
-                source = Source(fetch, one.size_bytes, head, _KIND_BYTES)
-                out.append(Instance.read(own, one, source, SAMPLES))
-            else:
-                source = Source(fetch, one.size_bytes, head, remote=is_remote(one.uri))
-                out.append(Instance.read(own, one, source))
-        except BadDicomError as error:
-            if not lenient:
-                raise slide_error(name, own, one.size_bytes, error) from None
-    return out
+            if isinstance(head, PatchingError):
+                raise head
+            return _instance(name, base, one, head, is_other, stores) if is_dicom(head) else None
+        except PatchingError as error:
+            if not lenient or isinstance(error, StoreUnavailableError):
+                raise
+            return None
+
+    heads = _heads(listed, stores)
+    jobs = [partial(read, one, *head) for one, head in zip(listed, heads, strict=True)]
+    return [found for found in _all(jobs, is_remote(base)) if found is not None]
+
+
+def _instance(
+    name: str, base: str, one: Listed, head: bytes, is_other: bool, stores: Stores
+) -> Instance:
+    own, fetch = one.uri.removeprefix(base + "/"), partial(_fetch, stores, one)
+    try:
+        if is_other:  # which slide it belongs to is all that matters
+            source = Source(fetch, one.size_bytes, head, _KIND_BYTES)
+            return Instance.read(own, one, source, SAMPLES)
+        source = Source(fetch, one.size_bytes, head, remote=is_remote(one.uri))
+        return Instance.read(own, one, source)
+    except BadDicomError as error:
+        raise slide_error(name, own, one.size_bytes, error) from None
+
+
+def _all(jobs: Sequence[Callable[[], _Found]], away: bool) -> list[_Found]:
+    """What each job returns; some at a time where each waits for a network. The first error is raised."""
+    if not away or len(jobs) < 2:
+        return [job() for job in jobs]
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="dicom") as pool:
+        return [waiting.result() for waiting in [pool.submit(job) for job in jobs]]
 
 
 def _heads(listed: list[Listed], stores: Stores) -> list[tuple[bytes | PatchingError, bool]]:
@@ -226,13 +252,15 @@ def _index(
     parts = [part for level in levels for part in level]
     ends = list(itertools.accumulate(part.size_bytes for part in parts))
     bases = {part.name: end - part.size_bytes for part, end in zip(parts, ends, strict=True)}
-    tables = []
-    for level in levels:
+
+    def table(level: list[Instance]) -> Table:
         try:
             kind_of(level[0].found)
-            tables.append(level_table(name, level, [bases[part.name] for part in level]))
+            return level_table(name, level, [bases[part.name] for part in level])
         except BadDicomError as error:
             raise slide_error(name, level[0].name, level[0].size_bytes, error) from None
+
+    tables = _all([partial(table, level) for level in levels], is_remote(uri))
     vendor = " ".join(first.found.text(MANUFACTURER).lower().split())[:40]
     try:
         objects = tuple(SlideObject(part.name, part.size_bytes, part.token) for part in parts)
