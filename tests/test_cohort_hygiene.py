@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import csv
+import errno
 import hashlib
 import hmac
 import logging
@@ -291,6 +292,21 @@ def test_a_salt_is_made_once_beside_the_corpus_for_its_owner_alone(
         salt(tmp_path).id("patient", "DOE")
     path.unlink()
     assert salt(tmp_path).id("patient", "DOE") != first
+
+
+def test_a_full_disk_leaves_no_half_of_a_salt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.delenv("PATHFM_SALT", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathfm.cohorts.salting.os.fsync", full)
+        with pytest.raises(PathfmError, match=r"cannot be written \(No space left on device\)"):
+            salt(tmp_path).id("patient", "DOE")
+    assert list(tmp_path.iterdir()) == []
+    assert salt(tmp_path).id("patient", "DOE")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from online_patching.stores import Stores
 from pathfm.cli import main
 from pathfm.cohorts import CohortOptions, find_cohort, index_row, read_cohort
 from pathfm.cohorts.patients import patient_id
+from pathfm.runtime import PathfmError
 from tests.archives import idc_bucket, not_a_slide, with_patient
 
 WSI = Path(__file__).parent.parent / "../shared/data/wsi"
@@ -88,6 +89,42 @@ def test_a_bucket_is_indexed_and_patients_are_salted_ids(
     assert "PLANTED" not in "".join(capfd.readouterr())
     for path in corpus.rglob("*"):
         assert path.is_dir() or b"PLANTED" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_with_another_salt_headers_are_asked_again_and_nothing_is_appended(
+    archive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    corpus, table = tmp_path / "corpus", tmp_path / "t.csv"
+    table.write_text(f"uri,patient\n{archive}/{SERIES[0]}/,PLANTED-4711\n{archive}/{SERIES[1]}/,\n")
+    salt = tmp_path / "salt"
+
+    def patients(*more: str) -> set[str]:
+        words = ["index", str(table), "--out", str(corpus), "--cohort.salt_file", str(salt)]
+        assert main([*words, "--cohort.fingerprints", "false", *more]) == 0
+        return {row.patient for row in read_cohort(corpus / "slides.parquet").rows}
+
+    salt.write_text("the first salt of two")
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr("pathfm.index.finishing.finish", _dies)
+            with pytest.raises(AssertionError):
+                patients()
+    else:
+        (first,) = patients()
+    salt.write_text("the second salt of two")
+    if not killed:
+        before = (corpus / "index.journal").read_bytes()
+        with pytest.raises(AssertionError):
+            patients("--append", "true")
+        assert (corpus / "index.journal").read_bytes() == before
+    (second,) = patients()  # both ways of naming the patient have the new id
+    assert killed or second != first
+    assert patients("--append", "true") == {second}
+
+
+def _dies(*_: object) -> None:
+    raise PathfmError("killed")
 
 
 def test_a_patient_is_the_same_whether_a_table_or_a_header_names_them(

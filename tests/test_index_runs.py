@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import shutil
@@ -222,6 +223,20 @@ def test_nothing_usable_leaves_a_corpus_as_it_was(slides, tmp_path):
     with pytest.raises(PathfmError, match="no reader opens it"):
         index(slides / "text.svs", out)
     assert content(out) == before
+
+
+def test_a_mark_that_went_with_another_run_is_no_lock(slides, tmp_path, monkeypatch):
+    out = tmp_path / "c"
+    lock = fcntl.flock
+
+    def late(file, how):  # the other run ends between our opening of its mark and the lock
+        (out / "index.unfinished").unlink()
+        (out / "index.unfinished").touch()
+        lock(file, how)
+
+    monkeypatch.setattr("pathfm.index.journal.fcntl.flock", late)
+    with pytest.raises(PathfmError, match="another `pathfm index` is writing there"):
+        index(slides, out)
 
 
 def test_two_runs_at_a_time_are_refused(slides, tmp_path):

@@ -6,10 +6,12 @@ try out names; the same salt gives the same ids in every corpus, so tables can s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
 import secrets
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +25,7 @@ from pathfm.runtime import PathfmError, make_folder
 
 ENVIRONMENT = "PATHFM_SALT"
 FEWEST_CHARACTERS = 16
+_MARK_DIGITS = 9
 _ID_DIGITS = 20  # 80 bits: of a million names, two share an id with probability 4e-13
 
 
@@ -46,6 +49,15 @@ class Salt:
             return ""
         digest = hmac.new(self._salt(), f"{kind}\0{name}".encode(), hashlib.sha256)
         return f"{kind[0]}{digest.hexdigest()[:_ID_DIGITS]}"
+
+    @property
+    def mark(self) -> str:
+        """What tells ids made with this salt from those of another one, or from plain names."""
+        return "plain" if self._options.ids == "plain" else self.id("mark", "salt")[:_MARK_DIGITS]
+
+    def mark_of(self, row: CohortRow) -> str:
+        """The mark, for a row that names anybody; else ""."""
+        return self.mark if row.patient or row.case or self._options.salt_names else ""
 
     def hide(self, rows: Sequence[CohortRow]) -> list[CohortRow]:
         """The rows with ids for patients and cases, and if asked with links for their files."""
@@ -95,18 +107,35 @@ class Salt:
             return _checked(ENVIRONMENT, told.encode())
         path = self._corpus.with_name(f"{self._corpus.name}.salt")
         make_folder(path.parent)
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
+        if path.exists():
             return _checked(str(path), _private(path))
+        try:
+            _made_once(path)
         except OSError as error:
             raise PathfmError(
                 f"{path}: the salt of patients' ids cannot be written ({error.strerror}). "
                 f"Set {ENVIRONMENT}, or name a file with --cohort.salt_file"
             ) from None
+        return _checked(str(path), _read(path))
+
+
+def _made_once(path: Path) -> None:
+    """Make a salt, whole from the start; one that another process makes meanwhile stays."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # its owner's alone
+    try:
         with os.fdopen(handle, "w") as file:
             file.write(secrets.token_hex(32) + "\n")
-        return _checked(str(path), _read(path))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(name, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.rename(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
 
 
 def _read(path: Path) -> bytes:

@@ -25,7 +25,9 @@ from pathfm.runtime import PathfmError, make_folder, save_config
 
 if TYPE_CHECKING:
     from online_patching.stores import Stores
+    from pathfm.cohorts import Salt
     from pathfm.index.journal import Journal
+    from pathfm.index.wanted import WantedSlides
 
 
 class IndexConfig(BaseModel, frozen=True, extra="forbid"):
@@ -114,6 +116,7 @@ def _index(config: IndexConfig, stores: Stores) -> IndexResult:
         if config.append:
             ids = {slide.slide_id for slide in wanted.slides}
             _refuse_to_drop(folder.sizes.keys() - ids, config.out, journal)
+            _refuse_other_ids(cohort.salt, wanted, config.out, journal)
         threads = config.threads or default_threads(slide.row.uri for slide in wanted.slides)
         reader = Reader(folder, journal, stores, threads, config.cohort, cohort)
         reader.bring_up_to_date(wanted.slides, config.anew)
@@ -121,7 +124,7 @@ def _index(config: IndexConfig, stores: Stores) -> IndexResult:
         if config.cohort.fingerprints:
             reader.fingerprint_same_sizes(address for address, _ in wanted.addresses())
         done = Done(config.out, reader.reused, config.show)
-        finish(wanted, folder, journal, done, config.cohort.fingerprints)
+        finish(wanted, folder, journal, done, config.cohort.fingerprints, cohort.salt)
         save_config(config.model_copy(update={"slides": told}), config.out, "index.yaml")
     done.show(cohort.notes, overrides)
     print(f"next: pathfm foreground {shlex.quote(str(config.out))}")
@@ -145,4 +148,14 @@ def _refuse_to_drop(slide_ids: Set[str], out: Path, journal: Journal) -> None:
         raise PathfmError(
             f"{out}: holds {len(slide_ids):,} indexes of other slides, of a run that has not finished. "
             "Finish it first, without --append"
+        )
+
+
+def _refuse_other_ids(salt: Salt | None, wanted: WantedSlides, out: Path, journal: Journal) -> None:
+    marks = {journal.known[address].salt for address in wanted.kept} - {""}
+    if salt is not None and marks - {salt.mark if marks else ""}:
+        journal.roll_back()
+        raise PathfmError(
+            f"{out}: its patients' ids were made otherwise (another salt, or --cohort.ids): one patient "
+            "would have two. Give the same salt, or index all of its slides again, without --append"
         )

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from online_patching.errors import redact
-from pathfm.cohorts import MppOverrides, find_twins
+from pathfm.cohorts import MppOverrides, Salt, find_twins
 from pathfm.index.folder import Folder
 from pathfm.index.journal import Journal, Record
 from pathfm.index.tables import (
@@ -116,7 +116,12 @@ class Done:
 
 
 def finish(
-    wanted: WantedSlides, folder: Folder, journal: Journal, done: Done, fingerprints: bool
+    wanted: WantedSlides,
+    folder: Folder,
+    journal: Journal,
+    done: Done,
+    fingerprints: bool,
+    salt: Salt | None,
 ) -> None:
     """Make the folder, its tables and its journal those of the slides wanted, and count them in `done`.
 
@@ -137,7 +142,7 @@ def finish(
 
         for record in wanted.skipped:
             tabled(record)
-        records = (tabled(record) for record in _records(wanted, journal, twins))
+        records = (tabled(record) for record in _records(wanted, journal, twins, salt))
         journal.commit(records, len(wanted.kept) + len(wanted.slides))
     if twins:
         done.notes.append(
@@ -145,7 +150,9 @@ def finish(
         )
 
 
-def _records(wanted: WantedSlides, journal: Journal, twins: dict[str, str]) -> Iterator[Record]:
+def _records(
+    wanted: WantedSlides, journal: Journal, twins: dict[str, str], salt: Salt | None
+) -> Iterator[Record]:
     """The journal's records in the order of the corpus, with what the cohort says of them now."""
     for address, row in wanted.addresses():
         record = journal.read(address)
@@ -153,6 +160,10 @@ def _records(wanted: WantedSlides, journal: Journal, twins: dict[str, str]) -> I
             for column in COHORT_COLUMNS:
                 record.pop(column.name, None)
             record |= record.get("found", {}) | told_by_cohort(row)
+            if salt is not None and (record.get("found") or salt.mark_of(row)):
+                record["salt"] = salt.mark
+            else:
+                record.pop("salt", None)
         twin = twins.get(record.get("slide_id", ""))
         yield record if twin is None else record | {"twin_of": twin}
 

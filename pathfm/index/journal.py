@@ -20,6 +20,7 @@ import fcntl
 import io
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -43,7 +44,8 @@ class Known(NamedTuple):
     """What a line of the journal says, as far as it is needed to tell whether it still holds.
 
     `slide_id` is empty for a refused slide. `told` are the µm/px that were given for it.
-    `index_bytes` is the size of its .index file; `plain` that its token is that of one object.
+    `index_bytes` is the size of its .index file; `plain` that its token is that of one object; `salt`
+    marks what its ids of patients were made with.
     """
 
     offset: int
@@ -52,6 +54,7 @@ class Known(NamedTuple):
     slide_id: str
     index_bytes: int
     plain: bool
+    salt: str
 
 
 class Journal:
@@ -177,6 +180,7 @@ class Journal:
                 slide_id,
                 int(record.get("index_bytes", 0)),
                 bool(record.get("plain", True)),
+                sys.intern(str(record.get("salt", ""))),
             )
         except (KeyError, TypeError, ValueError, IndexError):
             self.damaged += 1
@@ -204,6 +208,8 @@ def opened(folder: Path) -> Iterator[Journal]:
     with open(mark, "ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock.fileno()).st_ino != os.stat(mark).st_ino:
+                raise OSError  # that of a run which ended meanwhile: the file has gone with it
         except OSError:
             raise PathfmError(
                 f"{folder}: another `pathfm index` is writing there. Wait for it, or choose another --out"

@@ -136,6 +136,8 @@ class Reader:
         known = self.journal.known.get(slide.address)
         if known is None or not known.token or known.told != slide.told:
             return False
+        if known.salt and self.salt is not None and known.salt != self.salt.mark:
+            return False  # what its header says of the patient has another id now
         return not known.slide_id or (known.slide_id == slide.slide_id and self.folder.has(known))
 
     def _same_bytes(self, slide: Wanted, tokens: Mapping[str, str]) -> bool:
@@ -204,6 +206,7 @@ class Reader:
             return False
         index = replace(index, slide_id=slide.slide_id)
         size = self.folder.save(index, self.journal)
+        found = {k: v for k, v in told_by_cohort(row).items() if not getattr(slide.row, k)}
         self.journal.add(
             {
                 "uri": slide.address,
@@ -211,9 +214,8 @@ class Reader:
                 "token": index.token or token_of_content(row) or (_PARTS if index.objects else ""),
                 "index_bytes": size,
                 "plain": not index.objects and index.levels[0].keys is None,
-                "found": {
-                    k: v for k, v in told_by_cohort(row).items() if not getattr(slide.row, k)
-                },
+                "found": found,
+                **({"salt": self.salt.mark} if found and self.salt is not None else {}),
                 **facts_of(index),
             }
         )
