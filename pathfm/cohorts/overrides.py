@@ -60,12 +60,12 @@ class MppOverrides:
         return found
 
     def _find(self, uri: str) -> float | tuple[float, float] | None:
-        parts = PurePosixPath(uri.partition("?")[0]).parts
-        for start in range(len(parts)):
-            name = str(PurePosixPath(*parts[start:]))
+        name = str(PurePosixPath(uri.partition("?")[0]))
+        while name:
             if name in self.table:
                 self._used.add(name)
                 return self.table[name]
+            name = name.partition("/")[2]
         return None
 
     @property
