@@ -38,6 +38,7 @@ from online_patching.errors import (
     UnsupportedSlideError,
 )
 from online_patching.formats import dicom, dicom_walk
+from online_patching.formats.dicom_attributes import StoredOtherwiseError
 from online_patching.formats.dicom_frames import frame_ranges
 from online_patching.formats.dicom_tags import Source, read_attributes
 from online_patching.plan import plan_patch
@@ -485,6 +486,13 @@ def test_items_without_a_table_are_walked_from_many_places_at_once(
             fragments = list(pydicom.encaps.generate_fragments(theirs))[1:]
         starts, lengths, _ = found[0]
         assert [data[a : a + n] for a, n in zip(starts, lengths, strict=True)] == fragments
+
+
+def test_items_are_not_asked_for_one_by_one_without_end(levels) -> None:
+    data = instance(levels[0], 0, 1.0, Written(table="none"), 0, 1)
+    source = Source(lambda _: pytest.fail("nothing need be read"), 2**40, data, remote=True)
+    with pytest.raises(StoredOtherwiseError, match="400,000 frames lie"):
+        dicom_walk.walk_items(source, 1000, 400_000)
 
 
 def test_the_whole_loader_delivers_what_a_slide_reads(levels, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ _ITEM, _END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 _PROBE_BYTES = 256 * 2**10
 _ONE_REQUEST_BYTES = 2**20
 _FRAMES_A_LANE, _MOST_LANES = 16, 256
+_MOST_ASKED = 2**18  # a request a frame: a slide has about 150,000
 
 
 @dataclass
@@ -59,6 +60,10 @@ def walk_items(source: Source, first: int, frames: int) -> tuple[list[int], list
     StoredOtherwiseError when there are more, PastEndError or BadDicomError when there are fewer.
     """
     size = source.size_bytes
+    if source.remote and frames > _MOST_ASKED and size > first + _ONE_REQUEST_BYTES:
+        raise StoredOtherwiseError(
+            f"no table says where its {frames:,} frames lie, and to ask for each takes too long. Copy it to disk"
+        )
     lanes = _lanes(source, first, frames)
     _advance(source, lanes, frames)
     whole = lanes[0]
