@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from online_patching.errors import MppError, UnsupportedSlideError
-from online_patching.slide_index import MPP_OVERRIDE, SlideIndex
+from online_patching.slide_index import MPP_OVERRIDE
 
 _UNIT_UM = {2: 25_400.0, 3: 10_000.0}
 """TIFF ResolutionUnit: 2 inch, 3 centimetre; 1 means that the numbers carry no unit."""
@@ -77,8 +77,3 @@ def refuse_fluorescence(uri: str, text: str) -> None:
         raise UnsupportedSlideError(
             uri, f"fluorescence (excitation at {match[1]} nm), not a stained slide.", "fluorescence"
         )
-
-
-def with_override(index: SlideIndex, override: Mpp | None) -> SlideIndex:
-    """The index with the override's µm/px, where there is one."""
-    return index if override is None else index.with_mpp(override.x, override.y, override.source)
