@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -20,6 +20,9 @@ from pathfm.methods.settings import DinoSettings
 from pathfm.runtime import Precision
 from pathfm.tracking import TrackingConfig
 from pathfm.views import ViewSpec
+
+if TYPE_CHECKING:
+    from online_patching import Corpus, PatchSampler
 
 Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -185,6 +188,19 @@ class PretrainResult:
     folder: Path
     steps: int
     finished: bool
+
+
+def sampler_of(config: PretrainConfig, corpus: Corpus) -> PatchSampler:
+    """What a run draws: the same whether it trains or only tells what it would read."""
+    from online_patching import PatchSampler
+
+    return PatchSampler(
+        corpus,
+        size_px=config.patch_px,
+        mpp=config.mpp,
+        min_foreground=config.min_foreground,
+        seed=config.seed,
+    )
 
 
 def run(config: PretrainConfig) -> PretrainResult:

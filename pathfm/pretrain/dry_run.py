@@ -14,7 +14,7 @@ from rich.table import Table
 from online_patching import Corpus, PatchLoader, PatchSampler
 from online_patching.errors import redact
 from online_patching.loading.batch import LoaderOptions
-from pathfm.pretrain import PretrainConfig
+from pathfm.pretrain import PretrainConfig, sampler_of
 from pathfm.pretrain.forecast import Reads, corpus_bytes, forecast, store_of
 from pathfm.runtime import console
 
@@ -108,13 +108,7 @@ def time_reading(config: PretrainConfig, sampler: PatchSampler) -> tuple[int, fl
 def show(config: PretrainConfig) -> None:
     """Prints what a run would read, from which slides, and what that takes and costs."""
     corpus = Corpus.open(config.corpus)
-    sampler = PatchSampler(
-        corpus,
-        size_px=config.patch_px,
-        mpp=config.mpp,
-        min_foreground=config.min_foreground,
-        seed=config.seed,
-    )
+    sampler = sampler_of(config, corpus)
     found = dry_run(config, sampler)
     out = console()
     print(

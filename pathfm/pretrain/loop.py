@@ -18,10 +18,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from online_patching import Corpus, PatchBatch, PatchLoader, PatchSampler
+from online_patching import Corpus, PatchBatch, PatchLoader
 from online_patching.stores.local import atomic_write_text
 from pathfm.checkpoint import load_newest
-from pathfm.pretrain import PretrainConfig, PretrainResult
+from pathfm.pretrain import PretrainConfig, PretrainResult, sampler_of
 from pathfm.pretrain.bookends import begin, finish, read_monitor
 from pathfm.pretrain.records import SAMPLED, SampledLog
 from pathfm.pretrain.trainer import (
@@ -55,13 +55,7 @@ def train(config: PretrainConfig) -> PretrainResult:
     refuse_another_run(config, checkpoint)
     corpus = Corpus.open(config.corpus)
     refuse_other_inputs(config, checkpoint, corpus)
-    sampler = PatchSampler(
-        corpus,
-        size_px=config.patch_px,
-        mpp=config.mpp,
-        min_foreground=config.min_foreground,
-        seed=config.seed,
-    )
+    sampler = sampler_of(config, corpus)
     trainer = build_trainer(config, checkpoint)
     done = trainer.done
     if done.step == config.steps and (out / "summary.json").exists():
