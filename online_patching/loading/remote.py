@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,7 +29,6 @@ REPLACED = (SlideError, ObjectNotFoundError, ObjectChangedError)
 """Failures of one slide, for which a draw moves to its next attempt. Other store errors stop."""
 
 _CHECKERS = 8
-_TRUSTED_S = 30.0  # how long a Zarr slide that was looked at counts as there
 
 
 class Wanted:
@@ -80,9 +78,7 @@ class RemoteReader:
         if options.disk_cache is not None:
             self._cache = DiskCache(options.disk_cache, options.disk_cache_bytes)
         self._checks: dict[int, asyncio.Task[None]] = {}  # on the loop, by slide
-        self._seen_at: dict[
-            int, float
-        ] = {}  # when a slide was last found to be the one that was indexed
+        self._checked: set[int] = set()
         self._checkers = ThreadPoolExecutor(_CHECKERS, thread_name_prefix="patch-check")
         self._feed: Feed | None = None
         self._lock = threading.Lock()
@@ -100,7 +96,7 @@ class RemoteReader:
         for canvas, slide in enumerate(plan.slide.tolist()):
             wanted = Wanted(turn, canvas, every[plan.tiles_of(canvas)], self._options.gap_bytes)
             group = Group(_reads(plan, wanted.runs), wanted, size_of(plan, canvas, wanted.runs))
-            if self._corpus.records["reader"][slide] == CHUNKS and slide not in self._seen_at:
+            if self._corpus.records["reader"][slide] == CHUNKS and slide not in self._checked:
                 group.before = self._first_touch(slide)
             groups.append(group)
         self._fed().ask(groups)
@@ -132,7 +128,7 @@ class RemoteReader:
         """Whether a slide whose reads check nothing is the one that was indexed; asked once for all."""
 
         async def check() -> None:
-            if slide in self._seen_at:
+            if slide in self._checked:
                 return
             task = self._checks.get(slide)
             if task is None:
@@ -140,7 +136,7 @@ class RemoteReader:
                 self._checks[slide] = task
             try:
                 await asyncio.shield(task)
-                self._seen_at[slide] = time.monotonic()
+                self._checked.add(slide)
             finally:
                 if self._checks.get(slide) is task:
                     del self._checks[slide]
@@ -153,16 +149,6 @@ class RemoteReader:
         await loop.run_in_executor(self._checkers, check_unchanged, index, self._stores)
 
     # --- in decode threads ---------------------------------------------------------------------
-
-    def _confirm(self, wanted: Wanted, bodies: Sequence[bytes]) -> None:
-        """Where a chunk is absent: that the slide is not. One that is gone has no chunk, and no pixels either."""
-        slide = int(wanted.turn.plan.slide[wanted.canvas])
-        pieces = zip(wanted.pieces, bodies, strict=True)
-        if not any(stop is None and not body for (_, _, stop), body in pieces):
-            return
-        if time.monotonic() - self._seen_at.get(slide, -_TRUSTED_S) >= _TRUSTED_S:
-            check_unchanged(self._corpus.index(slide), self._stores)
-            self._seen_at[slide] = time.monotonic()
 
     def _look(self, group: Group) -> None:
         """Take what the folder has, and leave the rest to be read."""
@@ -214,11 +200,6 @@ class RemoteReader:
                 raise group.error
             else:
                 its = wanted.bodies(group.bodies)
-                try:
-                    self._confirm(wanted, its)
-                except REPLACED as error:
-                    failed[wanted.canvas] = error
-                    continue
                 canvases.append(wanted.canvas)
                 bodies += its
                 self._count(wanted, group.bodies, its)
