@@ -23,7 +23,7 @@ class Reads:
         self.cancelled: list[int] = []
         self.refused: dict[int, Exception] = {}  # by start: what asking raises
 
-    def start(self, key: str, start: int, stop: int, token: str, done: Done) -> Reads.One:
+    def start(self, key: str, start: int, stop: int | None, token: str, done: Done) -> Reads.One:
         if start in self.refused:
             raise self.refused[start]
         self.started.append((start, stop, done))

@@ -8,6 +8,7 @@ import re
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -187,7 +188,7 @@ def test_levels_may_have_tiles_of_their_own_sizes(tmp_path):
 
 
 def refused(tmp_path: Path, **bent: object) -> errors.UnsupportedSlideError:
-    image = {"photometric": 2, "compression": 1, "samples": 3, **bent}
+    image: dict[str, Any] = {"photometric": 2, "compression": 1, "samples": 3, **bent}
     tags = {**resolution(0.5), **image.pop("tags", {})}
     path = tmp_path / "a.tif"
     path.write_bytes(build_tiff([RawImage((70, 40), [b"x"] * 9, (32, 16), tags=tags, **image)]))
@@ -328,7 +329,7 @@ def test_resolutions_are_pillows(scale):
     tile = textured(96)
     data = bytes(imagecodecs.jpeg2k_encode(tile, level=0, codecformat="j2k"))
     picture = Image.open(io.BytesIO(data))
-    picture.reduce = scale.bit_length() - 1
+    picture.reduce = scale.bit_length() - 1  # type: ignore[method-assign]
     picture.load()
     ours = decode_tile(Codec("jpeg2000", reductions=5), data, 96, 96, scale)
     assert (ours == np.asarray(picture)).all()
