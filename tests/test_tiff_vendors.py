@@ -118,9 +118,7 @@ def test_philips_levels_are_as_large_as_openslide_says(tmp_path, big):
         assert [(v.width_px, v.height_px) for v in index.levels] == list(oracle.level_dimensions)
         assert [v.downsample_x for v in index.levels] == list(oracle.level_downsamples)
         for mpp, key in ((index.mpp_x, "x"), (index.mpp_y, "y")):
-            assert mpp == pytest.approx(
-                float(oracle.properties[f"openslide.mpp-{key}"]), abs=1e-12
-            )
+            assert mpp == pytest.approx(float(oracle.properties[f"openslide.mpp-{key}"]), abs=1e-12)
     assert (index.mpp_x, index.mpp_y) == pytest.approx((0.25, 0.2502))
     for number, ours in enumerate(levels_of(index)):
         assert (ours == by_openslide(path, number)).all()
