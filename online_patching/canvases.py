@@ -67,7 +67,7 @@ def read_local(
             canvases, bodies = [], []
             for canvas in range(begin, min(b, begin + _AT_ONCE)):
                 folder = local_path(corpus.uri(int(plan.slide[canvas])))
-                found = _from_files(plan, canvas, store, folder)
+                found = _from_files(corpus, plan, canvas, store, folder)
                 if isinstance(found, PatchingError):
                     failed[canvas] = found
                     continue
@@ -81,9 +81,10 @@ def read_local(
 
 
 def _reads_itself(corpus: Corpus, plan: BatchPlan, first: int, stop: int) -> NDArray[np.bool_]:
-    """Which canvases the native decoder reads from files: what it decodes, at byte ranges."""
-    known = np.isin(plan.canvases["packing"][first:stop], _known())
-    return np.asarray(known & (corpus.records["reader"][plan.slide[first:stop]] != CHUNKS))
+    """Which canvases the native decoder reads from files: what it decodes."""
+    packing = plan.canvases["packing"][first:stop]
+    chunks = corpus.records["reader"][plan.slide[first:stop]] == CHUNKS
+    return np.isin(packing, _known()) & ~(chunks & (packing == HEADLESS))
 
 
 def _known() -> list[int]:
@@ -103,12 +104,16 @@ def _read_natively(
     stats: Stats,
     failed: Failed,
 ) -> None:
-    """Canvases first..stop, of JPEG tiles in files."""
+    """Canvases first..stop, of tiles in files, or that are files."""
     its = slice(plan.tiles_of(first).start, plan.tiles_of(stop - 1).stop)
     lengths, file = plan.tiles["length"][its], plan.tiles["file"][its]
-    paths = {
-        number: local_path(plan.keys[number]) for number in np.unique(file).tolist() if number >= 0
-    }
+    whole = lengths == WHOLE
+    ranges = np.unique(file[~whole & (file >= 0)]).tolist()
+    paths = {number: local_path(plan.keys[number]) for number in ranges}
+    tiles, chunks = plan.tiles, _paths(plan, file[whole])
+    if chunks:
+        tiles = tiles.copy()  # bodies are counted in each call
+        tiles["body"][its][whole] = np.arange(len(chunks))
     files = plan.files.copy()  # other threads hold descriptors of their own
     with store.hold(paths.values()) as held:
         for number, path in paths.items():
@@ -116,18 +121,44 @@ def _read_natively(
             if isinstance(handle, int):
                 files["fd"][number] = handle
             elif isinstance(handle, ObjectNotFoundError):
-                owner = np.repeat(np.arange(first, stop), plan.canvases["n_tiles"][first:stop])
+                owner = _owners(plan, first, stop)
                 failed |= dict.fromkeys(owner[file == number].tolist(), handle)
             else:
                 raise handle
         here = {canvas for canvas in failed if first <= canvas < stop}
         for a, b in _runs(first, stop, here):
-            native.read(
-                plan.canvases, plan.tiles, plan.outputs, files, plan.tables, (), batch, a, b
-            )
-    _explain(corpus, plan, first, stop, failed)
-    size, stored = int(lengths.sum()), int(np.count_nonzero(lengths))
+            native.read(plan.canvases, tiles, plan.outputs, files, plan.tables, chunks, batch, a, b)
+    _explain(corpus, plan, first, stop, failed, store)
+    done = plan.canvases[first:stop]
+    absent = int(done["absent"].sum())
+    if absent:
+        failed |= _gone(corpus, plan, first + np.flatnonzero(done["absent"]))
+    packing = np.repeat(done["packing"], done["n_tiles"])
+    size = int(lengths[~whole & (packing != CHUNK)].sum()) + int(done["read_bytes"].sum())
+    stored = int(np.count_nonzero(lengths)) - absent
     stats.add(tiles=len(lengths), requests=stored, bytes_wanted=size, bytes_read=size)
+
+
+def _owners(plan: BatchPlan, first: int, stop: int) -> NDArray[np.int64]:
+    """The canvas of each tile of canvases first..stop."""
+    return np.repeat(np.arange(first, stop), plan.canvases["n_tiles"][first:stop])
+
+
+def _paths(plan: BatchPlan, files: NDArray[np.int64]) -> list[bytes]:
+    """The paths of some of a plan's files, as the native decoder opens them."""
+    return [os.fsencode(local_path(plan.keys[number])) for number in files.tolist()]
+
+
+def _gone(corpus: Corpus, plan: BatchPlan, canvases: NDArray[np.int64]) -> Failed:
+    """Of canvases that lack chunks, those whose slide is not there at all: it was deleted, or a drive is no
+    longer there. Where it is, an absent chunk holds the fill value."""
+    failed: Failed = {}
+    for slide in np.unique(plan.slide[canvases]).tolist():
+        uri = corpus.uri(slide)
+        if not os.path.isdir(local_path(uri)):
+            error = ObjectNotFoundError(uri, "there is no such folder. Check the path.")
+            failed |= dict.fromkeys(canvases[plan.slide[canvases] == slide].tolist(), error)
+    return failed
 
 
 def read_bodies(
@@ -190,8 +221,15 @@ def _runs(first: int, stop: int, without: set[int]) -> list[tuple[int, int]]:
     return [(a + 1, b) for a, b in pairwise(cuts) if b > a + 1]
 
 
-def _explain(corpus: Corpus, plan: BatchPlan, first: int, stop: int, failed: Failed) -> None:
-    """Errors for the statuses that the native decoder left."""
+def _explain(
+    corpus: Corpus,
+    plan: BatchPlan,
+    first: int,
+    stop: int,
+    failed: Failed,
+    store: LocalStore | None = None,
+) -> None:
+    """Errors for the statuses that the native decoder left, which read from `store`."""
     for i in np.flatnonzero(plan.canvases["status"][first:stop]) + first:
         if int(i) in failed:
             continue
@@ -209,6 +247,8 @@ def _explain(corpus: Corpus, plan: BatchPlan, first: int, stop: int, failed: Fai
         elif status == native.CHANGED:
             failed[int(i)] = ObjectChangedError(uri, _CHANGED)
         elif status == native.IO_ERROR:
+            if store is not None and plan.tiles["length"][at] == WHOLE:
+                store.read(local_path(uri), 0, None)  # says what is wrong with it
             raise StoreError(uri, "cannot be read: the disk or network drive reports an error.")
         else:
             raise MemoryError(
@@ -223,7 +263,7 @@ def _bad_tile(corpus: Corpus, plan: BatchPlan, canvas: int, tile: int, why: str)
 
 
 def _from_files(
-    plan: BatchPlan, canvas: int, store: LocalStore, folder: str
+    corpus: Corpus, plan: BatchPlan, canvas: int, store: LocalStore, folder: str
 ) -> list[bytes] | PatchingError:
     """The bytes of a canvas's pieces, or what is wrong with the slide, whose chunks lie in `folder`."""
     tiles = plan.tiles[plan.tiles_of(canvas)]
@@ -245,6 +285,9 @@ def _from_files(
             if token and store.version(path)[1] != token:  # afterwards: old and new are never mixed
                 return ObjectChangedError(plan.keys[file], _CHANGED)
         return bodies
+    except BadTileError as error:
+        at = plan.tiles_of(canvas).start + len(bodies)
+        return _bad_tile(corpus, plan, canvas, at, str(error))
     except (ShortReadError, ObjectNotFoundError) as error:
         return error
 
@@ -252,11 +295,14 @@ def _from_files(
 def _chunk(path: str, store: LocalStore, folder: str) -> bytes:
     """The bytes of a Zarr chunk; none where it alone is absent: it holds the fill value."""
     try:
-        return store.read(path, 0, None)
+        body = store.read(path, 0, None)
     except ObjectNotFoundError:
         if not os.path.isdir(folder):  # deleted, or a drive that is no longer there
             raise
         return b""
+    if not body:
+        raise BadTileError("its file is empty")
+    return body
 
 
 def _decoded(

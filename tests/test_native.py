@@ -43,7 +43,7 @@ STREAMS = {
 
 
 NO_FILES = np.zeros(0, FILE)
-WHOLE = (0, 0, 1, 0, 1, WIDTH, HEIGHT, WIDTH, HEIGHT, 1, 0, 0, 1, -1, 0, 0, 0, b"")
+WHOLE = (0, 0, 1, 0, 1, WIDTH, HEIGHT, WIDTH, HEIGHT, 1, 0, 0, 1, -1, 0, 0, 0, 0, 0, 0, b"")
 """A row of CANVAS: one tile, one patch, all of it, from handed-over bytes, YCbCr without tables."""
 
 

@@ -10,14 +10,14 @@ CANVAS = np.dtype(
         ("n_outputs", "<i4"), ("width", "<i4"), ("height", "<i4"), ("tile_width", "<i4"),
         ("tile_height", "<i4"), ("scale", "<i4"), ("codec", "<i4"), ("packing", "<i4"),
         ("colour", "<i4"), ("tables", "<i4"), ("fill", "<i4"), ("status", "<i4"), ("tile", "<i4"),
-        ("message", "S120"),
+        ("read_bytes", "<i8"), ("absent", "<i4"), ("pad", "<i4"), ("message", "S120"),
     ],
     align=True,
 )  # fmt: skip
 """A box of one level's decoded pixels. `key` names the slide within the process, for what is remembered of
 its tiles (0: nothing is); `codec` counts the plan's codecs and `tables` its tables (-1 where its streams
-are complete); `packing` is one of JPEG, HEADLESS, PIXELS, CHUNK; `colour` counts COLOURS. The last three
-are filled in by the decoder (tile: of the plan)."""
+are complete); `packing` is one of JPEG, HEADLESS, PIXELS, CHUNK; `colour` counts COLOURS. From `status` on,
+the decoder fills in (tile: of the plan; read_bytes: of chunks and whole files; absent: how many files do not exist)."""
 
 TILE = np.dtype(
     [
@@ -28,7 +28,8 @@ TILE = np.dtype(
     align=True,
 )  # fmt: skip
 """The part of a stored piece of a tile that a canvas sees: its byte range (length 0: not stored; WHOLE: all
-there is) in which of the files, or which of the bodies it is; where the part lies in the tile and where it
+there is) in which of the files, or which of the bodies it is (where WHOLE is read natively, the body is
+the path of the file); where the part lies in the tile and where it
 goes on the canvas (decoded pixels), from which channel on. `file` -1: it is handed over."""
 
 OUTPUT = np.dtype(

@@ -12,9 +12,11 @@
 #include "_chunks.h"
 
 #include <dlfcn.h>
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -23,6 +25,7 @@
 enum { RAW = 0, BLOSC = 1, ZSTD = 2, GZIP = 3, ZLIB = 4 };
 
 #define MAX_MEMBERS 64
+#define HEAD_BYTES 4096 /* of a Blosc buffer: its header and table of blocks, as a rule */
 #define MAX_CHUNK_BYTES ((int64_t)64 << 20)
 #define WINDOW_LOG_MAX 26
 #define ZSTD_D_WINDOW_LOG_MAX 100
@@ -387,6 +390,79 @@ int chunk_part(ChunkScratch **scratch, const uint8_t *packed, const uint8_t *dat
   for (int y = 0; y < part->height; y++, from += strides.y, to += part->stride)
     paste_row(from, strides, channels, to, part->step, part->width);
   return CHUNK_OK;
+}
+
+/* --- files ------------------------------------------------------------------------------------- */
+
+static int64_t fetch(int fd, int64_t offset, size_t start, size_t stop, uint8_t *to) {
+  for (size_t at = start; at < stop;) {
+    ssize_t got = pread(fd, to + at, stop - at, offset + (int64_t)at);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return got < 0 ? -1 : -2;
+    at += (size_t)got;
+  }
+  return stop > start ? (int64_t)(stop - start) : 0;
+}
+
+/* Where the block that begins at `start` ends as its own parts say, which lie inside start..stop; 0: they do not. */
+static size_t block_end(const uint8_t *data, size_t start, size_t stop, int parts) {
+  for (int i = 0; i < parts; i++) {
+    if (stop - start < 4) return 0;
+    size_t size = little(data + start);
+    start += 4;
+    if (size > stop - start) return 0;
+    start += size;
+  }
+  return start;
+}
+
+/* Of a Blosc buffer whose first `head` bytes are at `to`, the blocks that some spans touch; 0 where it has to be
+ * read whole: a block is then not one stretch, or has parts that lie outside of it. */
+static int64_t fetch_blocks(int fd, int64_t offset, size_t size, int64_t decoded, const Span *spans, int n_spans,
+                            uint8_t *to, size_t head) {
+  int64_t block = little(to + 8), got = 0;
+  if (to[0] != 2 || (int64_t)little(to + 4) != decoded || little(to + 12) != size || block < 1 || block > decoded)
+    return 0;
+  int64_t blocks = (decoded + block - 1) / block, table = 16 + 4 * blocks;
+  int copied = to[2] & 2, whole = to[2] & 16, item = to[3] ? to[3] : 1;
+  if (copied || block % item || decoded % item || (int64_t)head < table || table > (int64_t)size) return 0;
+  for (int i = 0; i < n_spans; i++) {
+    int64_t last = (spans[i].stop + block - 1) / block;
+    for (int64_t k = spans[i].start / block; k < last && k < blocks; k++) {
+      size_t start = little(to + 16 + 4 * k), stop = size;
+      for (int64_t other = 0; other < blocks; other++) { /* they may lie in any order */
+        size_t begins = little(to + 16 + 4 * other);
+        if (begins > start && begins < stop) stop = begins;
+      }
+      if (start < (size_t)table || start >= size) return 0;
+      int64_t more = fetch(fd, offset, start > head ? start : (stop < head ? stop : head), stop, to);
+      if (more < 0) return more;
+      got += more;
+      int short_last = k == blocks - 1 && decoded % block;
+      if (!block_end(to, start, stop, whole || short_last ? 1 : item)) return 0;
+    }
+  }
+  return got;
+}
+
+int64_t chunk_fetch(const uint8_t *packed, int fd, int64_t offset, size_t size,
+                    const ChunkPart *part, uint8_t *to) {
+  Spec spec;
+  memcpy(&spec, packed, sizeof spec);
+  size_t head = 0;
+  int64_t got = 0;
+  if (spec.compressor == BLOSC && !spec.inner_crcs && !spec.outer_crcs && size > HEAD_BYTES) {
+    Span spans[3];
+    int n = spans_of(&spec, part, strides_of(&spec, part->tile_width, part->tile_height), spans);
+    int64_t decoded = (int64_t)part->tile_width * part->tile_height * spec.samples;
+    head = HEAD_BYTES;
+    got = fetch(fd, offset, 0, head, to);
+    if (got < 0) return got;
+    int64_t more = fetch_blocks(fd, offset, size, decoded, spans, n, to, head);
+    if (more) return more < 0 ? more : got + more;
+  }
+  int64_t rest = fetch(fd, offset, head, size, to);
+  return rest < 0 ? rest : (int64_t)head + rest;
 }
 
 void chunk_free(ChunkScratch *s) {

@@ -5,6 +5,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #define CHUNK_SPEC_BYTES 12
 #define CHUNK_MESSAGE_BYTES 120
@@ -28,6 +29,11 @@ const char *chunk_check(const uint8_t *spec, size_t spec_size, int64_t width, in
 /* Decode and paste a part. `scratch` begins as NULL and is freed by chunk_free. */
 int chunk_part(ChunkScratch **scratch, const uint8_t *spec, const uint8_t *data, size_t size,
                const ChunkPart *part, char *message);
+
+/* Bring a chunk of `size` bytes at `offset` of a file to `to`, which has room for all of it: as much as chunk_part
+ * then looks at for the same part. Returns how many bytes were read; -1: errno says why; -2: the file ends early. */
+int64_t chunk_fetch(const uint8_t *spec, int fd, int64_t offset, size_t size,
+                    const ChunkPart *part, uint8_t *to);
 
 void chunk_free(ChunkScratch *scratch);
 

@@ -24,6 +24,7 @@
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdint.h>
@@ -43,6 +44,7 @@
 #define ROWS 16 /* asked for at once: what an MCU row may hold */
 #define EOI_SEARCH_BYTES 1024
 #define MAX_TILE_BYTES (256 << 20)
+#define MAX_PATH_BYTES 4096
 #define MAX_CANVAS_BYTES ((int64_t)1 << 30)
 #define MAX_STEP_PX 65536
 
@@ -62,13 +64,18 @@ typedef struct {
   int32_t fill;
   int32_t status; /* out: what happened */
   int32_t tile;   /* out: the tile it happened at */
+  int64_t read_bytes; /* out: of chunks, and of whole files */
+  int32_t absent;     /* out: whole files that do not exist; their tiles are fill */
+  int32_t pad;
   char message[MESSAGE_BYTES];
 } Canvas;
 
 enum { STREAM = 0, HEADLESS = 1, PIXELS = 2, CHUNK = 3 };
 
+#define WHOLE -1
+
 typedef struct {
-  int64_t start, length; /* in the file; length 0: not stored */
+  int64_t start, length; /* in the file; length 0: not stored; WHOLE: all of the file that `body` names */
   int32_t file;          /* which of the files, or -1: */
   int32_t body;          /* which of the bodies */
   int32_t left, top;     /* of the seen part, within the tile, decoded pixels */
@@ -788,6 +795,26 @@ static int pread_all(Worker *w, Canvas *canvas, const Tile *tile, int fd, size_t
   return 0;
 }
 
+/* How many bytes the file of a whole tile has: `fd` is then open on it. 0 where there is no such file. */
+static int64_t open_whole(Canvas *canvas, const Body *path, int *fd) {
+  char name[MAX_PATH_BYTES];
+  struct stat now;
+  memcpy(name, path->data, (size_t)path->size);
+  name[path->size] = 0;
+  *fd = open(name, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe in its place is not waited for */
+  if (*fd < 0 && errno == ENOENT) {
+    canvas->absent++;
+    return 0;
+  }
+  if (*fd >= 0 && !fstat(*fd, &now) && S_ISREG(now.st_mode)) {
+    if (now.st_size && now.st_size <= MAX_TILE_BYTES) return now.st_size;
+    say(canvas, BAD_TILE, now.st_size ? "it is larger than 256 MB" : "its file is empty");
+    return -1;
+  }
+  say(canvas, IO_ERROR, "cannot be read");
+  return -1;
+}
+
 static void fill(uint8_t *pixels, size_t stride, const Tile *tile, int value, int channels) {
   for (int y = 0; y < tile->height; y++) {
     uint8_t *row = pixels + (size_t)(tile->y + y) * stride + (size_t)tile->x * channels;
@@ -814,19 +841,64 @@ static void paste(uint8_t *pixels, size_t stride, const Tile *tile, const Body *
   }
 }
 
-static int decode_chunk(Worker *w, Canvas *canvas, const Tile *tile, const Job *job, const Bytes *spec,
-                        const uint8_t *data, size_t size) {
+static ChunkPart part_of(const Canvas *canvas, const Tile *tile, const Job *job) {
   size_t stride = (size_t)canvas->width * job->channels;
   uint8_t *out = job->pixels + (size_t)tile->y * stride + (size_t)tile->x * job->channels;
-  ChunkPart part = {canvas->tile_width, canvas->tile_height, tile->left, tile->top, tile->width, tile->height,
-                    out, stride, job->channels, tile->channel};
+  return (ChunkPart){canvas->tile_width, canvas->tile_height, tile->left, tile->top, tile->width, tile->height,
+                     out, stride, job->channels, tile->channel};
+}
+
+/* What a part of a chunk needs of its bytes, at their places in w->file. */
+static int fetch_chunk(Worker *w, Canvas *canvas, const Tile *tile, const Job *job, const Bytes *spec, int fd) {
+  if (tile->length > MAX_TILE_BYTES) {
+    say(canvas, BAD_TILE, "it is larger than 256 MB");
+    return -1;
+  }
+  if (grow(&w->file, &w->file_size, (size_t)tile->length)) {
+    say(canvas, NO_MEMORY, "no memory");
+    return -1;
+  }
+  ChunkPart part = part_of(canvas, tile, job);
+  int64_t got = chunk_fetch(spec->data, fd, tile->start, (size_t)tile->length, &part, w->file);
+  if (got >= 0) {
+    canvas->read_bytes += got;
+    return 0;
+  }
+  say(canvas, got == -1 ? IO_ERROR : SHORT_READ, got == -1 ? "cannot be read" : "it ends early");
+  return -1;
+}
+
+static int decode_chunk(Worker *w, Canvas *canvas, const Tile *tile, const Job *job, const Bytes *spec,
+                        const uint8_t *data, size_t size) {
+  ChunkPart part = part_of(canvas, tile, job);
   char message[CHUNK_MESSAGE_BYTES] = "";
   int wrong = chunk_part(&w->chunks, spec->data, data, size, &part, message);
   if (wrong) say(canvas, wrong == CHUNK_NO_MEMORY ? NO_MEMORY : BAD_TILE, wrong == CHUNK_NO_MEMORY ? "no memory" : message);
   return wrong ? -1 : 0;
 }
 
+/* A tile that is a file of its own. */
+static int read_whole(Worker *w, Canvas *canvas, const Tile *tile, const Given *given, Job *job) {
+  int fd = -1, wrong = -1;
+  int64_t size = open_whole(canvas, given->bodies + tile->body, &fd);
+  if (!size) fill(job->pixels, (size_t)canvas->width * job->channels, tile, canvas->fill, job->channels);
+  if (size > 0) {
+    Tile all = *tile;
+    all.length = size;
+    const Bytes *spec = canvas->packing == CHUNK ? given->tables + canvas->tables : NULL;
+    wrong = spec ? fetch_chunk(w, canvas, &all, job, spec, fd) : pread_all(w, canvas, &all, fd, 0, 0);
+    if (wrong && canvas->status == SHORT_READ) say(canvas, CHANGED, "changed while it was read");
+    if (!wrong && !spec) canvas->read_bytes += size;
+    if (!wrong)
+      wrong = spec ? decode_chunk(w, canvas, tile, job, spec, w->file, (size_t)size)
+                   : decode_tile(w, canvas, &all, job, w->file, (size_t)size);
+  }
+  if (fd >= 0) close(fd);
+  return size ? wrong : 0;
+}
+
 static int read_tile(Worker *w, Canvas *canvas, const Tile *tile, const Given *given, Job *job) {
+  if (tile->length == WHOLE) return read_whole(w, canvas, tile, given, job);
   size_t size = (size_t)tile->length;
   const Head *head = NULL;
   if (canvas->packing == HEADLESS) {
@@ -835,7 +907,11 @@ static int read_tile(Worker *w, Canvas *canvas, const Tile *tile, const Given *g
   }
   size_t before = head ? head->frame_size : 0, after = head ? 2 : 0;
   const uint8_t *data = tile->file < 0 ? given->bodies[tile->body].data : NULL;
-  if (!data) {
+  if (!data && canvas->packing == CHUNK) {
+    int fd = given->files[tile->file].fd;
+    if (fetch_chunk(w, canvas, tile, job, given->tables + canvas->tables, fd)) return -1;
+    data = w->file;
+  } else if (!data) {
     if (pread_all(w, canvas, tile, given->files[tile->file].fd, before, after)) return -1;
     data = w->file;
   } else if (head) {
@@ -863,6 +939,7 @@ static void read_canvas(Worker *w, Canvas *canvas, const Tile *tiles, const Outp
   size_t stride = (size_t)canvas->width * channels;
   uint8_t *pixels = batch + single->target;
   canvas->status = OK;
+  canvas->read_bytes = canvas->absent = 0;
   if (!direct) {
     if (grow(&w->canvas, &w->canvas_size, stride * (size_t)canvas->height + 16)) {
       say(canvas, NO_MEMORY, "no memory");
@@ -968,17 +1045,24 @@ static const char *check_canvas(const Canvas *c, const Tile *tiles, Py_ssize_t n
   }
   for (int i = 0; i < c->n_tiles; i++) {
     const Tile *t = tiles + c->first_tile + i;
-    if (t->length < 0 || t->start < 0) return "byte range";
+    if (t->length < WHOLE || t->start < 0) return "byte range";
     if (t->left < 0 || t->top < 0 || t->width < 1 || t->height < 1 ||
         t->left > c->tile_width - t->width || t->top > c->tile_height - t->height)
       return "seen part";
     if (t->x < 0 || t->y < 0 || t->x > c->width - t->width || t->y > c->height - t->height) return "paste box";
     if (t->channel < 0 || t->channel > 2) return "channel";
     if (t->file < -1 || t->file >= given->n_files) return "file";
-    if (t->file >= 0 && (c->packing == PIXELS || given->files[t->file].fd < 0)) return "file";
-    if (t->file >= 0 || !t->length) continue;
+    int whole = t->length == WHOLE;
+    if (t->file >= 0 && !whole && (c->packing == PIXELS || given->files[t->file].fd < 0)) return "file";
+    if ((t->file >= 0 && !whole) || !t->length) continue;
     if (t->body < 0 || t->body >= given->n_bodies) return "body";
     const Body *body = given->bodies + t->body;
+    if (whole) {
+      if (c->packing != STREAM && c->packing != CHUNK) return "whole file";
+      if (body->channels || body->size < 1 || body->size >= MAX_PATH_BYTES) return "path";
+      if (memchr(body->data, 0, (size_t)body->size)) return "path";
+      continue;
+    }
     if (c->packing != PIXELS ? body->channels || body->size != t->length
                              : body->rows != t->height || body->columns != t->width || body->channels < 1 ||
                                    t->channel < 0 || t->channel > 3 - body->channels)
