@@ -35,7 +35,7 @@ def one_line_of_error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     [
         (Faults("500"), "failed 3 times, last with: HTTP 500"),
         (Faults("ignore-range"), "ignores byte ranges"),
-        (Faults("hang"), "no answer within"),
+        (Faults("hang"), "not finished within 0.5 s"),
         (Faults("403"), "access refused"),
     ],
 )
