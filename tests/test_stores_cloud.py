@@ -19,10 +19,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from online_patching import errors
-from online_patching.stores import HttpStore, RetryPolicy, Stores, cloud, cloud_s3, fsspec_options
+from online_patching.stores import HttpStore, RetryPolicy, Stores, cloud, cloud_s3
 from online_patching.stores.cloud_listing import list_place
 from online_patching.stores.sigv4 import Keys, presigned_query, quoted_path
-from tests.cloud_servers import ACCOUNT_KEY, CloudServer
+from tests.cloud_servers import CloudServer
 from tests.servers import Faults, FaultServer
 
 SECRET = "s3cret/Of+Tests"
@@ -532,27 +532,6 @@ def test_the_container_of_an_azure_uri_is_no_password() -> None:
     assert errors.redact("abfss://me:secret@lab.dfs.core.windows.net/a") == (
         "abfss://lab.dfs.core.windows.net/a"
     )
-
-
-def test_the_fallback_s_filesystems_are_told_the_same(monkeypatch) -> None:
-    told = {
-        "AWS_NO_SIGN_REQUEST": "YES",
-        "AWS_REQUEST_PAYER": "requester",
-        "STORAGE_EMULATOR_HOST": "127.0.0.1:99",
-        "AZURE_STORAGE_ACCOUNT_NAME": "lab",
-        "AZURE_STORAGE_ACCOUNT_KEY": ACCOUNT_KEY,
-    }
-    assert fsspec_options("s3://b/a", told) == {"anon": True, "requester_pays": True}
-    assert fsspec_options("gs://b/a", told) == {
-        "token": "anon",
-        "endpoint_url": "http://127.0.0.1:99",
-    }
-    assert fsspec_options("az://b/a", told) == {
-        "account_name": "lab",
-        "account_key": ACCOUNT_KEY,
-        "anon": False,
-    }
-    assert fsspec_options("http://b/a", told) == fsspec_options("s3://b/a", {}) == {}
 
 
 # --- listings ----------------------------------------------------------------------------------

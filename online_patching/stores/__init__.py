@@ -19,7 +19,6 @@ from online_patching.errors import PatchingError, redact
 from online_patching.stores.any_fsspec import FsspecStore
 from online_patching.stores.awaited import Awaited, Starter
 from online_patching.stores.cloud import CLOUDS
-from online_patching.stores.cloud_options import fsspec_options
 from online_patching.stores.http import HttpStore
 from online_patching.stores.listing import MOST_LISTED, Listed, list_folder
 from online_patching.stores.local import LocalStore, atomic_write_bytes, atomic_write_text
@@ -37,7 +36,6 @@ __all__ = [
     "Stores",
     "atomic_write_bytes",
     "atomic_write_text",
-    "fsspec_options",
     "is_ranged",
     "is_remote",
     "local_path",

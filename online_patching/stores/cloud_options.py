@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import urlsplit
 
 from online_patching.errors import StoreError
@@ -96,31 +95,6 @@ class AzureOptions:
                 told.get("sharedaccesssignature", "") or env.get("AZURE_STORAGE_SAS_TOKEN", "")
             ).lstrip("?"),
         )
-
-
-def fsspec_options(uri: str, env: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """The same wishes as storage options of s3fs, gcsfs or adlfs, for a reader that opens by fsspec."""
-    scheme = uri.partition("://")[0].lower()
-    if scheme in ("s3", "s3a"):
-        s3 = S3Options.read(env)
-        return {
-            **({"anon": True} if s3.anonymous else {}),
-            **({"requester_pays": True} if s3.requester_pays else {}),
-        }
-    if scheme in ("gs", "gcs"):
-        gcs = GcsOptions.read(env)
-        return {
-            **({"token": "anon"} if gcs.anonymous else {}),
-            **({"endpoint_url": gcs.endpoint} if gcs.endpoint != GcsOptions.endpoint else {}),
-            **({"requester_pays": gcs.billed} if gcs.billed else {}),
-        }
-    if scheme in ("az", "abfs", "abfss"):
-        azure = AzureOptions.read(env)
-        if connection := env.get("AZURE_STORAGE_CONNECTION_STRING"):
-            return {"connection_string": connection}
-        found = {"account_name": azure.account, "account_key": azure.key, "sas_token": azure.sas}
-        return {name: value for name, value in found.items() if value} | {"anon": azure.anonymous}
-    return {}
 
 
 def endpoint_of(text: str) -> str:
