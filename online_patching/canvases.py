@@ -84,7 +84,7 @@ def _reads_itself(corpus: Corpus, plan: BatchPlan, first: int, stop: int) -> NDA
     """Which canvases the native decoder reads from files: what it decodes."""
     packing = plan.canvases["packing"][first:stop]
     chunks = corpus.records["reader"][plan.slide[first:stop]] == CHUNKS
-    return np.isin(packing, _known()) & ~(chunks & (packing == HEADLESS))
+    return np.asarray(np.isin(packing, _known()) & ~(chunks & (packing == HEADLESS)))
 
 
 def _known() -> list[int]:
