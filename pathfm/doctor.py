@@ -45,7 +45,7 @@ _REQUIRED = (
     ("scikit-learn", "sklearn", "oracle of the probes"),
     ("mlflow", "mlflow", "run tracking"),
     ("tifffile", "tifffile", "synthetic slides"),
-    ("zarr", "zarr", "OME-Zarr"),
+    ("zarr", "zarr", "OME-Zarr of the tests"),
     ("imagecodecs", "imagecodecs", "JPEG 2000, LZW, deflate"),
     ("simplejpeg", "simplejpeg", "JPEG tiles"),
     ("openslide-python", "openslide", "fallback reader"),
