@@ -239,7 +239,7 @@ def _explain(
         file = int(plan.tiles["file"][at]) if status != native.NO_MEMORY else -1
         uri = plan.keys[file] if file >= 0 else corpus.uri(int(plan.slide[i]))
         if status == native.BAD_TILE:
-            failed[int(i)] = _bad_tile(corpus, plan, int(i), at, message)
+            failed[int(i)] = bad_tile(corpus, plan, int(i), at, message)
         elif status == native.SHORT_READ:
             start, length = int(plan.tiles["start"][at]), int(plan.tiles["length"][at])
             size = int(plan.files["size_bytes"][file])
@@ -256,7 +256,8 @@ def _explain(
             )
 
 
-def _bad_tile(corpus: Corpus, plan: BatchPlan, canvas: int, tile: int, why: str) -> TileDecodeError:
+def bad_tile(corpus: Corpus, plan: BatchPlan, canvas: int, tile: int, why: str) -> TileDecodeError:
+    """A canvas's failure by its tile `tile` of the plan."""
     slide = int(plan.slide[canvas])
     level = int(plan.level[canvas]) - int(corpus.records["first_level"][slide])
     return TileDecodeError(corpus.uri(slide), level, int(plan.number[tile]), f"{why}.")
@@ -287,7 +288,7 @@ def _from_files(
         return bodies
     except BadTileError as error:
         at = plan.tiles_of(canvas).start + len(bodies)
-        return _bad_tile(corpus, plan, canvas, at, str(error))
+        return bad_tile(corpus, plan, canvas, at, str(error))
     except (ShortReadError, ObjectNotFoundError) as error:
         return error
 
@@ -322,7 +323,7 @@ def _decoded(
             box = Box(left, top, left + w, top + h)
             out.append(decode_tile(codec, body or None, width, height, scale, box))
         except BadTileError as error:
-            raise _bad_tile(corpus, plan, canvas, at, str(error)) from None
+            raise bad_tile(corpus, plan, canvas, at, str(error)) from None
     return out
 
 

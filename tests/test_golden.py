@@ -32,6 +32,7 @@ from online_patching import (
 )
 from online_patching.geometry import Box
 from online_patching.sampling.draws import Draws, Sampler
+from online_patching.testing import Storage, SyntheticSlide, write_ome_zarr
 from online_patching.testing.odd_slides import (
     ODD_SLIDES,
     OddSlide,
@@ -258,6 +259,29 @@ def test_resampled_patches_lie_close_to_an_area_average(odd):
         assert np.abs(ours - truth).mean() < COLOURFUL_BOUND
 
 
+def zarr_found(folder: Path) -> dict[str, Any]:
+    """What is committed of a sharded store. Its chunks are stored as they are: no encoder decides where they lie."""
+    storage = Storage(3, 64, compressor="none", axes="yxc", shard_px=128, crc32c=True)
+    path = write_ome_zarr(
+        folder / "golden.zarr",
+        SyntheticSlide(1, 331, 237, mpp=0.2743),
+        version="0.5",
+        level0=odd_picture(331, 237),
+        downsamples=(2.0,),
+        storage=storage,
+    )
+    index = read_slide_index(str(path))
+    now = found(index, 96, b"")
+    del now["file"]
+    loaded = [short(patch.tobytes()) for patch in through_loader(index, 96)]
+    assert loaded == now["patches"]
+    return {**now, "index": index.digest}
+
+
+def test_a_generated_zarr_store_has_its_golden_pixels_and_index(tmp_path):
+    assert zarr_found(tmp_path) == golden("zarr_store")["sharded"]
+
+
 # --- real -----------------------------------------------------------------------------------------
 
 
@@ -328,7 +352,9 @@ def write_golden() -> None:
         for name, recipe in ODD_SLIDES.items():
             path = write_odd_slide(Path(folder) / f"{name}.tif", recipe)
             odds[name] = found(read_slide_index(str(path)), 96, path.read_bytes())
+        stores = {"sharded": zarr_found(Path(folder))}
     _write("odd_slides", odds)
+    _write("zarr_store", stores)
     if SHARED_DATA.is_dir():
         real = {}
         for name, mpp in REAL:

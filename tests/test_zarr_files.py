@@ -39,7 +39,7 @@ def written(folder: Path, storage: Storage) -> Path:
     return folder / "a.zarr"
 
 
-def loader_of(path: Path, size_px: int = 60, **options: object) -> PatchLoader:
+def loader_of(path: Path | str, size_px: int = 60, **options: object) -> PatchLoader:
     index = read_slide_index(str(path), mpp=0.5)
     mask = ForegroundMask.everything(index)
     sampler = PatchSampler([index], [mask], size_px=size_px, mpp=0.5, seed=3, min_foreground=0.0)
@@ -116,3 +116,22 @@ def test_chunks_that_were_replaced_are_read_as_they_are(tmp_path):
         loader.next_batch()  # may have been on its way
         loader.next_batch()
         assert not loader.next_batch().pixels.any()  # fill
+
+
+@pytest.mark.parametrize("name", ["zstd", "gzip, channels apart"])
+def test_an_empty_remote_chunk_is_a_bad_tile_and_an_absent_one_is_fill(
+    fault_server, either_decoder, name
+):
+    path = written(fault_server.root, STORAGES[name])
+    uri = f"{fault_server.url}/a.zarr"
+    emptied(min(chunk_files(path)))
+    with loader_of(uri, 150, max_failed_fraction=1.0) as loader:
+        failures = [one for _ in range(4) for one in loader.next_batch().failures]
+    assert failures
+    assert all("its object is empty" in str(one) for one in failures)
+    for chunk in chunk_files(path):
+        chunk.unlink()
+    with loader_of(uri) as loader:
+        batch = loader.next_batch()
+        assert not batch.failures
+        assert not batch.pixels.any()

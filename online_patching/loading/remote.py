@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from online_patching.batch_plan import BatchPlan
 from online_patching.batch_plan.pieces import CHUNKS
 from online_patching.batch_plan.runs import Piece, merge, pieces_of, size_of
-from online_patching.canvases import Failed, read_bodies
+from online_patching.canvases import Failed, bad_tile, read_bodies
 from online_patching.corpus import Corpus
 from online_patching.errors import ObjectChangedError, ObjectNotFoundError, SlideError
 from online_patching.loading.batch import LoaderOptions
@@ -40,6 +40,11 @@ class Wanted:
         self.turn, self.canvas, self.pieces = turn, canvas, pieces
         self.found: dict[int, bytes] = {}  # by piece: those that were kept
         self.runs = merge(pieces, gap_bytes)
+
+    def empty(self, read: Sequence[bytes | None]) -> int | None:
+        """The first piece whose whole object is there and has no bytes: unlike an absent one, it is damage."""
+        files = {run[0] for run, body in zip(self.runs, read, strict=True) if body == b""}
+        return next((i for i, piece in enumerate(self.pieces) if piece[0] in files), None)
 
     def bodies(self, read: Sequence[bytes]) -> list[bytes]:
         """The bytes of each piece out of those of the runs, b"" where nothing is stored."""
@@ -199,10 +204,19 @@ class RemoteReader:
             elif group.error is not None:
                 raise group.error
             else:
-                its = wanted.bodies(group.bodies)
+                empty = wanted.empty(group.bodies)
+                if empty is not None:
+                    at = turn.plan.tiles_of(wanted.canvas).start + empty
+                    why = "its object is empty"
+                    failed[wanted.canvas] = bad_tile(
+                        self._corpus, turn.plan, wanted.canvas, at, why
+                    )
+                    continue
+                read = [body or b"" for body in group.bodies]
+                its = wanted.bodies(read)
                 canvases.append(wanted.canvas)
                 bodies += its
-                self._count(wanted, group.bodies, its)
+                self._count(wanted, read, its)
                 if self._cache is not None:
                     self._keep(wanted, its)
         if canvases:

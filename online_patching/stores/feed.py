@@ -27,7 +27,8 @@ class Group:
     """Some `reads`; `tag` is the asker's. Then `bodies`, or an `error`.
 
     `size_bytes` is what it holds of the budget, where that is not what its ranges say. A whole object that
-    is absent has no bytes: b"". `before` is awaited ahead of the reads; what it raises is the group's error.
+    is absent has no body, None; one that is there and empty has b"". `before` is awaited ahead of the reads;
+    what it raises is the group's error.
     """
 
     __slots__ = (
@@ -44,7 +45,7 @@ class Group:
         self.reads, self.tag, self.before = reads, tag, before
         ranges = sum((stop or 0) - start for _, start, stop, _ in reads)
         self.size_bytes = ranges if size_bytes is None else size_bytes
-        self.bodies: list[bytes] = []
+        self.bodies: list[bytes | None] = []
         self.error: Exception | None = None
         self.left = 0
         self.looked = False
@@ -142,7 +143,7 @@ class Feed:
             self._read(group)
 
     def _read(self, group: Group) -> None:
-        group.left, group.bodies = len(group.reads), [b""] * len(group.reads)
+        group.left, group.bodies = len(group.reads), [None] * len(group.reads)
         try:
             for number, (key, start, stop, token) in enumerate(group.reads):
                 done = partial(self._answered, group, number)
@@ -160,7 +161,7 @@ class Feed:
         absent = isinstance(error, ObjectNotFoundError) and group.reads[number][2] is None
         if error is not None and not absent:
             return self._failed(group, error)
-        group.bodies[number] = body or b""
+        group.bodies[number] = None if absent else body or b""
         if not group.left:
             self._complete(group)
         return None
