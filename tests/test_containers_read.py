@@ -296,7 +296,9 @@ def test_processes_read_a_cloud_with_a_disk_cache_of_their_own_all_together(
         ) as loader:  # fmt: skip
             check(loader, [indexes[name] for name in names], 2)
             stats = loader.stats
-    assert stats.requests == stats.cache_misses == 0 < stats.cache_hits  # the first had read it all
+    # The first had read it all, but for what the second read further ahead.
+    assert stats.cache_hits > 100 > 10 * stats.cache_misses
+    assert stats.requests <= stats.cache_misses
     for file in (tmp_path / "cache").rglob("*"):
         assert not file.is_file() or b"AKIA" not in file.read_bytes()
 
