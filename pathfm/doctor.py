@@ -58,9 +58,9 @@ _REQUIRED = (
 )
 # extra, module, what it is for
 _EXTRAS = (
-    ("s3", "s3fs", "s3:// slides"),
-    ("gcs", "gcsfs", "gs:// slides"),
-    ("azure", "adlfs", "az:// slides"),
+    ("s3", "botocore", "s3:// slides"),
+    ("gcs", "google-auth", "gs:// slides"),
+    ("azure", "azure-identity", "az:// slides"),
     ("notebooks", "ipykernel", "notebooks"),
     ("test", "pytest", "tests"),
 )

@@ -289,16 +289,14 @@ def test_processes_read_a_cloud_with_a_disk_cache_of_their_own_all_together(
         if path.is_file():
             s3_cloud.put(str(path.relative_to(folder)), path.read_bytes())
     found = [read_slide_index(f"s3://slides/{name}") for name in names]  # its stores came first
-    for method in ("fork", "spawn"):
+    for method, batches, ahead in (("fork", 8, 2), ("spawn", 2, 1)):  # the second reads less far
         with PatchLoader(
-            sampler_of(found, mpp=[MPP]), 16, workers=2, start_method=method,
+            sampler_of(found, mpp=[MPP]), 16, workers=2, start_method=method, prefetch=ahead,
             disk_cache=tmp_path / "cache", disk_cache_bytes=2**26,
         ) as loader:  # fmt: skip
-            check(loader, [indexes[name] for name in names], 2)
+            check(loader, [indexes[name] for name in names], batches)
             stats = loader.stats
-    # The first had read it all, but for what the second read further ahead.
-    assert stats.cache_hits > 100 > 10 * stats.cache_misses
-    assert stats.requests <= stats.cache_misses
+    assert stats.requests == stats.cache_misses == 0 < stats.cache_hits  # the first had read it all
     for file in (tmp_path / "cache").rglob("*"):
         assert not file.is_file() or b"AKIA" not in file.read_bytes()
 

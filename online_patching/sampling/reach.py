@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ class Reach(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Interval:
+class Interval(ABC):
     """What the laws over [low, high] share: validation, and the truncated inverse."""
 
     low: float
@@ -87,13 +88,13 @@ class Interval:
         """What it is, as JSON types."""
         return {"policy": type(self).__name__.lower(), **self.__dict__}
 
+    @abstractmethod
     def cdf(self, mpp: Floats) -> Floats:
         """The share of draws at most as coarse as `mpp`, for values in [low, high]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def quantile(self, share: Floats) -> Floats:
         """The least µm/px whose `cdf` reaches `share`."""
-        raise NotImplementedError
 
     def servable(self, reach: Reach) -> NDArray[np.bool_]:
         """Which of n slides serve a piece of the interval."""

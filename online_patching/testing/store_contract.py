@@ -14,6 +14,7 @@ import asyncio
 import inspect
 import pickle
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from operator import methodcaller
 from typing import Any, ClassVar, TypeVar
@@ -44,7 +45,7 @@ def content(seed: int, size_bytes: int = SIZE) -> bytes:
     return np.random.default_rng(seed).integers(0, 256, size_bytes, np.uint8).tobytes()
 
 
-class StoreContract:
+class StoreContract(ABC):
     """Tests that any store passes. A store may be awaited (AsyncStore) or answer at once (LocalStore)."""
 
     secrets: ClassVar[tuple[str, ...]] = ()
@@ -55,17 +56,17 @@ class StoreContract:
         "deep/µm – ü.bin",
     )
 
+    @abstractmethod
     def make_store(self) -> Any:
         """A store that nobody has used; called on the loop that will use it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put(self, name: str, data: bytes) -> str:
         """Store an object (or replace it) and return its key."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove(self, name: str) -> None:
         """Delete an object."""
-        raise NotImplementedError
 
     def folder(self, name: str) -> str:
         """The key of a folder or prefix in which `put` stores names that begin with `name`/."""
