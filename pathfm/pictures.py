@@ -93,9 +93,14 @@ def jpeg_data_uri(picture: RgbArray | Image.Image, quality: int = 80, max_px: in
     image = Image.fromarray(picture)
     if max_px:
         image.thumbnail((max_px, max_px), Image.Resampling.LANCZOS)
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg_bytes(image, quality)).decode()
+
+
+def jpeg_bytes(picture: Image.Image, quality: int = 88) -> bytes:
+    """The picture as a JPEG file."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture.save(buffer, "JPEG", quality=quality, optimize=True)
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)
