@@ -1,0 +1,287 @@
+"""Tissue drawn by hand on real thumbnails: the truth a mask is trained on and judged by.
+
+`drawn/pictures.csv` lists the pictures, `drawn/<name>.geojson` holds what was drawn on each,
+`drawn/again/<name>.geojson` a second, blind drawing of some. The pictures themselves are not ours to
+pass on: they are looked for under folders the caller names, and checked by SHA-256.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pathfm.runtime import PathfmError, one_line
+
+Mask = NDArray[np.bool_]
+Ring = Sequence[Sequence[float]]
+
+DRAWN = Path(__file__).parent / "drawn"
+COLUMNS = (
+    "name", "file", "sha256", "width_px", "height_px", "split", "stain_group", "stain", "licence",
+    "origin", "source", "hard",
+)  # fmt: skip
+SPLITS = ("training", "validation", "evaluation")
+STAIN_GROUPS = ("H&E", "IHC", "special")
+INSIDE, OUTSIDE = ("fat", "pale"), ("pen", "bubble", "edge")
+"""Kinds that must lie inside a mask, and kinds that must lie outside it."""
+CLASSES = {
+    "Tissue": "tissue", "Fat": "fat", "Pale stroma": "pale", "Pen": "pen", "Bubble": "bubble",
+    "Edge": "edge", "Ignore": "ignore",
+}  # fmt: skip
+MAX_PIXELS = 64_000_000
+MAX_FILE_BYTES = 64 << 20
+MAX_VERTICES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What one drawing says, all (h, w) bool; pixels in `ignore` take part in nothing."""
+
+    tissue: Mask
+    ignore: Mask
+    kinds: Mapping[str, Mask]
+    """fat and pale (inside tissue), pen, and bubble and edge (where they lie on glass)."""
+
+
+@dataclass(frozen=True)
+class DrawnPicture:
+    """A picture, (h, w, 3) uint8, and its truth."""
+
+    name: str
+    rgb: NDArray[np.uint8]
+    truth: Truth
+    split: str
+    stain_group: str
+    stain: str
+    licence: str
+    origin: str
+    source: str
+    """The slide or case: pictures of one source are all in one split."""
+    hard: tuple[str, ...] = ()
+    again: Truth | None = field(default=None, repr=False)
+    """The same person's second drawing, made without sight of the first."""
+
+    @property
+    def tissue(self) -> Mask:
+        """(h, w) bool: drawn tissue without what lies under pen."""
+        return self.truth.tissue
+
+    @property
+    def ignore(self) -> Mask:
+        """(h, w) bool: pixels that cannot be decided."""
+        return self.truth.ignore
+
+    @property
+    def kinds(self) -> Mapping[str, Mask]:
+        """fat, pale, pen, bubble, edge: (h, w) bool each."""
+        return self.truth.kinds
+
+
+def read_pictures(
+    roots: Sequence[Path], split: str | None = None, drawn: Path = DRAWN
+) -> list[DrawnPicture]:
+    """The drawn pictures of a split (None: of all), by name, looked for under each root in turn.
+
+    Raises `PathfmError` for a folder or split that does not exist, for pictures that are missing
+    (each named, with its origin) or differ from those that were drawn on, and for damaged drawings.
+    """
+    if split is not None and split not in SPLITS:
+        raise PathfmError(f"no split {split!r} of drawn pictures: there are {', '.join(SPLITS)}")
+    for root in roots:
+        if not root.is_dir():
+            raise PathfmError(f"pictures {root}: no such folder")
+    rows = [r for r in read_table(drawn / "pictures.csv") if split in (None, r["split"])]
+    found = {row["name"]: _find(row["file"], roots) for row in rows}
+    missing = [f"{r['file']} (from {r['origin']})" for r in rows if found[r["name"]] is None]
+    if missing:
+        raise PathfmError(
+            f"{len(missing)} of {len(rows)} drawn pictures are not under "
+            f"{', '.join(map(str, roots)) or 'any folder: none was given'}: {', '.join(missing)}. Get them from there"
+        )
+    return [_read(row, path, drawn) for row in rows if (path := found[row["name"]]) is not None]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a `pictures.csv`, by name; `PathfmError` names the line that is wrong.
+
+    A source that occurs in two splits is an error: what was trained on would be tested on.
+    """
+    text = _text(path)
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise PathfmError(f"{path}, line {reader.line_num}: {error}") from None
+    if tuple(reader.fieldnames or ()) != COLUMNS:
+        raise PathfmError(f"{path}: its columns must be {','.join(COLUMNS)}")
+    split_of: dict[tuple[str, str], str] = {}
+    names: set[str] = set()
+    for at, row in enumerate(rows, start=2):
+        wrong = _wrong(row)
+        if row["name"] in names:
+            wrong = f"a second row for {row['name']!r}"
+        names.add(row["name"])
+        if (
+            not wrong
+            and split_of.setdefault((row["origin"], row["source"]), row["split"]) != row["split"]
+        ):
+            wrong = f"source {row['source']!r} is in two splits"
+        if wrong:
+            raise PathfmError(f"{path}, row {at} ({row['name']}): {wrong}")
+    return sorted(rows, key=lambda row: row["name"])
+
+
+def _wrong(row: Mapping[str | None, Any]) -> str:
+    """What is wrong with a row of the table, or ""."""
+    if None in row or None in row.values():
+        return f"wants {len(COLUMNS)} fields"
+    for column, allowed in (("split", SPLITS), ("stain_group", STAIN_GROUPS)):
+        if row[column] not in allowed:
+            return f"{column} {row[column]!r} is none of {', '.join(allowed)}"
+    if not row["name"] or not all(c.isalnum() or c in "._-" for c in row["name"]):
+        return "a name has letters, digits, dots, dashes and underscores only"
+    file = PurePosixPath(row["file"])
+    if file.is_absolute() or ".." in file.parts or "\\" in row["file"] or not row["file"]:
+        return f"file {row['file']!r} does not lie inside a folder"
+    if not row["licence"] or not row["origin"] or not row["source"]:
+        return "licence, origin and source must be given"
+    return ""
+
+
+def _find(file: str, roots: Iterable[Path]) -> Path | None:
+    return next((root / file for root in roots if (root / file).is_file()), None)
+
+
+def _read(row: Mapping[str, str], path: Path, drawn: Path) -> DrawnPicture:
+    data = _bytes(path)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != row["sha256"]:
+        raise PathfmError(
+            f"{path}: not the picture that was drawn on (SHA-256 {digest[:12]}…, wanted "
+            f"{row['sha256'][:12]}…). Get it again from {row['origin']}"
+        )
+    rgb = _rgb(path, data)
+    drawing = drawn / f"{row['name']}.geojson"
+    again = drawn / "again" / drawing.name
+    return DrawnPicture(
+        name=row["name"],
+        rgb=rgb,
+        truth=read_truth(drawing, digest, rgb.shape[:2]),
+        again=read_truth(again, digest, rgb.shape[:2]) if again.exists() else None,
+        hard=tuple(row["hard"].split()),
+        **{k: row[k] for k in ("split", "stain_group", "stain", "licence", "origin", "source")},
+    )
+
+
+def _rgb(path: Path, data: bytes) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise PathfmError(f"{path}: {picture.size} px, more than {MAX_PIXELS:,} pixels")
+            return np.array(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise PathfmError(f"{path}: not a readable picture ({one_line(error)})") from None
+
+
+def read_truth(path: Path, sha256: str, shape: tuple[int, ...]) -> Truth:
+    """The masks of a drawing, of `shape` (h, w).
+
+    tissue = drawn Tissue, holes cut out, without Pen. fat and pale count inside tissue, bubble and
+    edge on glass. Nothing counts in Ignore. Raises `PathfmError` when the file is damaged or belongs
+    to another picture than that of `sha256` and `shape`.
+    """
+    polygons = _polygons(path, sha256, shape)
+    drawn = {name: np.zeros(shape, np.bool_) for name in CLASSES.values()}
+    for name, rings in polygons:
+        drawn[name] |= rasterise(rings, (shape[0], shape[1]))
+    ignore = drawn["ignore"]
+    tissue = drawn["tissue"] & ~drawn["pen"]
+    kinds = {name: drawn[name] & tissue & ~ignore for name in INSIDE}
+    kinds["pen"] = drawn["pen"] & ~ignore
+    for name in ("bubble", "edge"):
+        kinds[name] = drawn[name] & ~tissue & ~drawn["pen"] & ~ignore
+    return Truth(tissue & ~ignore, ignore, kinds)
+
+
+def _polygons(path: Path, sha256: str, shape: tuple[int, ...]) -> list[tuple[str, list[Ring]]]:
+    try:
+        read = json.loads(_text(path))
+        told = read["picture"]
+        size = (told["height_px"], told["width_px"])
+        if told["sha256"] != sha256 or size != tuple(shape):
+            raise PathfmError(
+                f"{path}: drawn on another picture ({size[1]} x {size[0]} px, SHA-256 "
+                f"{str(told['sha256'])[:12]}…) than the table tells of"
+            )
+        polygons = [_polygon(path, at, feature) for at, feature in enumerate(read["features"])]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise PathfmError(f"{path}: not a drawing ({one_line(error)})") from None
+    if sum(len(ring) for _, rings in polygons for ring in rings) > MAX_VERTICES:
+        raise PathfmError(f"{path}: more than {MAX_VERTICES:,} vertices")
+    return polygons
+
+
+def _polygon(path: Path, at: int, feature: Any) -> tuple[str, list[Ring]]:
+    name = feature["properties"]["classification"]["name"]
+    geometry = feature["geometry"]
+    if name not in CLASSES or geometry["type"] != "Polygon":
+        raise PathfmError(
+            f"{path}, polygon {at}: a {geometry['type']!r} of class {name!r}; wanted a Polygon of "
+            f"{', '.join(CLASSES)}"
+        )
+    rings: list[Ring] = [
+        [(float(x), float(y)) for x, y, *_ in ring] for ring in geometry["coordinates"]
+    ]
+    for ring in rings:
+        if len(ring) < 4 or not all(math.isfinite(v) for point in ring for v in point):
+            raise PathfmError(f"{path}, polygon {at} ({name}): a ring is no closed line of numbers")
+    return CLASSES[name], rings
+
+
+def rasterise(rings: Sequence[Ring], shape: tuple[int, int]) -> Mask:
+    """(h, w) bool: pixels whose centre lies inside the rings by the even-odd rule.
+
+    Coordinates are (x, y), x right, y down, pixel corners at integers; parts outside are cut off. The
+    first ring is the outer one, the others are holes. A centre exactly on an edge belongs to the part
+    right of or below it, so that two polygons that share an edge share no pixel.
+    """
+    height, width = shape
+    flips = np.zeros((height, width + 1), np.int32)
+    for ring in rings:
+        points = np.asarray(ring, np.float64)[:, :2]
+        for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
+            low, high = min(y0, y1), max(y0, y1)
+            first = int(np.clip(math.ceil(low - 0.5), 0, height))
+            last = int(np.clip(math.ceil(high - 0.5), 0, height))
+            rows = np.arange(first, last)
+            if len(rows):
+                x = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
+                np.add.at(flips, (rows, np.clip(np.ceil(x - 0.5), 0, width).astype(int)), 1)
+    return np.asarray(flips[:, :width].cumsum(axis=1) % 2 == 1)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise PathfmError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise PathfmError(f"{path}: {error.strerror}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return _bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise PathfmError(f"{path}: not a UTF-8 text file") from None
