@@ -31,7 +31,7 @@ STEM4_WIDTHS = (24, 40, 64, 104)
 MAX_FILE_BYTES = 512 << 20
 MAX_CLASSES = 1024
 _INIT_STREAM = 7202
-_FORMAT = "pathfm segmentation 1"
+_KEY, _FORMAT = "pathfm", "segmentation 1"
 
 
 def build_model(name: str, classes: int = 1, **options: Any) -> nn.Module:
@@ -120,8 +120,9 @@ def save_model(model: nn.Module, name: str, path: Path | str, facts: Mapping[str
     misfit = _misfit(wanted, state)
     if misfit:
         raise PathfmError(f"{path}: the model to be saved is no {name}: {misfit}")
-    header = {"format": _FORMAT, "model": name, "classes": str(classes)}
-    header["facts"] = json.dumps(dict(facts), sort_keys=True)
+    about = {"format": _FORMAT, "model": name, "classes": classes, "facts": dict(facts)}
+    # one key: safetensors writes several in an order that differs from run to run
+    header = {_KEY: json.dumps(about, sort_keys=True)}
     make_folder(Path(path).parent)
     try:
         atomic_write_bytes(path, save(state, header))
@@ -179,22 +180,23 @@ def load_model(path: Path | str = SHIPPED_WEIGHTS) -> tuple[nn.Module, dict[str,
 
 def _header(path: Path, header: Mapping[str, str]) -> tuple[str, int, dict[str, Any]]:
     """Name, classes and facts of a file's header, checked."""
-    name, classes = header.get("model", ""), header.get("classes", "")
-    if header.get("format") != _FORMAT or name not in MODEL_NAMES:
-        raise PathfmError(
-            f"{path}: names no segmentation model (format {header.get('format', 'absent')!r:.60}, model "
-            f"{name!r:.60}). Give a file that `pathfm foreground-train` wrote"
-        )
     try:
-        facts = json.loads(header.get("facts", ""))
-    except (ValueError, RecursionError):
-        facts = None
-    # isdecimal and the length first: int() of a very long text is slow, of "²" an error
-    if not (classes.isascii() and classes.isdecimal() and len(classes) < 5) or facts is None:
-        raise PathfmError(f"{path}: its header is damaged (classes {classes!r:.60}). Copy it again")
-    if not isinstance(facts, dict):
-        raise PathfmError(f"{path}: its facts are no JSON object. Copy it again")
-    return name, int(classes), facts
+        about = json.loads(header.get(_KEY, "null"))
+    except (ValueError, RecursionError):  # int() of 5,000 digits is a ValueError too
+        raise PathfmError(f"{path}: its header is damaged. Copy it again") from None
+    if not isinstance(about, dict) or about.get("format") != _FORMAT:
+        raise PathfmError(
+            f"{path}: does not say which segmentation model it holds. Give a file that "
+            "`pathfm foreground-train` wrote"
+        )
+    name, classes, facts = about.get("model"), about.get("classes"), about.get("facts")
+    in_range = type(classes) is int and 1 <= classes <= MAX_CLASSES
+    if name not in MODEL_NAMES or not in_range or not isinstance(facts, dict):
+        raise PathfmError(
+            f"{path}: says model {name!r:.60}, classes {classes!r:.60}, facts {facts!r:.60}. Models are "
+            f"{', '.join(MODEL_NAMES)}, classes 1 to {MAX_CLASSES}, facts a mapping"
+        )
+    return name, classes, facts
 
 
 def _misfit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

@@ -59,18 +59,21 @@ class AllMlpDecoder(nn.Module):
         size = maps[0].shape[-2:]
         with _without_autocast(maps[0].device):  # products of weights in fp32
             parts = self.fuse.weight.chunk(len(self.linears), dim=1)
-            weights = [part @ w for part, w in zip(parts, self._all("weight"), strict=True)]
-            biases = [part @ b for part, b in zip(parts, self._all("bias"), strict=True)]
-            bias = torch.stack(biases).sum(0)
-        total = F.conv2d(maps[0], weights[0][:, :, None, None], bias)
+            products = [p @ w for p, w in zip(parts, self._affine(), strict=True)]
+            weights = [product[:, :-1, None, None] for product in products]
+            bias = torch.stack([product[:, -1] for product in products]).sum(0)
+        total = F.conv2d(maps[0], weights[0], bias)
         for x, weight in zip(maps[1:], weights[1:], strict=True):
-            narrow = F.conv2d(x, weight[:, :, None, None])
+            narrow = F.conv2d(x, weight)
             total = total + _upsampled(narrow, size)
         return total
 
-    def _all(self, name: str) -> list[Tensor]:
-        """The weights, or the biases, of the linear layers."""
-        return [layer.get_parameter(name) for layer in self.linears]
+    def _affine(self) -> list[Tensor]:
+        """Each linear layer as one matrix (C, width + 1), its bias the last column."""
+        return [
+            torch.cat([layer.get_parameter("weight"), layer.get_parameter("bias")[:, None]], 1)
+            for layer in self.linears
+        ]
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
