@@ -11,7 +11,6 @@ import csv
 import hashlib
 import io
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -21,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pathfm.geojson import Polygon, rasterise, read_geojson
 from pathfm.runtime import PathfmError, one_line
 
 Mask = NDArray[np.bool_]
-Ring = Sequence[Sequence[float]]
 
 DRAWN = Path(__file__).parent / "drawn"
 COLUMNS = (
@@ -41,7 +40,6 @@ CLASSES = {
 }  # fmt: skip
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 64 << 20
-MAX_VERTICES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -202,9 +200,10 @@ def read_truth(path: Path, sha256: str, shape: tuple[int, ...]) -> Truth:
     to another picture than that of `sha256` and `shape`.
     """
     polygons = _polygons(path, sha256, shape)
-    drawn = {name: np.zeros(shape, np.bool_) for name in CLASSES.values()}
-    for name, rings in polygons:
-        drawn[name] |= rasterise(rings, (shape[0], shape[1]))
+    drawn = {
+        name: rasterise([p for p in polygons if p.name == drawn_as], (shape[0], shape[1]))
+        for drawn_as, name in CLASSES.items()
+    }
     ignore = drawn["ignore"]
     tissue = drawn["tissue"] & ~drawn["pen"]
     kinds = {name: drawn[name] & tissue & ~ignore for name in INSIDE}
@@ -214,61 +213,25 @@ def read_truth(path: Path, sha256: str, shape: tuple[int, ...]) -> Truth:
     return Truth(tissue & ~ignore, ignore, kinds)
 
 
-def _polygons(path: Path, sha256: str, shape: tuple[int, ...]) -> list[tuple[str, list[Ring]]]:
+def _polygons(path: Path, sha256: str, shape: tuple[int, ...]) -> list[Polygon]:
+    """The polygons of a drawing, once it is known to be of this picture."""
     try:
-        read = json.loads(_text(path))
-        told = read["picture"]
+        told = json.loads(_text(path))["picture"]
         size = (told["height_px"], told["width_px"])
         if told["sha256"] != sha256 or size != tuple(shape):
             raise PathfmError(
                 f"{path}: drawn on another picture ({size[1]} x {size[0]} px, SHA-256 "
                 f"{str(told['sha256'])[:12]}…) than the table tells of"
             )
-        polygons = [_polygon(path, at, feature) for at, feature in enumerate(read["features"])]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise PathfmError(f"{path}: not a drawing ({one_line(error)})") from None
-    if sum(len(ring) for _, rings in polygons for ring in rings) > MAX_VERTICES:
-        raise PathfmError(f"{path}: more than {MAX_VERTICES:,} vertices")
+    polygons = read_geojson(path)
+    for number, polygon in enumerate(polygons, start=1):
+        if polygon.name not in CLASSES:
+            raise PathfmError(
+                f"{path}: feature {number}: class {polygon.name!r} is none of {', '.join(CLASSES)}"
+            )
     return polygons
-
-
-def _polygon(path: Path, at: int, feature: Any) -> tuple[str, list[Ring]]:
-    name = feature["properties"]["classification"]["name"]
-    geometry = feature["geometry"]
-    if name not in CLASSES or geometry["type"] != "Polygon":
-        raise PathfmError(
-            f"{path}, polygon {at}: a {geometry['type']!r} of class {name!r}; wanted a Polygon of "
-            f"{', '.join(CLASSES)}"
-        )
-    rings: list[Ring] = [
-        [(float(x), float(y)) for x, y, *_ in ring] for ring in geometry["coordinates"]
-    ]
-    for ring in rings:
-        if len(ring) < 4 or not all(math.isfinite(v) for point in ring for v in point):
-            raise PathfmError(f"{path}, polygon {at} ({name}): a ring is no closed line of numbers")
-    return CLASSES[name], rings
-
-
-def rasterise(rings: Sequence[Ring], shape: tuple[int, int]) -> Mask:
-    """(h, w) bool: pixels whose centre lies inside the rings by the even-odd rule.
-
-    Coordinates are (x, y), x right, y down, pixel corners at integers; parts outside are cut off. The
-    first ring is the outer one, the others are holes. A centre exactly on an edge belongs to the part
-    right of or below it, so that two polygons that share an edge share no pixel.
-    """
-    height, width = shape
-    flips = np.zeros((height, width + 1), np.int32)
-    for ring in rings:
-        points = np.asarray(ring, np.float64)[:, :2]
-        for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
-            low, high = min(y0, y1), max(y0, y1)
-            first = int(np.clip(math.ceil(low - 0.5), 0, height))
-            last = int(np.clip(math.ceil(high - 0.5), 0, height))
-            rows = np.arange(first, last)
-            if len(rows):
-                x = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
-                np.add.at(flips, (rows, np.clip(np.ceil(x - 0.5), 0, width).astype(int)), 1)
-    return np.asarray(flips[:, :width].cumsum(axis=1) % 2 == 1)
 
 
 def _bytes(path: Path) -> bytes:
