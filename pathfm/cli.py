@@ -34,11 +34,16 @@ class Verb:
 VERBS = {
     "index": Verb("slides -> a corpus folder: headers only, nothing is copied", ("slides",)),
     "foreground": Verb("corpus -> a tissue mask and an overlay for each slide", ("corpus",)),
+    "foreground-train": Verb("drawn and synthetic thumbnails -> weights of the mask model"),
+    "foreground-evaluate": Verb(
+        "mask models and thresholds against drawn truth, worst slide first"
+    ),
     "pretrain": Verb("corpus -> a self-supervised backbone, with checkpoints that resume"),
     "embed": Verb("backbone + labelled patches -> frozen features"),
     "probe": Verb("backbones + labelled patches -> linear probe and kNN, mean and sd"),
     "compare": Verb("runs of an MLflow experiment, side by side"),
     "report": Verb("a folder of results -> report.html, one page to look at", ("folder",)),
+    "erf": Verb("the effective receptive field of U-Net, SegFormer and ViT, as a picture"),
     "doctor": Verb("what is installed, what is missing, what to do about it"),
     "demo": Verb("everything above, on slides it draws itself or on yours"),
 }
@@ -85,16 +90,20 @@ def _dispatch(words: list[str]) -> int:
 def help_text() -> str:
     """The overview ``pathfm --help`` prints."""
     lines = [_USAGE, "", "verbs:"]
-    lines += [f"  {name:<11} {verb.summary}" for name, verb in VERBS.items()]
+    lines += [f"  {name:<19} {verb.summary}" for name, verb in VERBS.items()]
     lines += ["", "pathfm VERB --help lists its options with types, defaults and units."]
     return "\n".join(lines)
 
 
 def config_model(name: str) -> type[BaseModel]:
     """The config model of a verb, e.g. ``IndexConfig`` in ``pathfm.index``."""
-    module = importlib.import_module(f"pathfm.{name}")
-    model: type[BaseModel] = getattr(module, f"{name.capitalize()}Config")
+    model: type[BaseModel] = getattr(_module(name), f"{name.title().replace('-', '')}Config")
     return model
+
+
+def _module(name: str) -> Any:
+    """The verb's module: ``pathfm.foreground_train`` for ``foreground-train``."""
+    return importlib.import_module(f"pathfm.{name.replace('-', '_')}")
 
 
 def _run(name: str, words: list[str]) -> int:
@@ -110,7 +119,7 @@ def _run(name: str, words: list[str]) -> int:
         print(verb_help(name, model, yaml_path))
         return 0
     config = load_config(model, yaml_path, words, VERBS[name].words)
-    result: Any = importlib.import_module(f"pathfm.{name}").run(config)
+    result: Any = _module(name).run(config)
     return int(getattr(result, "exit_code", 0))
 
 

@@ -1,0 +1,58 @@
+"""The drawn pictures a mask model may be trained and validated on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pathfm.runtime import PathfmError
+from pathfm.segmentation.truth import DrawnPicture, read_pictures
+
+PERMITTED = ("CC0", "MIT", "BSD", "Apache", "CC BY")
+"""How the licences begin whose pictures may teach weights that are passed on."""
+
+
+@dataclass(frozen=True)
+class DrawnData:
+    """Pictures with drawn truth: those that teach, and those that choose among models."""
+
+    training: tuple[DrawnPicture, ...] = ()
+    validation: tuple[DrawnPicture, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over every picture's name, its truth and what it is used for."""
+        sha = hashlib.sha256()
+        for use, pictures in (("training", self.training), ("validation", self.validation)):
+            for picture in sorted(pictures, key=lambda p: p.name):
+                sha.update(f"{use} {picture.name} {picture.rgb.shape}".encode())
+                for array in (picture.rgb, picture.tissue, picture.ignore):
+                    sha.update(array.tobytes())
+        return sha.hexdigest()
+
+    def told(self) -> list[dict[str, Any]]:
+        """Name, licence and origin of every picture that taught, for a model card."""
+        return [{"name": p.name, "licence": p.licence, "origin": p.origin} for p in self.training]
+
+
+def gather(roots: Sequence[Path]) -> DrawnData:
+    """The drawn training and validation pictures found under the roots; none without roots.
+
+    Raises ``PathfmError`` for a picture that is missing, changed, or whose licence is none of
+    ``PERMITTED``.
+    """
+    if not roots:
+        return DrawnData()
+    data = DrawnData(
+        tuple(read_pictures(roots, "training")), tuple(read_pictures(roots, "validation"))
+    )
+    for picture in (*data.training, *data.validation):
+        if not picture.licence.startswith(PERMITTED):
+            raise PathfmError(
+                f"picture {picture.name}: its licence is {picture.licence!r}; weights are made only "
+                f"from {', '.join(PERMITTED)} pictures. Give it split=evaluation in pictures.csv"
+            )
+    return data
