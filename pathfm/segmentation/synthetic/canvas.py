@@ -71,18 +71,48 @@ class Canvas:
         return choices[int(self.rng.choice(len(choices), p=shares))]
 
     def noise(self, scale_px: float, octaves: int = 3, stretch: float = 1.0) -> Array:
-        """(size, size) smooth noise, mean 0, sd 1; `stretch` > 1 draws it out along x."""
-        total = np.zeros((self.size, self.size), np.float32)
+        """(size, size) smooth noise, mean 0, sd 1; `stretch` > 1 draws it out along a bent way.
+
+        Octaves are summed on a grid as fine as the finest of them, and only the sum is enlarged.
+        """
+        finest = max(scale_px / 2 ** (octaves - 1), 1.0)
+        room = 1.6 if stretch > 1 else 1.0  # turned and bent noise needs more of it
+        height = int(room * self.size / finest) + 6
+        width = int(room * self.size / (finest * stretch)) + 6
+        total = np.zeros((height, width), np.float32)
         for octave in range(octaves):
-            step = max(scale_px / 2**octave, 1.0)
-            ny = int(self.size / step) + 5
-            nx = int(self.size / (step * stretch)) + 5
-            drawn = Image.fromarray(self.rng.standard_normal((ny, nx), np.float32))
-            wide = drawn.resize(
-                (int(nx * step * stretch), int(ny * step)), Image.Resampling.BICUBIC
-            )
-            total += np.float32(0.5**octave) * np.asarray(wide)[: self.size, : self.size]
-        return np.asarray((total - total.mean()) / (total.std() + 1e-6), np.float32)
+            times = max(scale_px / 2**octave, 1.0) / finest
+            shape = int(height / times) + 4, int(width / times) + 4
+            drawn = Image.fromarray(self.rng.standard_normal(shape, np.float32))
+            box = (1.0, 1.0, 1 + width / times, 1 + height / times)
+            wide = drawn.resize((width, height), Image.Resampling.BICUBIC, box=box)
+            total += np.float32(0.5**octave) * np.asarray(wide)
+        grown = self._grown(Image.fromarray(total), finest, stretch)
+        return np.asarray((grown - grown.mean()) / (grown.std() + 1e-6), np.float32)
+
+    def _grown(self, grid: Image.Image, pitch_px: float, stretch: float) -> Array:
+        """The grid at (size, size): enlarged, and, when stretched, turned and bent."""
+        size = self.size
+        if stretch <= 1:
+            box = (2.0, 2.0, 2 + size / pitch_px, 2 + size / pitch_px)
+            return f32(np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC, box=box)))
+        corners = 4  # of the mesh, each way
+        at = np.linspace(-0.5, 0.5, corners)
+        angle = self.between(0, 2 * np.pi)
+        x = at[None] * np.cos(angle) + at[:, None] * np.sin(angle)
+        y = at[:, None] * np.cos(angle) - at[None] * np.sin(angle)
+        bend = self.between(0, 0.07)
+        xy = np.stack([x, y], 2) + self.rng.uniform(-bend, bend, (corners, corners, 2))
+        xy = xy * size / (pitch_px * np.array([stretch, 1])) + np.array(grid.size) / 2
+        edges = np.linspace(0, size, corners).astype(int).tolist()
+        mesh = []
+        for i in range(corners - 1):
+            for j in range(corners - 1):
+                quad = [xy[i, j], xy[i + 1, j], xy[i + 1, j + 1], xy[i, j + 1]]
+                to = (edges[j], edges[i], edges[j + 1], edges[i + 1])
+                mesh.append((to, tuple(np.concatenate(quad).tolist())))
+        bent = grid.transform((size, size), Image.Transform.MESH, mesh, Image.Resampling.BICUBIC)
+        return f32(np.asarray(bent))
 
     def plane(self) -> tuple[Array, Array]:
         """Coordinates -1..1, turned by a random angle."""
