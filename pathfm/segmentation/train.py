@@ -89,7 +89,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
         self.optimizer.step()
         self.step += 1
-        return float(loss)
+        return float(loss.detach())
 
     def _lr(self) -> float:
         c = self.config
