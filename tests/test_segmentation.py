@@ -14,7 +14,6 @@ from online_patching.testing import SyntheticSlide
 from pathfm.segmentation import train as training
 from pathfm.segmentation.losses import bce_dice_loss, bce_loss, dice_loss, iou, soft_dice
 from pathfm.segmentation.otsu import otsu_mask, otsu_threshold
-from pathfm.segmentation.thumbnails import draw_thumbnail
 from pathfm.segmentation.tidy import mask_iou, tidy
 from pathfm.segmentation.unet import (
     SHIPPED_WEIGHTS,
@@ -183,21 +182,6 @@ def test_tidy_drops_specks_and_fills_pinholes_but_not_bays():
 def test_mask_iou_of_empty_masks_is_one():
     a, b = np.zeros((2, 3), bool), np.ones((2, 3), bool)
     assert (mask_iou(a, a), mask_iou(a, b), mask_iou(b, b)) == (1.0, 0.0, 1.0)
-
-
-def test_a_thumbnail_is_a_pure_function_of_seed_and_draw():
-    drawn = [draw_thumbnail(s, d, 96) for s, d in ((0, 1), (0, 2), (1, 1), (0, 1))]
-    assert all(p.shape == (96, 96, 3) and t.shape == (96, 96) for p, t in drawn)
-    assert np.array_equal(drawn[0][0], drawn[3][0])
-    assert np.array_equal(drawn[0][1], drawn[3][1])
-    assert not np.array_equal(drawn[0][0], drawn[1][0])
-    assert not np.array_equal(drawn[0][0], drawn[2][0])
-
-
-def test_thumbnails_hold_frames_without_glass_and_without_tissue():
-    shares = [draw_thumbnail(0, d, 64)[1].mean() for d in range(60)]
-    assert min(shares) == 0
-    assert max(shares) > 0.98
 
 
 @pytest.mark.slow
