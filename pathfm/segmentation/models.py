@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -190,13 +191,13 @@ def _header(path: Path, header: Mapping[str, str]) -> tuple[str, int, dict[str, 
             "`pathfm foreground-train` wrote"
         )
     name, classes, facts = about.get("model"), about.get("classes"), about.get("facts")
-    in_range = type(classes) is int and 1 <= classes <= MAX_CLASSES
-    if name not in MODEL_NAMES or not in_range or not isinstance(facts, dict):
+    countable = isinstance(classes, int) and 1 <= classes <= MAX_CLASSES
+    if name not in MODEL_NAMES or classes is True or not countable or not isinstance(facts, dict):
+        told = reprlib.repr({"model": name, "classes": classes, "facts": facts})
         raise PathfmError(
-            f"{path}: says model {name!r:.60}, classes {classes!r:.60}, facts {facts!r:.60}. Models are "
-            f"{', '.join(MODEL_NAMES)}, classes 1 to {MAX_CLASSES}, facts a mapping"
+            f"{path}: says {told}. Models are {', '.join(MODEL_NAMES)}, classes 1 to {MAX_CLASSES}, facts a mapping"
         )
-    return name, classes, facts
+    return str(name), cast(int, classes), facts
 
 
 def _misfit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
