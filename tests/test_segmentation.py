@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from online_patching.testing import SyntheticSlide
 from pathfm.segmentation import train as training
 from pathfm.segmentation.losses import bce_dice_loss, bce_loss, dice_loss, iou, soft_dice
-from pathfm.segmentation.otsu import otsu_mask, otsu_threshold
+from pathfm.segmentation.thresholds import otsu_mask, otsu_threshold
 from pathfm.segmentation.tidy import mask_iou, tidy
 from pathfm.segmentation.unet import (
     SHIPPED_WEIGHTS,

@@ -157,14 +157,14 @@ def _probable(config: ForegroundEvaluateConfig, path: Path) -> Callable[[Rgb], M
 
     from pathfm.runtime import pick_device
     from pathfm.segmentation.models import load_model
-    from pathfm.segmentation.unet import tissue_probability
+    from pathfm.segmentation.predict import tissue_probability
 
     device = pick_device(config.device)
     torch.set_num_threads(config.threads)
     model: nn.Module = load_model(path)[0]
     if getattr(model, "classes", 1) != 1:
         raise PathfmError(f"{path}: has several classes; a mask model has one")
-    return lambda rgb: np.asarray(tissue_probability(model, rgb, device) > config.threshold)  # type: ignore[arg-type]
+    return lambda rgb: np.asarray(tissue_probability(model, rgb, device) > config.threshold)
 
 
 def _tidied(mask: Callable[[Rgb], Mask], config: ForegroundEvaluateConfig) -> Callable[[Rgb], Mask]:
