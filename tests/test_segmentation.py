@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 from online_patching.testing import SyntheticSlide
-from pathfm.segmentation import train as training
 from pathfm.segmentation.losses import bce_dice_loss, bce_loss, dice_loss, iou, soft_dice
 from pathfm.segmentation.thresholds import otsu_mask, otsu_threshold
 from pathfm.segmentation.tidy import mask_iou, tidy
@@ -182,37 +180,3 @@ def test_tidy_drops_specks_and_fills_pinholes_but_not_bays():
 def test_mask_iou_of_empty_masks_is_one():
     a, b = np.zeros((2, 3), bool), np.ones((2, 3), bool)
     assert (mask_iou(a, a), mask_iou(a, b), mask_iou(b, b)) == (1.0, 0.0, 1.0)
-
-
-@pytest.mark.slow
-def test_the_training_command_learns_and_writes_weights_that_load(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "deep" / "w.safetensors"
-    sizes = ["--steps", "12", "--thumbnails", "4", "--held-out", "2"]
-    monkeypatch.setattr(sys, "argv", ["train", "--out", str(out), *sizes])
-    threads = torch.get_num_threads()
-    try:
-        training.main()
-    finally:
-        torch.set_num_threads(threads)
-    facts = json.loads(out.with_suffix(".json").read_text())
-    assert facts["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
-    assert facts["settings"]["steps"] == 12
-    load_unet(out)
-    assert "held_out_synthetic" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_training_is_the_same_twice_and_its_loss_falls():
-    settings = training.TrainSettings(
-        thumbnails=6, thumbnail_px=96, crop_px=64, batch_size=4, steps=30, warmup_steps=3
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        (first, losses), (second, again) = (training.train(settings, print) for _ in range(2))
-    finally:
-        torch.set_num_threads(threads)
-    assert losses == again
-    assert np.mean(losses[-5:]) < np.mean(losses[:5])
-    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
