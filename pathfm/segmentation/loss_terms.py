@@ -70,7 +70,7 @@ class LossTerm(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("alpha = beta = 0: no error would cost anything")
         if self.name == "focal" and self.alpha is not None and self.alpha > 1:
             raise ValueError(f"alpha = {self.alpha}: focal wants 0 to 1")
-        if self.name == "focal_tversky" and not 0.1 <= (self.gamma or 1) <= 10:
+        if self.name == "focal_tversky" and not (self.gamma is None or 0.1 <= self.gamma <= 10):
             raise ValueError(f"gamma = {self.gamma}: focal_tversky wants 0.1 to 10")
         if self.squared and self.beta not in (None, 1):
             raise ValueError("the V-Net form (squared) has no beta")
