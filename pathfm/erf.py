@@ -45,6 +45,7 @@ convolution of odd kernel, whose cell j is centred on pixel stride * j."""
 _SIGN_STREAM = 7310
 SHARES = (0.5, 0.9)
 _SCALE_BAR_PX = 100
+_PANEL_IN, _TITLE_IN = 1.85, 0.5
 
 
 class ErfConfig(BaseModel, frozen=True, extra="forbid"):
@@ -272,29 +273,29 @@ def drawn(fields: Sequence[Field2d], size_px: int) -> bytes:
 
     columns = list(dict.fromkeys((f.network, f.output) for f in fields))
     rows = sorted({f.trained for f in fields})
-    figure = Figure(figsize=(1.75 * len(columns) + 0.9, 2.15 * len(rows) + 0.35), dpi=110)
+    width, height = 1.2 + _PANEL_IN * len(columns), 0.1 + (_PANEL_IN + _TITLE_IN) * len(rows)
+    figure = Figure(figsize=(width, height), dpi=110)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+
+    def place(x: float, y: float, wide: float, tall: float) -> Any:
+        """Axes in inches from the upper left corner."""
+        return figure.add_axes((x / width, 1 - (y + tall) / height, wide / width, tall / height))
+
     shown: Any = None
-    for axis in axes.flat:
-        axis.set_axis_off()
     for field in fields:
         row, column = rows.index(field.trained), columns.index((field.network, field.output))
-        axis = axes[row, column]
-        amplitude = np.sqrt(field.energy / field.energy.max())
-        shown = axis.imshow(
-            amplitude.clip(1e-3, 1),
-            cmap="magma",
-            norm=LogNorm(1e-3, 1),
-            extent=(0, size_px, size_px, 0),
-        )
+        y = _TITLE_IN + row * (_PANEL_IN + _TITLE_IN)
+        axis = place(0.3 + column * _PANEL_IN, y, _PANEL_IN - 0.1, _PANEL_IN - 0.1)
+        amplitude = np.sqrt(field.energy / field.energy.max()).clip(1e-3, 1)
+        extent = (0, size_px, size_px, 0)
+        shown = axis.imshow(amplitude, cmap="magma", norm=LogNorm(1e-3, 1), extent=extent)
+        axis.set_axis_off()
         _annotate(axis, field, size_px)
     for row, trained in enumerate(rows):
-        place = axes[row, 0].get_position()
-        figure.text(0.008, (place.y0 + place.y1) / 2, "trained" if trained else "untrained",
-                    rotation=90, va="center", fontsize=9)  # fmt: skip
-    figure.subplots_adjust(left=0.03, right=0.93, top=0.9, bottom=0.02, wspace=0.06, hspace=0.3)
-    bar = figure.add_axes((0.945, 0.15, 0.01, 0.65))
+        middle = 1 - (_TITLE_IN + row * (_PANEL_IN + _TITLE_IN) + _PANEL_IN / 2) / height
+        name = "trained" if trained else "untrained"
+        figure.text(0.08 / width, middle, name, rotation=90, va="center", fontsize=9)
+    bar = place(width - 0.75, _TITLE_IN + 0.1, 0.12, _PANEL_IN - 0.3)
     figure.colorbar(shown, cax=bar).ax.tick_params(labelsize=7)
     bar.set_title("gradient\n/ largest", fontsize=7)
     page = io.BytesIO()
