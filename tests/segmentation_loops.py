@@ -141,9 +141,9 @@ def pixelwise(
     pictures = []
     for found in pixels(logits, target, ignore):
         values = []
-        for p, y in found:
-            if len(p) == 1:
-                p, y = [1 - p[0], p[0]], [1 - y[0], y[0]]
+        for p_all, y_all in found:
+            p = p_all if len(p_all) > 1 else [1 - p_all[0], p_all[0]]
+            y = y_all if len(y_all) > 1 else [1 - y_all[0], y_all[0]]
             if classes is not None and y.index(1.0) not in classes:
                 continue
             value = 0.0

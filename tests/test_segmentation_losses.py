@@ -1,6 +1,7 @@
 """Segmentation losses: loops of their formulas, values by hand, gradients, relations."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def example(multi: bool, *, ignore: bool = True, seed: int = 1):
     return logits, target if multi else target.double(), left_out if ignore else None
 
 
-OVERLAPS = {
+OVERLAPS: dict[str, Any] = {
     "dice": (L.dice_loss, {}, loops.dice()),
     "dice, s = 0": (L.dice_loss, {"smooth": 0.0}, loops.dice(0)),
     "dice, V-Net": (L.dice_loss, {"squared": True, "smooth": 0.0}, loops.vnet(0)),
@@ -46,7 +47,7 @@ OVERLAPS = {
     "focal tversky, 1/2": (L.focal_tversky_loss, {"gamma": 0.5}, loops.tversky(0.3, 0.7, 1, 0.5)),
     "mcc": (L.mcc_loss, {}, loops.mcc()),
 }
-PIXELWISE = {
+PIXELWISE: dict[str, Any] = {
     "bce": (L.bce_loss, {}, {}),
     "soft bce": (L.soft_bce_loss, {}, {"smoothing": 0.1}),
     "soft bce .3": (L.soft_bce_loss, {"label_smoothing": 0.3}, {"smoothing": 0.3}),
