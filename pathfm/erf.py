@@ -3,9 +3,10 @@
 The effective receptive field (Luo et al. 2016, arXiv 1701.04128) of an output is where the input's
 gradient of its central cell is large. Here, for every input pixel, the energy
 
-    E(y, x) = mean over inputs of  sum over R, G, B of  (d sum_c s_c f_c(centre) / d rgb)^2
+    E(y, x) = mean over inputs of  e / sum e,   e = sum over R, G, B of  (d sum_c s_c f_c(centre) / d rgb)^2
 
-with s_c = +1 or -1 at random, anew for every input. Not the plain sum over channels: after a layer
+with s_c = +1 or -1 at random, anew for every input. Each input counts alike: unscaled, one with a large
+gradient (flat glass under a layer norm) decides alone. Not the plain sum over channels: after a layer
 norm that sum is constant and its gradient zero, wherever the network looks.
 
 One PNG, a column for each output (logits of a U-Net; each stage and the logits of a SegFormer; tokens
@@ -233,7 +234,8 @@ def receptive_fields(
             signed = (cell * signs(seed, number, len(cell)).to(cell)).sum()
             (gradient,) = torch.autograd.grad(signed, rgb, retain_graph=True)
             energy = gradient[0].double().square().sum(0).numpy()
-            energies[name] = energies.get(name, np.zeros_like(energy)) + energy
+            scaled = energy / total if (total := energy.sum()) else energy
+            energies[name] = energies.get(name, np.zeros_like(energy)) + scaled
             strides = (round(a / b) for a, b in zip(rgb.shape[-2:], (rows, columns), strict=True))
             corner = [n // 2 * s for n, s in zip((rows, columns), strides, strict=True)]
             centres[name] = (corner[0] + offset_px, corner[1] + offset_px)
