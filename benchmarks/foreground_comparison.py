@@ -21,10 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-
 from common import about_this_run
 
-BCE, DICE = {"name": "bce"}, {"name": "dice", "smooth": 1.0}
+BCE: dict[str, object] = {"name": "bce"}
+DICE: dict[str, object] = {"name": "dice", "smooth": 1.0}
 ARMS: dict[str, tuple[str, list[dict[str, object]]]] = {
     "bce": ("unet", [BCE]),
     "soft_bce": ("unet", [{"name": "soft_bce"}]),
