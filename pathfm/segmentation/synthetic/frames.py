@@ -15,7 +15,7 @@ def lay_frame(c: Canvas) -> None:
         corner = c.plane()[0] > c.between(0.75, 1.25)
         c.rgb[corner] = c.between(0, 12) if c.chance(0.7) else c.between(120, 255)
         c.mark(corner, Kind.FRAME, over_tissue=True)
-    if c.chance(0.05):  # a vignette of an overview camera
+    if c.chance(0.03):  # a vignette of an overview camera
         u, v = c.plane()
         dark = np.clip((np.hypot(u, v) - c.between(1.0, 1.3)) * c.between(1, 6), 0, 1)
         c.blend(f32([8, 8, 8]), dark)

@@ -18,7 +18,7 @@ def lay_glass(c: Canvas) -> None:
         c.rgb += (c.noise(c.size / 2, 1) * c.between(0.5, 4))[..., None]
     if c.chance(0.3):  # a gradient across the slide
         c.rgb += (c.plane()[0] * c.between(0, 9))[..., None] * f32(c.rng.uniform(0.7, 1.3, 3))
-    if c.chance(0.3):  # grime without colour or with a little
+    if c.chance(0.22):  # grime without colour or with a little
         speckle = np.maximum(c.noise(c.between(2, 12), 3) - c.between(0.3, 1.6), 0)
         c.rgb -= speckle[..., None] * f32(c.rng.uniform(2, 14) + c.rng.normal(0, 1.5, 3))
     if c.chance(0.2):

@@ -7,7 +7,7 @@ import numpy as np
 from pathfm.segmentation.synthetic.canvas import Array, Canvas, f32
 
 SHAPES = ("blob", "pieces", "band", "ring", "cores", "villi", "smear", "full", "empty")
-_CHANCES = (0.34, 0.12, 0.10, 0.09, 0.06, 0.07, 0.04, 0.12, 0.06)
+_CHANCES = (0.32, 0.11, 0.10, 0.09, 0.06, 0.07, 0.07, 0.12, 0.06)
 
 
 def draw_outline(c: Canvas) -> tuple[Array, str]:
@@ -19,7 +19,7 @@ def draw_outline(c: Canvas) -> tuple[Array, str]:
     if shape == "full":
         return np.full((c.size, c.size), 999.0, np.float32), shape
     if shape == "smear":
-        film = c.between(-0.1, 1.2) - c.plane()[0] + 0.15 * c.noise(60, 3)
+        film = c.between(-0.1, 2.2) - c.plane()[0] + 0.15 * c.noise(60, 3)
         return f32(film * half), shape
     signed = _bodies(c, shape)
     rough = c.noise(c.span(40, 160), 2) * c.between(0.02, 0.1)

@@ -47,17 +47,19 @@ def _ink(c: Canvas, ink: Array, points: Points, width_px: float, soft_px: float 
     """One stroke laid on as dye: tissue shines through it as far as it is thin or streaky."""
     opacity = c.between(0.75, 0.98) if c.chance(0.7) else c.between(0.3, 0.7)
     dry = c.chance(0.4) and width_px >= 3
+    whole = stroke(c, points, width_px, soft_px)
     if dry:
         alpha = bristles(c, points, width_px) * opacity
         if c.chance(0.5):  # a thin film between the streaks
-            alpha = np.maximum(alpha, stroke(c, points, width_px) * c.between(0.05, 0.5))
+            alpha = np.maximum(alpha, whole * c.between(0.05, 0.5))
     else:
-        alpha = stroke(c, points, width_px, soft_px) * opacity
+        alpha = whole * opacity
         if c.chance(0.5):  # darker where ink has gathered
             alpha = alpha * np.clip(0.85 + 0.15 * c.noise(c.between(4, 20), 2), 0, 1)
     # Half as paint, half as a filter: what lies under ink darkens it.
     c.rgb *= 1 - alpha[..., None] * (1 - ink / 255) * np.float32(0.6)
     c.blend(ink, alpha * np.float32(0.85))
-    hides = ndimage.uniform_filter(alpha, 5) if dry else alpha
+    # Truth has no speckles: a person draws a stroke, not its grain.
+    hides = ndimage.uniform_filter(alpha, 5) if dry else whole * opacity
     c.mark(hides > OPAQUE, Kind.PEN, over_tissue=True)
     c.mark(alpha > 0.12, Kind.PEN)

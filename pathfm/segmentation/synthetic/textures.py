@@ -96,10 +96,17 @@ def smear(c: Canvas, um: float) -> Texture:
     """Cells spread over glass: a faint film, specks, clumps and streaks along the smear."""
     streaks = c.noise(c.span(3, 14), 2, stretch=c.between(1, 6))
     specks = np.clip(c.noise(c.between(1, 1.6), 1) - c.between(0.3, 1.6), 0, 3)
-    dense = np.clip(c.noise(c.span(40, 160), 2) * 0.5 + c.between(0.2, 0.8), 0.05, 1.5)
+    dense = np.clip(c.noise(c.span(40, 160), 2) * 0.35 + c.between(0.4, 1.0), 0.1, 1.6)
     nuclei = dense * (c.between(0.05, 0.4) * specks + np.clip(0.1 * streaks, 0, 1))
-    matrix = dense * c.between(0.03, 0.35) * (1 + 0.25 * streaks)
-    return Texture(matrix, nuclei, dense * 0.1, _flat(c))
+    matrix = dense * c.span(0.04, 0.6) * (1 + 0.25 * streaks)
+    opened = _flat(c)
+    if c.chance(0.5):  # single cells can be told apart: discs, some of them with a nucleus
+        cell_px = c.span(3, 9)
+        discs = np.clip(cell_walls(c, cell_px) - c.between(0, 0.12) * cell_px, 0, 1)
+        few = _soft(c.noise(cell_px, 1) - c.between(0.5, 2.0), 8)
+        matrix, nuclei = matrix * (0.3 + discs), nuclei + few * discs * c.between(0.2, 1)
+        opened = f32(np.clip(1 - dense - discs, 0, 0.8))
+    return Texture(matrix, nuclei, dense * 0.1, opened)
 
 
 def cell_walls(c: Canvas, cell_px: float) -> Array:

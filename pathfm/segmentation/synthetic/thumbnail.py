@@ -49,7 +49,7 @@ def draw_thumbnail(seed: int, draw: int, size_px: int = 384) -> SyntheticThumbna
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, draw], np.uint64)))
     shape = (size_px, size_px)
     c = Canvas(rng, size_px, np.zeros((*shape, 3), np.float32), np.zeros(shape, np.uint8))
-    mpp = c.span(6, 24)
+    mpp = c.span(4, 24)
     lay_glass(c)
     signed, outline = draw_outline(c)
     stain = draw_stain(c)

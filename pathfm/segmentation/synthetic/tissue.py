@@ -16,6 +16,7 @@ from pathfm.segmentation.synthetic.textures import Texture
 WIDE_HOLE_PX = 12.0
 """Holes and inlets of glass wider than this are glass; narrower ones belong to the tissue."""
 _FAINTEST = 0.045  # mean optical density: paler than this not even a pathologist sees it
+_UNSEEN = 0.012  # a patch as wide as a hole that absorbs less shows nothing: it is glass
 _SMALL_PIECE_PX = 45  # pieces of a smaller area are not tissue but debris
 
 _MAIN: tuple[tuple[Callable[[Canvas, float], Texture], Kind, float], ...] = (
@@ -40,7 +41,6 @@ def lay_tissue(c: Canvas, signed: Array, shape: str, stain: Stain, um: float) ->
     texture, kinds = _regions(c, signed, shape, um)
     cover = f32(np.clip(signed / c.between(0.7, 2.2) + 0.5, 0, 1))
     cover = f32(cover * (1 - _lumens(c, shape)) * (1 - _tears(c, signed)))
-    _mark(c, cover, kinds)
     shown = f32(cover * (1 - texture.open))
     if c.chance(0.3):
         shown = f32(shown * _folds(c))
@@ -55,7 +55,11 @@ def lay_tissue(c: Canvas, signed: Array, shape: str, stain: Stain, um: float) ->
     # Two stains do not add up to double the darkness of a section: the sum is held at about one.
     density = np.maximum(density * (shown * np.float32(stain.strength * 0.8))[..., None], 0)
     mean = float(density.mean()) / max(float(cover.mean()), 1e-3)
-    c.rgb *= np.exp(-density * np.float32(max(1.0, _FAINTEST / max(mean, 1e-6))))
+    density = density * np.float32(max(1.0, _FAINTEST / max(mean, 1e-6)))
+    c.rgb *= np.exp(-density)
+    reach = int(WIDE_HOLE_PX) * (3 if shape == "smear" else 1)  # a film has grain, not holes
+    seen = ndimage.uniform_filter(density.mean(axis=2), reach) > _UNSEEN
+    _mark(c, (cover >= 0.5) & seen, kinds)
     if shape != "smear" and c.chance(0.25):
         _margin_ink(c, signed, cover)
 
@@ -119,9 +123,9 @@ def _margin_ink(c: Canvas, signed: Array, cover: Array) -> None:
     c.blend(ink[c.rng.integers(5)], rim * where * c.between(0.4, 0.95))
 
 
-def _mark(c: Canvas, cover: Array, kinds: Array) -> None:
+def _mark(c: Canvas, covered: Mask, kinds: Array) -> None:
     """Truth: what is covered, and its narrow holes and inlets; not its crumbs."""
-    white = cover < 0.5
+    white = ~covered
     glass = _wide(white)
     tissue = ~glass
     crumbs = _crumbs(tissue)
