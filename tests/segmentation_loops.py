@@ -34,8 +34,7 @@ def pixels(logits: Tensor, target: Tensor, ignore: Tensor | None):
             if skip:
                 continue
             if binary:
-                p = sigmoid(flat_z[0][i])
-                found.append(([p], [float(y)]))
+                found.append(([sigmoid(flat_z[0][i])], [float(y)]))
             else:
                 p = softmax([z[i] for z in flat_z])
                 found.append((p, [float(c == y) for c in range(len(p))]))
