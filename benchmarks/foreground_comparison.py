@@ -12,16 +12,18 @@ An arm that is done is not run again.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
-import os
-import resource
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from common import about_this_run
+
+from pathfm.tracking import make_client
 
 BCE: dict[str, object] = {"name": "bce"}
 DICE: dict[str, object] = {"name": "dice", "smooth": 1.0}
@@ -57,8 +59,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="arms at a time, a thread each")
     args = parser.parse_args()
     jobs = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        found = list(pool.map(lambda job: run(args, *job), jobs))
+    make_client(store(args))  # its tables are made once, before two processes would
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        found = list(pool.map(run, itertools.repeat(args), *zip(*jobs, strict=True)))
     rows = {
         arm: [scores for (name, _), scores in zip(jobs, found, strict=True) if name == arm]
         for arm in ARMS
@@ -67,40 +70,38 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, arm: str, seed: int) -> dict[str, float]:
-    """Trains one arm in a process of its own; its validation scores and CPU seconds."""
+    """Trains one arm, or finds it done; its validation scores and CPU seconds."""
+    import torch
+
+    from pathfm import foreground_train
+    from pathfm.segmentation import train
+
+    torch.set_num_threads(1)
+    if not hasattr(train.draw_thumbnail, "cache_info"):  # the same thumbnails for every arm
+        train.draw_thumbnail = functools.cache(train.draw_thumbnail)
     model, loss = ARMS[arm]
     name = f"{arm} {seed}".replace("+", "_").replace(",", "").replace(" ", "_")
     out = args.out / name
     told = out / "cpu_s.json"
-    if not told.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        config = {
-            "out": str(out), "model": model, "loss": loss, "seed": seed, "steps": args.steps,
-            "synthetic": args.synthetic, "pictures": [str(p) for p in args.pictures],
+    config = foreground_train.ForegroundTrainConfig.model_validate(
+        {
+            "out": out, "model": model, "loss": loss, "seed": seed, "steps": args.steps,
+            "synthetic": args.synthetic, "pictures": args.pictures,
             "lr": 6e-4 if model.startswith("segformer") else 3e-3, "precision": "bf16",
             "validate_every_steps": args.steps, "checkpoint_every_steps": args.steps,
-            "tracking": {
-                "experiment": "foreground-losses", "run_name": arm,
-                "uri": f"sqlite:///{(args.out / 'mlflow.db').resolve()}",
-            },
-        }  # fmt: skip
-        (out / "arm.yaml").write_text(json.dumps(config))  # JSON is YAML
-        command = [sys.executable, "-m", "pathfm", "foreground-train", str(out / "arm.yaml")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            raise SystemExit(f"{arm}, seed {seed}: exit code {child.returncode}")
-        told.write_text(json.dumps(_cpu_s(usage)))
-    from pathfm.segmentation.models import load_model
-
-    _, facts = load_model(out / "weights.safetensors")
-    return {**facts["validation"], "cpu_s": json.loads(told.read_text())}
+            "tracking": {"experiment": "foreground-losses", "run_name": arm, "uri": store(args)},
+        }
+    )  # fmt: skip
+    began_s = time.process_time()
+    result = foreground_train.run(config)
+    if not told.exists():
+        told.write_text(json.dumps(time.process_time() - began_s))
+    return {**result.facts["validation"], "cpu_s": json.loads(told.read_text())}
 
 
-def _cpu_s(usage: resource.struct_rusage) -> float:
-    return usage.ru_utime + usage.ru_stime
+def store(args: argparse.Namespace) -> str:
+    """The MLflow store of the comparison."""
+    return f"sqlite:///{(args.out / 'mlflow.db').resolve()}"
 
 
 def tell(args: argparse.Namespace, rows: dict[str, list[dict[str, float]]]) -> None:
