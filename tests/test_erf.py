@@ -12,16 +12,10 @@ from PIL import Image
 from torch import nn
 
 from pathfm import cli
-from pathfm.erf import (
-    ErfConfig,
-    Field2d,
-    drawn,
-    energy_radius,
-    outputs_of,
-    random_signs,
-    receptive_fields,
-    run,
-)
+from pathfm.erf import ErfConfig, run
+from pathfm.erf.fields import Field2d, energy_radius, random_signs, receptive_fields
+from pathfm.erf.networks import outputs_of
+from pathfm.erf.picture import drawn
 from pathfm.runtime import PathfmError
 from pathfm.segmentation.models import build_model, init_weights, save_model
 from pathfm.segmentation.segformer import SegFormer
