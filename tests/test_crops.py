@@ -32,6 +32,7 @@ from pathfm.segmentation.crops import (
 )
 from pathfm.segmentation.jpeg import jpeg_artefacts, quantisation
 from pathfm.segmentation.synthetic import draw_thumbnail
+from pathfm.segmentation.templates import paste, read_templates
 
 PLAIN = CropSettings(crop_px=32, batch_size=4, augmentation=NO_AUGMENTATION, stretch=0.0)
 
@@ -359,6 +360,69 @@ def test_turns_are_numpys():
         expected = np.rot90(x[b].numpy(), c.turns[b], (1, 2))
         expected = expected[:, :, ::-1] if c.mirrored[b] else expected
         assert np.array_equal(out[b], expected)
+
+
+def write_template(folder, name="pen_black", grey=30):
+    rgb, mask = np.full((40, 60, 3), 240, np.uint8), np.zeros((40, 60), np.uint8)
+    rgb[10:20, 5:55], mask[10:20, 5:55] = grey, 255
+    Image.fromarray(rgb).save(folder / f"{name}.png")
+    Image.fromarray(mask).save(folder / f"{name}_mask.png")
+
+
+MIDDLE = np.array([0.0, 0.0, 0.9, 0.3, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("name", "grey", "stays"),
+    [("pen_black", 30, False), ("pen_thin", 170, True), ("coverslip_edge", 30, True)],
+)
+def test_opaque_ink_takes_tissue_away_and_thin_ink_and_edges_do_not(tmp_path, name, grey, stays):
+    write_template(tmp_path, name, grey)
+    (template,) = read_templates(tmp_path)
+    assert template.mask.shape == (10, 50)
+    crop, tissue = np.full((64, 64, 3), 200, np.uint8), np.ones((64, 64), bool)
+    rgb, truth = paste(crop, tissue, [template], MIDDLE)
+    assert rgb[32, 32] == pytest.approx(200 * grey / 240, abs=1.5)
+    assert truth[32, 32] == stays
+    assert np.array_equal(rgb[0], crop[0])
+    assert truth[0].all()
+    assert tissue.all()
+    height = 10 / 50 * 64 * 0.7 * (2.5 / 0.7) ** 0.3
+    assert (rgb[:, 32, 0] != 200).sum() == pytest.approx(height, abs=2)
+
+
+def test_artefacts_are_pasted_as_often_as_asked_and_only_where_given(tmp_path):
+    write_template(tmp_path)
+    templates = read_templates(tmp_path)
+    settings = dataclasses.replace(PLAIN, batch_size=200, paste_chance=0.3)
+    bare = CropSource([picture(mpp=8.0)], settings, 0).batch(0)[0]
+    pasted = CropSource([picture(mpp=8.0)], settings, 0, templates).batch(0)[0]
+    changed = (bare != pasted).flatten(1).any(dim=1).float().mean()
+    assert float(changed) == pytest.approx(0.3, abs=0.08)
+
+
+@pytest.mark.parametrize("damage", ["none", "cut", "size", "blank"])
+def test_folders_without_usable_templates_are_named(tmp_path, damage):
+    if damage != "none":
+        write_template(tmp_path)
+    if damage == "cut":
+        whole = (tmp_path / "pen_black.png").read_bytes()
+        (tmp_path / "pen_black.png").write_bytes(whole[:60])
+    if damage in ("size", "blank"):
+        shape = (40, 60) if damage == "blank" else (40, 59)
+        Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / "pen_black_mask.png")
+    with pytest.raises(PathfmError, match=str(tmp_path)):
+        read_templates(tmp_path)
+
+
+def test_histoqcs_templates_are_read(shared_data):
+    templates = read_templates(shared_data / "masks" / "histoqc")
+    assert [t.name for t in templates] == [
+        "coverslip_edge", "ihc_coverslip_edge", "pen_black", "pen_green", "pen_red",
+    ]  # fmt: skip
+    assert [t.ink for t in templates] == [False, False, True, True, True]
+    for t in templates:
+        assert t.light[t.mask].mean() < 0.8 * 255
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ from torch import Tensor
 from online_patching.philox import integers, uniform, words
 from pathfm.runtime import PathfmError
 from pathfm.segmentation.augment import AugmentSettings, augment
+from pathfm.segmentation.templates import Template, paste
 
-_STREAM = 7311
+_STREAM, _PASTE_STREAM = 7311, 7312
 Box = tuple[float, float, float, float]
 _PLACES = 4096  # places of interest kept of a picture
 
@@ -72,17 +73,22 @@ class CropSettings:
     stretch: float = 0.12  # half-width of the log of the crop's aspect ratio
     border_share: float = 0.4  # of crops, placed at a border of tissue
     rare_share: float = 0.25  # of crops, placed at a rare kind
+    paste_chance: float = 0.1  # a real artefact laid over the crop, where templates are given
     augmentation: AugmentSettings = field(default_factory=AugmentSettings)
 
 
 def batches(
-    pictures: Sequence[TrainingPicture], settings: CropSettings, seed: int, first: int = 0
+    pictures: Sequence[TrainingPicture],
+    settings: CropSettings,
+    seed: int,
+    first: int = 0,
+    templates: Sequence[Template] = (),
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Endless (rgb (B, 3, c, c) float 0..1, truth (B, c, c) bool, ignore (B, c, c) bool).
 
     Starts at batch `first`. Raises ``PathfmError`` when no picture has a weight above 0.
     """
-    source = CropSource(pictures, settings, seed)
+    source = CropSource(pictures, settings, seed, templates)
     number = first
     while True:
         yield source.batch(number)
@@ -96,9 +102,14 @@ class CropSource:
     """
 
     def __init__(
-        self, pictures: Sequence[TrainingPicture], settings: CropSettings, seed: int
+        self,
+        pictures: Sequence[TrainingPicture],
+        settings: CropSettings,
+        seed: int,
+        templates: Sequence[Template] = (),
     ) -> None:
         self.pictures, self.settings, self.seed = list(pictures), settings, seed
+        self.templates = tuple(templates)
         weights = np.array([p.weight for p in self.pictures], np.float64)
         if not weights.sum() > 0:
             raise PathfmError(
@@ -113,11 +124,21 @@ class CropSource:
         s = self.settings
         samples = np.arange(number * s.batch_size, (number + 1) * s.batch_size)
         drawn = words(self.seed, samples, 0, _STREAM, 12)
-        parts = [self._cut(row) for row in drawn]
+        pasted = uniform(words(self.seed, samples, 0, _PASTE_STREAM, 7))
+        parts = [self._under(*self._cut(a), b) for a, b in zip(drawn, pasted, strict=True)]
         rgb, masks = (torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True))
         x = rgb.permute(0, 3, 1, 2).float() / 255
         x, masks = augment(x, masks, s.augmentation, self.seed, samples)
         return x, masks[:, 0], masks[:, 1]
+
+    def _under(
+        self, rgb: NDArray[np.uint8], masks: NDArray[np.bool_], u: NDArray[np.float64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """The crop, now and then with a real artefact over it."""
+        if not self.templates or u[6] >= self.settings.paste_chance:
+            return rgb, masks
+        rgb, tissue = paste(rgb, masks[0], self.templates, u)
+        return rgb, np.stack([tissue, masks[1]])
 
     def _cut(self, w: NDArray[np.uint32]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """One crop (c, c, 3) and its (2, c, c) truth and ignore, before augmentation."""
