@@ -145,7 +145,7 @@ def test_a_model_with_a_worse_worst_slide_is_not_better_than_thresholds() -> Non
 
 def test_the_drawers_agreement_leaves_out_what_either_drawing_ignores() -> None:
     first, second, ignore = (np.zeros((4, 6), bool) for _ in range(3))
-    first[:2], second[:2, :3], ignore[1] = True, True, True
+    first[:2], second[0, :3], second[1], ignore[1] = True, True, True, True
     rgb = np.zeros((4, 6, 3), np.uint8)
     nothing = np.zeros((4, 6), bool)
     twice = Subject(

@@ -109,6 +109,16 @@ def test_the_boundary_f_score_equals_a_loop(seed: int, within_px: float) -> None
     assert 0 < expected <= 1
 
 
+def test_an_outline_towards_ignored_pixels_is_none() -> None:
+    truth, ignore = np.ones((20, 30), bool), np.zeros((20, 30), bool)
+    truth[:, :5], ignore[:, 20:] = False, True
+    predicted = truth.copy()
+    predicted[:, 18:] = False  # an outline at 17: three from what is ignored, two from column 19
+    half = boundary_f(predicted, truth & ~ignore, ignore, within_px=2)
+    assert half == pytest.approx(2 * 0.5 * 1 / 1.5)
+    assert boundary_f(truth, truth & ~ignore, ignore, within_px=2) == 1
+
+
 def test_a_moved_outline_scores_by_the_tolerance() -> None:
     truth, moved = np.zeros((60, 80), bool), np.zeros((60, 80), bool)
     truth[10:50, 10:60] = True

@@ -19,7 +19,7 @@ from pathfm.segmentation.thresholds import THRESHOLDS, grey, hsv, local_entropy,
 def noisy() -> np.ndarray:
     rng = np.random.default_rng(4)
     base = np.full((23, 31, 3), (236, 232, 238))
-    base[5:17, 8:25] = (190, 120, 170)
+    base[5:17, 8:] = (190, 120, 170)  # reaches the picture's edge
     return np.clip(base + rng.integers(-14, 15, base.shape), 0, 255).astype(np.uint8)
 
 
@@ -61,7 +61,8 @@ def test_local_entropy_equals_a_loop_over_windows(noisy: np.ndarray) -> None:
             assert got[y, x] == pytest.approx(expected, abs=1e-5)
 
 
-def test_clams_saturation_equals_a_loop(noisy: np.ndarray) -> None:
+@pytest.mark.parametrize("above_level", [20, 23, 26, 40])  # the first few are amid the noise
+def test_clams_saturation_equals_a_loop(noisy: np.ndarray, above_level: int) -> None:
     plane = hsv(noisy)[..., 1]
     height, width = plane.shape
 
@@ -70,8 +71,8 @@ def test_clams_saturation_equals_a_loop(noisy: np.ndarray) -> None:
         columns = [min(max(x + d, 0), width - 1) for d in range(-3, 4)]
         return statistics.median(int(plane[r, c]) for r in rows for c in columns)
 
-    above = np.array([[blurred(y, x) > 40 for x in range(width)] for y in range(height)])
-    assert (thresholds.saturation(noisy, 40, close_px=0) == above).all()
+    above = np.array([[blurred(y, x) > above_level for x in range(width)] for y in range(height)])
+    assert (thresholds.saturation(noisy, above_level, close_px=0) == above).all()
     # closed: every pixel all of whose 4 x 4 squares meet the mask, the picture's edge left open
     meets = np.zeros((height + 9, width + 9), bool)
     padded = np.pad(above, 6)
@@ -81,7 +82,7 @@ def test_clams_saturation_equals_a_loop(noisy: np.ndarray) -> None:
     closed = [
         [meets[y + 3 : y + 7, x + 3 : x + 7].all() for x in range(width)] for y in range(height)
     ]
-    assert (thresholds.saturation(noisy, 40) == np.array(closed)).all()
+    assert (thresholds.saturation(noisy, above_level) == np.array(closed)).all()
 
 
 def test_a_gap_of_three_pixels_is_closed_and_one_of_four_is_not() -> None:
