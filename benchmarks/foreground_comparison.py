@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from common import about_this_run
 
+from pathfm.segmentation.synthetic import SyntheticThumbnail, draw_thumbnail
 from pathfm.tracking import make_client
 
 BCE: dict[str, object] = {"name": "bce"}
@@ -77,8 +78,7 @@ def run(args: argparse.Namespace, arm: str, seed: int) -> dict[str, float]:
     from pathfm.segmentation import train
 
     torch.set_num_threads(1)
-    if not hasattr(train.draw_thumbnail, "cache_info"):  # the same thumbnails for every arm
-        train.draw_thumbnail = functools.cache(train.draw_thumbnail)
+    vars(train)["draw_thumbnail"] = _drawn_once
     model, loss = ARMS[arm]
     name = f"{arm} {seed}".replace("+", "_").replace(",", "").replace(" ", "_")
     out = args.out / name
@@ -97,6 +97,12 @@ def run(args: argparse.Namespace, arm: str, seed: int) -> dict[str, float]:
     if not told.exists():
         told.write_text(json.dumps(time.process_time() - began_s))
     return {**result.facts["validation"], "cpu_s": json.loads(told.read_text())}
+
+
+@functools.cache
+def _drawn_once(seed: int, draw: int, size_px: int) -> SyntheticThumbnail:
+    """The same thumbnails for every arm, drawn once a process."""
+    return draw_thumbnail(seed, draw, size_px)
 
 
 def store(args: argparse.Namespace) -> str:
