@@ -88,7 +88,7 @@ def test_mask_thumbnail_and_overlay_share_one_coordinate_system(tmp_path):
 def test_a_table_a_page_and_the_packed_corpus_are_written(corpus, capsys):
     result = run(ForegroundConfig(corpus=corpus))
     said = capsys.readouterr().out
-    assert "no tissue found by unet" in said
+    assert "no tissue found by the model" in said
     assert "left out" in said
     with (corpus / "foreground.csv").open() as handle:
         rows = {row["slide_id"]: row for row in csv.DictReader(handle)}
@@ -170,10 +170,10 @@ def test_when_no_slide_has_tissue_the_run_fails_in_one_line(tmp_path, slide_file
 
 
 def test_otsu_can_make_the_mask_and_agreement_is_symmetric(corpus):
-    by_unet = {s.slide_id: s for s in run(ForegroundConfig(corpus=corpus)).slides}
+    by_model = {s.slide_id: s for s in run(ForegroundConfig(corpus=corpus)).slides}
     by_otsu = {s.slide_id: s for s in run(ForegroundConfig(corpus=corpus, method="otsu")).slides}
-    assert by_otsu["wide"].baseline_iou == by_unet["wide"].baseline_iou
-    assert by_otsu["wide"].mask_digest != by_unet["wide"].mask_digest
+    assert by_otsu["wide"].baseline_iou == by_model["wide"].baseline_iou
+    assert by_otsu["wide"].mask_digest != by_model["wide"].mask_digest
 
 
 def test_a_large_slide_gets_a_coarser_mask_and_is_told(corpus, capsys):

@@ -25,7 +25,7 @@ def show(config: ForegroundConfig, rows: list[SlideForeground], page: Path) -> N
     reused = sum(row.reused for row in rows)
     again = f", {reused} as they were" if reused else ""
     table = Table(
-        title=f"{len(rows)} slides, masks by {config.method}{again}", title_justify="left"
+        title=f"{len(rows)} slides, masks by {_method(config)}{again}", title_justify="left"
     )
     table.add_column("slide", overflow="fold")
     for name in ("tissue, mm²", "tissue, %", "IoU with " + _other(config), "µm/px"):
@@ -42,13 +42,19 @@ def show(config: ForegroundConfig, rows: list[SlideForeground], page: Path) -> N
     out.print(f"overlays to look at: {page}")
 
 
+def _method(config: ForegroundConfig) -> str:
+    return "the model" if config.method == "model" else config.method
+
+
 def _other(config: ForegroundConfig) -> str:
-    return "otsu" if config.method == "unet" else "unet"
+    return "otsu" if config.method == "model" else "the model"
 
 
 def _note(config: ForegroundConfig, row: SlideForeground) -> str:
     if row.reason:
         return f"left out: {row.reason}"
+    if row.source == "drawn":
+        return "drawn by hand; IoU with otsu"
     if row.mask_mpp > config.mpp * 1.001:
         return f"coarser than {config.mpp:g} µm/px: a large slide, or level 0 is"
     return ""
@@ -77,7 +83,7 @@ def page_of(config: ForegroundConfig, rows: list[SlideForeground]) -> str:
         '<meta name="viewport" content="width=device-width">'
         f"<title>Foreground of {len(rows)} slides</title><style>{_STYLE}</style>"
         f"<h1>Foreground: {found} of {len(rows)} slides have tissue</h1>"
-        f"<p>The outline is the mask made by <b>{config.method}</b> at {config.mpp:g} µm/px; "
+        f"<p>The outline is the mask made by <b>{_method(config)}</b> at {config.mpp:g} µm/px; "
         f"IoU is its agreement with {_other(config)}: where it is low, look; it is no verdict.{which}</p>"
         f"<main>\n{figures}\n</main></html>\n"
     )
