@@ -180,4 +180,5 @@ def test_the_drawn_pictures_at_hand_can_be_read(shared_data: Path) -> None:
     rows = read_table(DRAWN / "pictures.csv")
     pictures = read_pictures([shared_data / "masks", shared_data / "wsi", shared_data])
     assert len(pictures) == len(rows)
-    assert all(0 < p.tissue.mean() <= 1 for p in pictures)
+    for p in pictures:  # one shows ink alone
+        assert p.tissue.any() or p.kinds["pen"].any()
