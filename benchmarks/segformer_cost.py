@@ -70,7 +70,7 @@ def models_table(side_px: int, blocks: int) -> list[str]:
 def more_in_the_papers_order(preset: str, side_px: int) -> int:
     """Multiply-adds that upsampling before fusing adds to the decoder."""
     channels, widths = DECODER_CHANNELS[preset], PRESETS[preset].widths
-    cells = [-((-side_px // stride) ** 2) for stride in STRIDES]
+    cells = [(side_px // stride) ** 2 for stride in STRIDES]
     there = sum(n * c * channels for n, c in zip(cells, widths, strict=True))
     there += cells[0] * 4 * channels**2
     here = sum((n + channels) * c * channels for n, c in zip(cells, widths, strict=True))
