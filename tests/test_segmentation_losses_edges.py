@@ -2,9 +2,12 @@
 
 import inspect
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 
 from pathfm.runtime import PathfmError
@@ -311,3 +314,37 @@ def test_config_offers_exactly_the_options_that_the_losses_have():
 def test_a_term_that_makes_no_sense_is_refused(given, says):
     with pytest.raises(ValidationError, match=says):
         LossTerm.model_validate(given)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "losses.md"
+
+
+def test_the_examples_of_the_page_run():
+    page = PAGE.read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    given = {"logits": Z, "target": T, "ignore": T.bool()}
+    exec(code, given)  # the page is ours
+    (terms,) = re.findall(r"`loss: (\[.*?\])`", page)
+    loss = L.build_loss([LossTerm.model_validate(term) for term in yaml.safe_load(terms)])
+    assert loss.names == ("bce", "dice")
+
+
+def test_the_defaults_that_the_page_tells_are_those_of_the_losses():
+    page = PAGE.read_text()
+    rows = re.findall(
+        r"^\| `(\w+)`.*? \| .* \| (.*) \|$", page.partition("## Formulas")[2], re.MULTILINE
+    )
+    assert {name for name, _ in rows} == set(LOSSES)
+    for name, told in rows:
+        for option, value in re.findall(r"`(\w+)` (?:e = )?(none|false|[\d./]+)", told):
+            default = inspect.signature(LOSSES[name].function).parameters[option].default
+            assert str(default).lower() == value or default == pytest.approx(eval(value)), option
+
+
+def test_the_pages_pictures_exist_and_are_small():
+    pictures = re.findall(r"\(pictures/(.*?)\)", PAGE.read_text())
+    assert len(pictures) == 4
+    for name in pictures:
+        assert 5_000 < (PAGE.parent / "pictures" / name).stat().st_size < 150_000

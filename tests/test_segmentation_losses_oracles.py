@@ -187,6 +187,13 @@ def test_smps_jaccard_and_tversky_are_ours_over_the_batch(smp):
     close(L.focal_tversky_loss(z, y, **how), oracle(z[:, None], y))
 
 
+def test_class_weights_are_smps_who_divides_by_their_sum_too(smp):
+    z, y = example(True)
+    weights = [0.5, 2.0, 4.0, 1.0]
+    oracle = smp.DiceLoss("multiclass", smooth=1.0, class_weights=weights)
+    close(L.dice_loss(z, y, smooth=2.0, reduction="batch", class_weights=weights), oracle(z, y))
+
+
 def test_smp_divides_by_absent_classes_which_ours_counts_or_skips(smp):
     z, y = example(True)
     y = y.clamp_max(2)  # class 3 is absent
