@@ -68,7 +68,7 @@ class DrawnPicture:
     """The slide or case: pictures of one source are all in one split."""
     hard: tuple[str, ...] = ()
     again: Truth | None = field(default=None, repr=False)
-    """The same person's second drawing, made without sight of the first."""
+    """A second drawing, made without sight of the first."""
 
     @property
     def tissue(self) -> Mask:
