@@ -1,8 +1,7 @@
-"""The foreground model: losses against loops, the network's shape, its shipped weights, Otsu."""
+"""The foreground model: the network's shape, its shipped weights, Otsu."""
 
 import hashlib
 import json
-import math
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from online_patching.testing import SyntheticSlide
-from pathfm.segmentation.losses import bce_dice_loss, bce_loss, dice_loss, iou, soft_dice
 from pathfm.segmentation.thresholds import otsu_mask, otsu_threshold
 from pathfm.segmentation.tidy import mask_iou, tidy
 from pathfm.segmentation.unet import (
@@ -20,76 +18,6 @@ from pathfm.segmentation.unet import (
     multiply_adds_per_pixel,
     tissue_probability,
 )
-
-P = [
-    [0.38574776, 0.08795848, 0.83927506],
-    [0.21592768, 0.44453627, 0.10463644],
-    [0.8793516, 0.65118235, 0.5184219],
-]
-Y = [[1.0, 0, 0], [0, 0, 0], [1, 1, 1]]
-
-
-def _logits(seed: int = 1, shape: tuple[int, ...] = (2, 5, 7)) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(shape, generator=generator)
-    return logits, (torch.rand(shape, generator=generator) > 0.6).float()
-
-
-def test_dice_has_the_worked_value():
-    p, y = torch.tensor(P), torch.tensor(Y)
-    assert soft_dice(p, y, smooth=1.0).item() == pytest.approx(0.64307916, abs=2e-7)
-    assert soft_dice(p, y).item() == pytest.approx(0.59916145, abs=2e-7)
-    assert dice_loss(torch.logit(p)[None], y[None]).item() == pytest.approx(
-        1 - 0.64307916, abs=1e-6
-    )
-
-
-def test_losses_equal_a_float64_loop():
-    logits, target = _logits()
-    bce, dice = 0.0, 0.0
-    for picture, truth in zip(logits.tolist(), target.tolist(), strict=True):
-        overlap = total = 0.0
-        for row, truths in zip(picture, truth, strict=True):
-            for z, y in zip(row, truths, strict=True):
-                p = 1 / (1 + math.exp(-z))
-                bce -= (y * math.log(p) + (1 - y) * math.log(1 - p)) / logits.numel()
-                overlap += p * y
-                total += p + y
-        dice += (1 - (2 * overlap + 1) / (total + 1)) / len(logits)
-    assert bce_loss(logits, target).item() == pytest.approx(bce, rel=1e-6)
-    assert dice_loss(logits, target).item() == pytest.approx(dice, rel=1e-6)
-    assert bce_dice_loss(logits, target).item() == pytest.approx(bce + dice, rel=1e-6)
-
-
-def test_dices_gradient_is_the_one_by_hand():
-    logits, target = _logits(shape=(1, 4, 3))
-    logits.requires_grad_()
-    dice_loss(logits, target, smooth=1.0).backward()
-    p, y = logits.detach().sigmoid().double(), target.double()
-    total, overlap = p.sum() + y.sum() + 1, (p * y).sum()
-    by_p = -(2 * y * total - (2 * overlap + 1)) / total**2
-    assert logits.grad is not None
-    torch.testing.assert_close(logits.grad.double(), by_p * p * (1 - p), rtol=1e-5, atol=1e-8)
-
-
-def test_losses_are_fp32_and_finite_on_bf16_and_extreme_logits():
-    logits = torch.tensor([[-1e4, 1e4, 0.0]], dtype=torch.bfloat16, requires_grad=True)
-    for target in (torch.zeros(1, 3), torch.ones(1, 3)):
-        loss = bce_dice_loss(logits, target)
-        loss.backward()
-        assert loss.dtype == torch.float32
-        assert torch.isfinite(loss)
-    assert logits.grad is not None
-    assert torch.isfinite(logits.grad).all()
-
-
-def test_an_empty_picture_predicted_empty_costs_nothing():
-    assert dice_loss(torch.full((1, 9), -50.0), torch.zeros(1, 9)).item() == pytest.approx(
-        0, abs=1e-6
-    )
-    nothing = torch.zeros(3, dtype=torch.bool)
-    assert iou(nothing, nothing) == 1
-    assert iou(torch.tensor([True, True, False]), torch.tensor([True, False, True])) == 1 / 3
 
 
 @pytest.mark.parametrize("size", [(1, 1), (31, 33), (64, 32), (97, 250)])

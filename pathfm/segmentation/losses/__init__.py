@@ -27,7 +27,6 @@ from pathfm.segmentation.losses.combined import (
 from pathfm.segmentation.losses.correlation import mcc_loss
 from pathfm.segmentation.losses.counts import Averaging, SoftCounts, soft_counts
 from pathfm.segmentation.losses.entropy import bce_loss, focal_loss, soft_bce_loss
-from pathfm.segmentation.losses.older import bce_dice_loss, iou, soft_dice
 from pathfm.segmentation.losses.overlap import (
     dice_loss,
     focal_tversky_loss,
@@ -50,7 +49,6 @@ __all__ = [
     "SoftCounts",
     "TverskyLoss",
     "WeightedLoss",
-    "bce_dice_loss",
     "bce_loss",
     "build_loss",
     "class_pixels",
@@ -58,11 +56,9 @@ __all__ = [
     "focal_loss",
     "focal_tversky_loss",
     "inverse_frequency_weights",
-    "iou",
     "jaccard_loss",
     "mcc_loss",
     "soft_bce_loss",
     "soft_counts",
-    "soft_dice",
     "tversky_loss",
 ]
