@@ -54,7 +54,7 @@ def main() -> None:
     )
     parser.add_argument("--pictures", type=Path, action="append", required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/foreground_comparison"))
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--synthetic", type=int, default=200, help="thumbnails to cut crops from")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="arms at a time, a thread each")

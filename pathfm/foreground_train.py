@@ -22,7 +22,7 @@ from pathfm.tracking import TrackingConfig, open_run
 
 WEIGHTS = "weights.safetensors"
 _NOT_OF_THE_WEIGHTS = {
-    "out", "tracking", "pictures", "validate_every_steps", "checkpoint_every_steps", "device",
+    "out", "tracking", "pictures", "templates", "validate_every_steps", "checkpoint_every_steps", "device",
 }  # fmt: skip
 ModelName = Literal[
     "unet", "unet_stem4", "segformer_b0", "segformer_b1", "segformer_b2", "segformer_b3",
@@ -43,6 +43,9 @@ class ForegroundTrainConfig(BaseModel, frozen=True, extra="forbid"):
     pictures: list[Path] = Field(
         [],
         description="folders of the drawn training and validation pictures; none: synthetic only",
+    )
+    templates: Path | None = Field(
+        None, description="folder of pen and coverslip cut-outs to lay over crops (HistoQC's)"
     )
     synthetic: int = Field(
         1500, ge=0, le=100_000, description="synthetic thumbnails to draw and cut crops from"
@@ -108,7 +111,7 @@ def run(config: ForegroundTrainConfig) -> ForegroundTrainResult:
     from pathfm.segmentation.training_data import gather
 
     torch.set_num_threads(config.threads)
-    data = gather(config.pictures)
+    data = gather(config.pictures, config.templates)
     key = _key(config, data.digest)
     weights = config.out / WEIGHTS
     earlier = _earlier(weights, key)

@@ -52,7 +52,9 @@ class Trainer:
         """All steps still to do; ``model`` is in eval mode and ``scores`` filled afterwards."""
         config = self.config
         tracked.truncate(self.step - 1)
-        stream = batches(self._pictures(), self._crop_settings(), config.seed, first=self.step)
+        stream = batches(
+            self._pictures(), self._crop_settings(), config.seed, self.step, self.data.templates
+        )
         losses: list[float] = []
         with progress(config.steps, "steps", f"training {config.model}", self.step) as bar:
             for rgb, truth, ignore in islice(stream, config.steps - self.step):

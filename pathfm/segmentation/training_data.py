@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pathfm.runtime import PathfmError
+from pathfm.segmentation.templates import Template, read_templates
 from pathfm.segmentation.truth import DrawnPicture, read_pictures
 
 PERMITTED = ("CC0", "MIT", "BSD", "Apache", "CC BY")
@@ -21,6 +22,7 @@ class DrawnData:
 
     training: tuple[DrawnPicture, ...] = ()
     validation: tuple[DrawnPicture, ...] = ()
+    templates: tuple[Template, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -31,6 +33,9 @@ class DrawnData:
                 sha.update(f"{use} {picture.name} {picture.rgb.shape}".encode())
                 for array in (picture.rgb, picture.tissue, picture.ignore):
                     sha.update(array.tobytes())
+        for template in self.templates:
+            sha.update(f"template {template.name} {template.mask.shape}".encode())
+            sha.update(template.light.tobytes() + template.mask.tobytes())
         return sha.hexdigest()
 
     def told(self) -> list[dict[str, Any]]:
@@ -38,16 +43,19 @@ class DrawnData:
         return [{"name": p.name, "licence": p.licence, "origin": p.origin} for p in self.training]
 
 
-def gather(roots: Sequence[Path]) -> DrawnData:
-    """The drawn training and validation pictures found under the roots; none without roots.
+def gather(roots: Sequence[Path], templates: Path | None = None) -> DrawnData:
+    """The drawn training and validation pictures found under the roots, and templates to paste.
+
+    Without roots no pictures; without a folder of templates none of those.
 
     Raises ``PathfmError`` for a picture that is missing, changed, or whose licence is none of
     ``PERMITTED``.
     """
+    pasted = tuple(read_templates(templates)) if templates is not None else ()
     if not roots:
-        return DrawnData()
+        return DrawnData(templates=pasted)
     data = DrawnData(
-        tuple(read_pictures(roots, "training")), tuple(read_pictures(roots, "validation"))
+        tuple(read_pictures(roots, "training")), tuple(read_pictures(roots, "validation")), pasted
     )
     for picture in (*data.training, *data.validation):
         if not picture.licence.startswith(PERMITTED):
