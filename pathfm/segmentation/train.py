@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,12 +22,10 @@ from pathfm.segmentation.models import build_model, init_weights
 from pathfm.segmentation.predict import tissue_probability
 from pathfm.segmentation.scores import count
 from pathfm.segmentation.synthetic import Kind, draw_thumbnail
+from pathfm.segmentation.train_settings import TrainSettings
 from pathfm.segmentation.training_data import DrawnData
 from pathfm.segmentation.truth import DrawnPicture
 from pathfm.tracking import Run
-
-if TYPE_CHECKING:
-    from pathfm.foreground_train import ForegroundTrainConfig
 
 HELD_OUT_FROM = 1_000_000  # draw numbers from here on are never trained on
 
@@ -36,7 +33,7 @@ HELD_OUT_FROM = 1_000_000  # draw numbers from here on are never trained on
 class Trainer:
     """One training run: where it stands, and how it goes on. Batch k is a function of (seed, k)."""
 
-    def __init__(self, config: ForegroundTrainConfig, data: DrawnData, key: str) -> None:
+    def __init__(self, config: TrainSettings, data: DrawnData, key: str) -> None:
         self.config, self.data, self.key = config, data, key
         self.device = pick_device(config.device)
         self.model = build_model(config.model)
