@@ -9,8 +9,9 @@ from pathfm.segmentation.synthetic.artefacts import _bubble
 from pathfm.segmentation.synthetic.canvas import Canvas, f32
 from pathfm.segmentation.synthetic.frames import _strip
 from pathfm.segmentation.synthetic.pen import OPAQUE, _ink
+from pathfm.segmentation.synthetic.stains import Stain
 from pathfm.segmentation.synthetic.textures import cell_walls
-from pathfm.segmentation.synthetic.tissue import WIDE_HOLE_PX, _crumbs, _wide
+from pathfm.segmentation.synthetic.tissue import WIDE_HOLE_PX, _crumbs, _wide, lay_tissue
 
 
 def canvas(size: int = 96, seed: int = 0) -> Canvas:
@@ -60,6 +61,14 @@ def test_tissue_of_every_picture_can_be_told_from_its_glass():
         faint.append(away)
     assert min(faint) > 2  # grey levels
     assert np.median(faint) > 25
+
+
+def test_the_palest_stain_still_shows():
+    nothing = Stain("H&E", f32([1, 1, 1]), f32([1, 1, 1]), f32([1, 1, 1]), 0.0, 1e-5)
+    for seed in range(5):
+        c = canvas(128, seed)
+        lay_tissue(c, np.full((128, 128), 99, np.float32), "full", nothing, 0.1)
+        assert -np.log(c.rgb / 240).mean() > 0.02
 
 
 def test_wide_holes_are_glass_and_narrow_ones_are_not():
