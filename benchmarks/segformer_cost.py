@@ -41,7 +41,7 @@ def main() -> None:
     lines += models_table(args.side_px, args.blocks)
     lines += ["", "one attention layer, by sr:", ""]
     lines += reduction_table(args.side_px, args.blocks)
-    write_out(lines, args.out)
+    write_out([line.rstrip() for line in lines], args.out)
 
 
 def models_table(side_px: int, blocks: int) -> list[str]:
