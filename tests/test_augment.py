@@ -153,8 +153,8 @@ def test_jpeg_marks_are_those_libjpeg_leaves(quality, subsampling):
     Image.fromarray(rgb).save(saved, "JPEG", quality=quality, subsampling=subsampling)
     libjpeg = np.asarray(Image.open(saved)).astype(float)
     x = torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None].float() / 255
-    ours = jpeg_artefacts(x, np.array([quality]), subsample=bool(subsampling))
-    ours = ours[0].permute(1, 2, 0).numpy() * 255
+    marked = jpeg_artefacts(x, np.array([quality]), subsample=bool(subsampling))
+    ours = marked[0].permute(1, 2, 0).numpy() * 255
     lost = np.abs(libjpeg - rgb).mean()
     assert np.abs(ours - libjpeg).mean() < 0.25 * lost + 0.5
     assert np.abs(ours - rgb).mean() == pytest.approx(lost, rel=0.12)
