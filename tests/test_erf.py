@@ -161,6 +161,17 @@ def test_a_wide_blur_has_the_radii_of_a_gaussian():
         assert energy_radius(energy, (150.5, 150.5), share) == pytest.approx(wanted, abs=0.7)
 
 
+def test_every_input_counts_alike_however_large_its_gradient():
+    def outputs(rgb):
+        return {"sum": (nn.functional.avg_pool2d(rgb**2, 3, 1, 1).sum(1, keepdim=True), 0.5)}
+
+    bright, faint = torch.zeros(1, 3, 7, 9), torch.zeros(1, 3, 7, 9)
+    bright[..., 3, 3], faint[..., 3, 5] = 1.0, 0.001
+    energy, _ = receptive_fields(outputs, [bright, faint], 0)["sum"]
+    assert energy[3, 3] == pytest.approx(0.5)
+    assert energy[3, 5] == pytest.approx(0.5)
+
+
 def test_signs_follow_from_seed_and_picture_and_are_even():
     signs = random_signs(3, 5, 3000)
     assert set(signs.tolist()) == {-1.0, 1.0}
