@@ -1,8 +1,7 @@
 """All slides of a corpus, in order: thumbnails read ahead, masked in batches, written behind.
 
 Reading waits on storage and decoding, the network on the processor or the GPU; threads let them
-overlap. Never more than `AHEAD` thumbnails wait, nor more than that many masks, whatever the number
-of slides.
+overlap. The number of thumbnails and masks that wait is bounded, whatever the number of slides.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from pathfm.foreground import SlideForeground
 from pathfm.foreground.masking import Seen, Worker
 
 AHEAD = 4
-"""Thumbnails read ahead of the one being masked, on a CPU; batches of a GPU are this many times
-larger."""
+"""Thumbnails read ahead of the one being masked, and masks not yet written; twice a GPU's batch on
+one."""
 GPU_BATCH = 8
 
 Outcome = Seen | SlideForeground
@@ -25,12 +24,17 @@ Outcome = Seen | SlideForeground
 
 def masked(worker: Worker, indexes: Sequence[Path]) -> Iterator[SlideForeground]:
     """Each slide's outcome, in the order of `indexes`, once its files are written."""
-    batch = GPU_BATCH if worker.device != "cpu" else 1
+    batch = _batch_of(worker.device)
     with ThreadPoolExecutor(worker.config.threads, "foreground") as pool:
         try:
             yield from _in_order(worker, pool, indexes, batch)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batch_of(device: str) -> int:
+    """A processor is busy with one thumbnail; a GPU wants several."""
+    return 1 if device == "cpu" else GPU_BATCH
 
 
 def _in_order(
