@@ -27,9 +27,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from common import about_this_run, last_core, pin
 from numpy.typing import NDArray
 
-from benchmarks.common import about_this_run, last_core, pin
 from online_patching import (
     ForegroundMask,
     SlideIndex,

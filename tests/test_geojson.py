@@ -1,5 +1,6 @@
 """Polygons: which pixels are inside, outlines that give the mask back, files as QuPath has them."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -89,14 +90,14 @@ def test_polygons_that_share_an_edge_neither_overlap_nor_leave_a_gap():
     middle = rng.uniform(2, 18, 2)
     corners = [(0.0, 0.0), (20.0, 0.0), (20.0, 15.0), (0.0, 15.0)]
     around = [*corners, corners[0]]
-    parts = [_polygon([a, b, tuple(middle)]) for a, b in zip(around, around[1:], strict=False)]
+    parts = [_polygon([a, b, tuple(middle)]) for a, b in itertools.pairwise(around)]
     assert (sum(rasterise([part], (15, 20)).astype(int) for part in parts) == 1).all()
 
 
 def test_what_lies_outside_is_cut_off_and_many_crossings_are_worked_on_in_parts(monkeypatch):
     ring = np.array([[-1e9, -1e9], [1e9, -1e9], [1e9, 1e9], [-1e9, 1e9]])
     assert rasterise([Polygon((ring,))], (5, 7)).all()
-    assert not rasterise([Polygon((ring + [3e9, 0],))], (5, 7)).any()
+    assert not rasterise([Polygon(([*ring, 3000000000.0, 0],))], (5, 7)).any()
     zigzag = np.random.default_rng(1).uniform(0, 60, (500, 2))
     whole = rasterise([Polygon((zigzag,))], (60, 61))
     monkeypatch.setattr("pathfm.geojson.raster._CROSSINGS_AT_ONCE", 100)
