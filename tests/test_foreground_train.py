@@ -1,5 +1,6 @@
 """`pathfm foreground-train`: a run that resumes, says what it made, and refuses what it must."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -112,6 +113,30 @@ def test_a_picture_without_a_permitted_licence_is_never_trained_on(
     with pytest.raises(PathfmError, match=r"picture x: its licence is 'none stated'"):
         foreground_train.run(config(tmp_path, pictures=[tmp_path]))
     assert not (tmp_path / foreground_train.WEIGHTS).exists()
+
+
+@pytest.mark.parametrize(
+    ("licence", "may"),
+    [
+        *((yes, True) for yes in ("CC0", "CC0 1.0", "CC0-1.0", "MIT", "Apache-2.0", "CC BY")),
+        *((yes, True) for yes in ("CC BY 4.0", "CC-BY-4.0", "BSD-3-Clause", "BSD-3-Clause-Clear")),
+        *((no, False) for no in ("CC BY-NC 4.0", "CC BY-ND 4.0", "CC BY-SA 4.0", "CC-BY-NC-4.0")),
+        *((no, False) for no in ("CC BY NC", "none stated", "", "MITRE", "MIT, not for models")),
+        *((no, False) for no in ("GPL-2.0", "CC BYNC", "Apache-2.0 WITH\nCommons Clause")),
+    ],
+)
+def test_licences_that_only_begin_like_a_permitted_one_are_not(licence: str, may: bool) -> None:
+    assert training_data.permitted(licence) == may
+
+
+def test_weights_made_from_other_kinds_than_those_drawn_now_are_not_up_to_date() -> None:
+    """Crops look for rare kinds, so where fat is drawn decides what is learnt."""
+    before = drawn("a")
+    fat = before.tissue & (np.arange(80) < 30)
+    truth = Truth(before.tissue, before.ignore, {**before.kinds, "fat": fat})
+    after = dataclasses.replace(before, truth=truth)
+    digests = {training_data.DrawnData((p,)).digest for p in (before, after)}
+    assert len(digests) == 2
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_the_step(

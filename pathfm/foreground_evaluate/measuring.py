@@ -98,8 +98,7 @@ def subjects(config: ForegroundEvaluateConfig) -> Subjects:
     if config.pictures:
         folder = config.drawn or DRAWN
         for p in read_pictures(config.pictures, config.split, folder):
-            source = f"{p.origin} {p.source}"
-            drawn.append(Subject(p.name, p.rgb, p.truth, p.stain_group, source, again=p.again))
+            drawn.append(Subject(p.name, p.rgb, p.truth, p.stain_group, p.case, again=p.again))
         if not drawn:
             raise PathfmError(f"{folder / 'pictures.csv'}: no picture has split={config.split}")
     synthetic = [_synthetic(config, number) for number in range(config.synthetic)]

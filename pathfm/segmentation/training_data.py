@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,13 @@ from pathfm.segmentation.templates import Template, read_templates
 from pathfm.segmentation.truth import DrawnPicture, read_pictures
 
 PERMITTED = ("CC0", "MIT", "BSD", "Apache", "CC BY")
-"""How the licences begin whose pictures may teach weights that are passed on."""
+"""The licences whose pictures may teach weights that are passed on."""
+_PERMITTED = re.compile(r"(CC0|MIT|BSD|Apache|CC[ -]BY)([ -]\d.*|)|BSD-\d-Clause(-Clear)?")
+
+
+def permitted(licence: str) -> bool:
+    """Whether it is one of `PERMITTED`, in some version: CC BY-NC, -ND and -SA are other licences."""
+    return _PERMITTED.fullmatch(licence) is not None
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,13 @@ class DrawnData:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over every picture's name, its truth and what it is used for."""
+        """SHA-256 over every picture's name, all that is drawn on it and what it is used for."""
         sha = hashlib.sha256()
         for use, pictures in (("training", self.training), ("validation", self.validation)):
             for picture in sorted(pictures, key=lambda p: p.name):
                 sha.update(f"{use} {picture.name} {picture.rgb.shape}".encode())
-                for array in (picture.rgb, picture.tissue, picture.ignore):
+                kinds = [mask for _, mask in sorted(picture.kinds.items())]  # crops look for them
+                for array in (picture.rgb, picture.tissue, picture.ignore, *kinds):
                     sha.update(array.tobytes())
         for template in self.templates:
             sha.update(f"template {template.name} {template.mask.shape}".encode())
@@ -58,7 +66,7 @@ def gather(roots: Sequence[Path], templates: Path | None = None) -> DrawnData:
         tuple(read_pictures(roots, "training")), tuple(read_pictures(roots, "validation")), pasted
     )
     for picture in (*data.training, *data.validation):
-        if not picture.licence.startswith(PERMITTED):
+        if not permitted(picture.licence):
             raise PathfmError(
                 f"picture {picture.name}: its licence is {picture.licence!r}; weights are made only "
                 f"from {', '.join(PERMITTED)} pictures. Give it split=evaluation in pictures.csv"

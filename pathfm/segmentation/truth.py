@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -71,6 +72,11 @@ class DrawnPicture:
     """A second drawing, made without sight of the first."""
 
     @property
+    def case(self) -> str:
+        """Alike for all pictures of one slide or case, and for no others: see `case_of`."""
+        return case_of(self.origin, self.source)
+
+    @property
     def tissue(self) -> Mask:
         """(h, w) bool: drawn tissue without what lies under pen."""
         return self.truth.tissue
@@ -113,7 +119,8 @@ def read_pictures(
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a `pictures.csv`, by name; `PathfmError` names the line that is wrong.
 
-    A source that occurs in two splits is an error: what was trained on would be tested on.
+    A source (see `case_of`) or a file that is in two splits is an error: what was trained on would
+    be tested on.
     """
     text = _text(path)
     reader = csv.DictReader(io.StringIO(text), strict=True)
@@ -123,7 +130,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
         raise PathfmError(f"{path}, line {reader.line_num}: {error}") from None
     if tuple(reader.fieldnames or ()) != COLUMNS:
         raise PathfmError(f"{path}: its columns must be {','.join(COLUMNS)}")
-    split_of: dict[tuple[str, str], str] = {}
+    split_of: dict[str, str] = {}
     names: set[str] = set()
     for at, row in enumerate(rows, start=2):
         wrong = _wrong(row)
@@ -132,12 +139,24 @@ def read_table(path: Path) -> list[dict[str, str]]:
         names.add(row["name"])
         if (
             not wrong
-            and split_of.setdefault((row["origin"], row["source"]), row["split"]) != row["split"]
+            and split_of.setdefault(case_of(row["origin"], row["source"]), row["split"])
+            != row["split"]
         ):
             wrong = f"source {row['source']!r} is in two splits"
+        if not wrong and split_of.setdefault(row["sha256"], row["split"]) != row["split"]:
+            wrong = "the same file is in two splits"
         if wrong:
             raise PathfmError(f"{path}, row {at} ({row['name']}): {wrong}")
     return sorted(rows, key=lambda row: row["name"])
+
+
+def case_of(origin: str, source: str) -> str:
+    """What is alike for all pictures of one slide or case: the repository and the source.
+
+    An origin may go on after its repository ("@" or a space) with the commit, file and level that a
+    picture is from; two stains of one block differ there, and are one case all the same.
+    """
+    return f"{re.split('[@ ]', origin.strip(), maxsplit=1)[0]} {source}"
 
 
 def _wrong(row: Mapping[str | None, Any]) -> str:
