@@ -1,12 +1,14 @@
-"""Which pixels of a thumbnail are tissue: a small U-Net, and Otsu + saturation as its baseline.
+"""Which pixels of a thumbnail are tissue: networks, what they learn from, what they are judged by.
 
-unet.py        the network, its shipped weights, and `tissue_probability`
-thresholds.py  what it has to be better than: Otsu, CLAM's saturation, HSV, entropy; no torch
-truth.py       tissue drawn by hand, in drawn/
-scores.py      Dice, IoU, MCC, boundary F, tissue lost, glass taken
-losses/        eight losses on one soft-count core; loss_terms.py names them in config
-thumbnails.py  synthetic thumbnails of known truth, with what goes wrong on real glass
-canvas.py, glass.py   what those are drawn with
-tidy.py        specks removed, pinholes filled
-train.py       python -m pathfm.segmentation.train: makes the shipped weights
+models.py          networks by name, weights with what they were made from; SHIPPED_WEIGHTS
+unet.py            the small U-Net          segformer/   SegFormer B0 to B5
+predict.py         thumbnails to probabilities: whole, in tiles, several at a time
+losses/            eight losses on one soft-count core; loss_terms.py names them in config
+train.py           the training loop; train_settings.py, training_data.py what it is given
+crops.py           training crops keyed by (seed, batch); augment.py, jpeg.py, templates.py change them
+synthetic/         synthetic thumbnails of known truth, with what goes wrong on real glass
+truth.py           tissue drawn by hand, in drawn/
+scores.py          Dice, IoU, MCC, boundary F, tissue lost, glass taken
+thresholds.py      what a model has to be better than: Otsu, CLAM's saturation, HSV, entropy; no torch
+tidy.py            specks removed, pinholes filled
 """
