@@ -96,13 +96,21 @@ def save_checkpoint(
     return target
 
 
-def load_newest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint whose every file is as it was written, or None where there is none."""
+def load_newest(
+    root: Path, of_run: Callable[[Mapping[str, Any]], bool] = lambda state: True
+) -> Checkpoint | None:
+    """The newest checkpoint whose every file is as it was written, or None where there is none.
+
+    `of_run` is asked of each one's state: a folder may still hold those of an earlier run.
+    """
     for folder in _folders(root):
         try:
-            return load_checkpoint(folder)
+            found = load_checkpoint(folder)
         except PathfmError as error:
             _log.warning("skipped a checkpoint: %s", error)
+            continue
+        if of_run(found.state):
+            return found
     return None
 
 

@@ -76,6 +76,7 @@ def run(config: ForegroundTrainConfig) -> ForegroundTrainResult:
             "key": key,
             "settings": config.model_dump(mode="json", exclude=_NOT_OF_THE_WEIGHTS),
             "trained_on": data.told(),
+            "pasted": [template.name for template in data.templates],
             "validation": trainer.scores,
             "made_with": {k: tags[k] for k in ("git_commit", "python", "version.torch")},
         }

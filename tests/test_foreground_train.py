@@ -71,6 +71,25 @@ def test_a_stopped_run_ends_with_the_very_same_weights(
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_stopped_run_goes_on_though_the_folder_has_later_checkpoints_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreground_train.run(config(tmp_path))  # leaves steps 4 and 6
+    one, begun = train.Trainer._one, []
+
+    def stops(self, *batch):
+        begun.append(self.step)
+        if begun == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return one(self, *batch)
+
+    monkeypatch.setattr(train.Trainer, "_one", stops)
+    with pytest.raises(KeyboardInterrupt):
+        foreground_train.run(config(tmp_path, lr=1e-4))
+    foreground_train.run(config(tmp_path, lr=1e-4))
+    assert begun == [0, 1, 2, 2, 3, 4, 5]
+
+
 def test_a_finished_run_is_left_alone_until_its_settings_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

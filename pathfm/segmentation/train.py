@@ -154,8 +154,9 @@ class Trainer:
 
     def _resume(self) -> None:
         """Takes up the newest whole checkpoint of the very same run, if there is one."""
-        saved = load_newest(self.config.out / "checkpoints")
-        if saved is None or saved.state.get("key") != self.key:
+        root = self.config.out / "checkpoints"
+        saved = load_newest(root, lambda state: state.get("key") == self.key)
+        if saved is None:
             return
         weights = {k[6:]: v for k, v in saved.tensors.items() if k.startswith("model.")}
         self.model.load_state_dict(weights)

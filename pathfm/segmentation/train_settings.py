@@ -51,7 +51,9 @@ class TrainSettings(BaseModel, frozen=True, extra="forbid"):
     )
     device: str = Field("auto", description="torch device: auto, cpu, cuda, cuda:1")
     threads: int = Field(1, ge=1, description="CPU threads; part of what makes a run repeatable")
-    seed: int = Field(0, ge=0, description="of the weights, the synthetic pictures and the crops")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of the weights, the synthetic pictures and the crops"
+    )
     validate_every_steps: int = Field(500, ge=1, description="steps between validations")
     validation_synthetic: int = Field(
         40, ge=0, description="held-out synthetic thumbnails validated on"
