@@ -217,6 +217,31 @@ def test_mlflow_has_a_run_with_a_child_for_each_method(drawn, tmp_path: Path) ->
     assert runs["otsu"].metrics["drawn/dice.worst"] == pytest.approx(told.worst)
 
 
+def test_the_page_of_an_earlier_evaluation_does_not_stay(drawn, tmp_path: Path) -> None:
+    root, folder = drawn
+    common = {"methods": ["hsv"], "bootstrap": 200, "out": tmp_path / "o", "tracking": QUIET}
+    first = run(ForegroundEvaluateConfig(pictures=[root], drawn=folder, **common))
+    assert first.page.exists()
+    run(ForegroundEvaluateConfig(synthetic=1, synthetic_px=64, **common))
+    assert not first.page.exists()
+    tasks = (tmp_path / "o" / "tracking_tasks.jsonl").read_text().splitlines()
+    assert sum("evaluation.html" in task for task in tasks) <= 1
+
+
+def test_weights_may_have_any_name(drawn, tmp_path: Path) -> None:
+    root, folder = drawn
+    weights = tmp_path / "my net (2), büste <b>.safetensors"
+    weights.write_bytes(SHIPPED_WEIGHTS.read_bytes())
+    result = run(
+        ForegroundEvaluateConfig(
+            pictures=[root], drawn=folder, weights=[weights], methods=["hsv"], bootstrap=200,
+            out=tmp_path / "o", tracking=QUIET,
+        )
+    )  # fmt: skip
+    assert list(result.drawn.methods) == ["my_net__2___b_ste__b_", "hsv"]
+    assert "my_net__2___b_ste__b_" in result.page.read_text()
+
+
 def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     paths = []
     for name in ("first", "second"):

@@ -64,7 +64,9 @@ class ForegroundEvaluateConfig(BaseModel, frozen=True, extra="forbid"):
         0, ge=0, le=10_000, description="also score so many held-out synthetic thumbnails"
     )
     synthetic_px: int = Field(512, ge=64, le=2048, description="their side in px")
-    seed: int = Field(0, ge=0, description="of the synthetic thumbnails and the bootstrap")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of the synthetic thumbnails and the bootstrap"
+    )
     threshold: float = Field(
         0.5, gt=0, lt=1, description="tissue where a model's probability is above this"
     )
@@ -137,6 +139,7 @@ def run(config: ForegroundEvaluateConfig) -> ForegroundEvaluateResult:
         synthetic = summarise(_of(rows, False), models, {}, config.seed, config.bootstrap)
         result = ForegroundEvaluateResult(tuple(rows), drawn, synthetic, out / PAGE)
         _write(config, result)
+        result.page.unlink(missing_ok=True)  # an earlier evaluation's
         if drawn is not None:
             atomic_write_text(result.page, page_of(asked.drawn, masks, _of(rows, True), drawn))
         _record(tracked, tracking, out, rows, drawn, synthetic)

@@ -54,11 +54,12 @@ class Subjects:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the drawn pictures and their truth."""
+        """SHA-256 over the drawn pictures and all that is drawn on them."""
         sha = hashlib.sha256()
         for subject in self.drawn:
             sha.update(f"{subject.name} {subject.rgb.shape}".encode())
-            for array in (subject.rgb, subject.truth.tissue, subject.truth.ignore):
+            kinds = [mask for _, mask in sorted(subject.truth.kinds.items())]
+            for array in (subject.rgb, subject.truth.tissue, subject.truth.ignore, *kinds):
                 sha.update(array.tobytes())
         return sha.hexdigest()
 
@@ -94,11 +95,13 @@ def subjects(config: ForegroundEvaluateConfig) -> Subjects:
     """The drawn pictures of the split, by name, and the synthetic thumbnails."""
     from pathfm.segmentation.truth import DRAWN
 
-    drawn = []
+    drawn: list[Subject] = []
     if config.pictures:
         folder = config.drawn or DRAWN
-        for p in read_pictures(config.pictures, config.split, folder):
-            drawn.append(Subject(p.name, p.rgb, p.truth, p.stain_group, p.case, again=p.again))
+        drawn = [
+            Subject(p.name, p.rgb, p.truth, p.stain_group, p.case, again=p.again)
+            for p in read_pictures(config.pictures, config.split, folder)
+        ]
         if not drawn:
             raise PathfmError(f"{folder / 'pictures.csv'}: no picture has split={config.split}")
     synthetic = [_synthetic(config, number) for number in range(config.synthetic)]
