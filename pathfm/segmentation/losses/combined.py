@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pathfm.runtime import PathfmError
 from pathfm.segmentation.loss_terms import LossTerm
 from pathfm.segmentation.losses.correlation import mcc_loss
-from pathfm.segmentation.losses.counts import Averaging
+from pathfm.segmentation.losses.counts import Averaging, checked
 from pathfm.segmentation.losses.entropy import bce_loss, focal_loss, soft_bce_loss
 from pathfm.segmentation.losses.overlap import (
     dice_loss,
@@ -139,7 +139,7 @@ class WeightedLoss(nn.Module):
                 f"a loss wants at least one term and a weight each: {len(losses)} terms, {len(weights)} weights"
             )
         self.losses = nn.ModuleList(losses)
-        self.weights = tuple(float(weight) for weight in weights)
+        self.weights = tuple(checked("weight", float(weight), 0) for weight in weights)
         self.names: tuple[str, ...] = _unique([type(loss).__name__ for loss in losses])
 
     def forward(self, logits: Tensor, target: Tensor, ignore: Tensor | None = None) -> Tensor:

@@ -10,12 +10,12 @@ Two kinds of input, told apart by their axes:
     binary        logits (B, h, w), truth (B, h, w) bool or 0..1: one class, the foreground
     multi-class   logits (B, C, h, w), truth (B, h, w) integers 0..C-1
 
-Any number of axes, none included, may stand in for (h, w).
+Any number of axes, none included, may stand in for (h, w). One-hot truth (B, C, h, w) therefore looks
+like binary volumes, and is counted as such: give class numbers.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from pathfm.runtime import PathfmError
-from pathfm.segmentation.loss_terms import EmptyRule, Reduction
+from pathfm.segmentation.loss_terms import LARGEST, EmptyRule, Reduction
 
 # A class is absent where its truth, and predicted empty where its prediction, is less than this.
 ABSENT_PX = 1e-3
+# torch has too few operations for these
+_UNCOUNTABLE = (torch.uint16, torch.uint32, torch.uint64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,7 @@ class Averaging:
                   the classes that take part.
     classes       the classes that take part; (1, 2) of three drops the background.
 
-    Raises ``PathfmError`` for unknown words, and for weights that are negative, infinite or all 0.
+    Raises ``PathfmError`` for unknown words, and for weights that are below 0, above 10^6 or all 0.
     """
 
     reduction: Reduction = "image"
@@ -115,6 +117,7 @@ def soft_counts(
     logits: Tensor, target: Tensor, ignore: Tensor | None = None, reduction: Reduction = "image"
 ) -> SoftCounts:
     """TP, FP, FN, TN of every class, a picture each or over the batch; see ``memberships``."""
+    _one_of("reduction", reduction, ("image", "batch"))
     return count(memberships(logits, target, ignore), reduction)
 
 
@@ -202,20 +205,19 @@ def class_weights(
 
 
 def checked_weights(weights: Sequence[float] | None) -> None:
-    """Raises ``PathfmError`` unless weights are finite, >= 0 and not all 0."""
+    """Raises ``PathfmError`` unless weights are 0 to ``LARGEST`` and not all 0."""
     if weights is not None and not (
-        all(math.isfinite(w) and w >= 0 for w in weights) and any(w > 0 for w in weights)
+        all(0 <= w <= LARGEST for w in weights) and any(w > 0 for w in weights)
     ):
         raise PathfmError(
-            f"class_weights = {list(weights)}: wants finite numbers >= 0, one of them above 0"
+            f"class_weights = {list(weights)}: wants numbers >= 0 and <= {LARGEST:,.0f}, one of them above 0"
         )
 
 
-def checked(name: str, value: float, low: float, high: float = math.inf) -> float:
-    """``value``, or ``PathfmError`` unless it is finite and low <= value <= high."""
-    if not (math.isfinite(value) and low <= value <= high):
-        upper = "" if high == math.inf else f" and <= {high:g}"
-        raise PathfmError(f"{name} = {value}: wants a finite number >= {low:g}{upper}")
+def checked(name: str, value: float, low: float, high: float = LARGEST) -> float:
+    """``value``, or ``PathfmError`` unless low <= value <= high."""
+    if not low <= value <= high:
+        raise PathfmError(f"{name} = {value}: wants a number >= {low:g} and <= {high:,.12g}")
     return value
 
 
@@ -228,6 +230,8 @@ def _is_multi_class(logits: Tensor, target: Tensor, ignore: Tensor | None) -> bo
             f"{shapes} ({logits.dtype}): wants floating logits (B, h, w) and a target alike, or logits "
             "(B, C, h, w) and a target (B, h, w)"
         )
+    if target.is_complex() or target.dtype in _UNCOUNTABLE:
+        raise PathfmError(f"{shapes}: a target of {target.dtype} is not read: give target.long()")
     if multi and (target.is_floating_point() or target.dtype == torch.bool):
         raise PathfmError(f"{shapes}: a multi-class target holds integers, not {target.dtype}")
     if multi and logits.shape[1] < 2:

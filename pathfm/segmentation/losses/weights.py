@@ -14,8 +14,15 @@ def class_pixels(target: Tensor, n_classes: int, ignore: Tensor | None = None) -
     """Pixels of every class, (C,) int64 on the target's device; add them up over batches.
 
     target: integers 0..C-1 of any shape; ignore: bool alike, True = not counted.
-    Raises ``PathfmError`` for a class beyond C-1.
+    Raises ``PathfmError`` for a class beyond C-1, and for an ignore mask that does not fit.
     """
+    if n_classes < 1:
+        raise PathfmError(f"n_classes = {n_classes}: there is at least one class")
+    if ignore is not None and (ignore.shape != target.shape or ignore.dtype != torch.bool):
+        raise PathfmError(
+            f"target {tuple(target.shape)}, ignore {tuple(ignore.shape)} ({ignore.dtype}): ignore wants "
+            "booleans like target"
+        )
     labels = target.flatten() if ignore is None else target[~ignore]
     if labels.is_floating_point():
         raise PathfmError(f"target ({labels.dtype}): class numbers are integers")
@@ -42,5 +49,6 @@ def inverse_frequency_weights(pixels: Sequence[float] | Tensor) -> tuple[float, 
         )
     if not bool((counts > 0).any()):
         raise PathfmError(f"all {len(counts)} classes have 0 pixels: there is nothing to weigh")
-    inverse = torch.where(counts > 0, counts.sum() / counts, 0.0)
+    smallest = counts[counts > 0].min()  # not the sum: over a tiny count it would overflow
+    inverse = torch.where(counts > 0, smallest / counts, 0.0)
     return tuple((inverse / inverse[counts > 0].mean()).tolist())
