@@ -81,6 +81,8 @@ def brute_boundary_f(predicted, truth, ignore, within_px: float) -> float:
         return found
 
     hidden = list(zip(*np.nonzero(ignore), strict=True))
+    hidden += [(y, x) for y in (0, height - 1) for x in range(width)]
+    hidden += [(y, x) for y in range(height) for x in (0, width - 1)]
     shares = []
     for own, other in ((predicted, truth), (truth, predicted)):
         asked = [p for p in outline(own) if all(math.dist(p, q) > within_px for q in hidden)]
@@ -117,6 +119,20 @@ def test_an_outline_towards_ignored_pixels_is_none() -> None:
     half = boundary_f(predicted, truth & ~ignore, ignore, within_px=2)
     assert half == pytest.approx(2 * 0.5 * 1 / 1.5)
     assert boundary_f(truth, truth & ~ignore, ignore, within_px=2) == 1
+
+
+def test_a_mask_that_ends_a_pixel_short_of_the_pictures_edge_loses_nothing() -> None:
+    truth = np.zeros((60, 80), bool)
+    truth[:, :40] = True
+    for cut in (np.s_[:1], np.s_[-1:], np.s_[:, :1]):
+        short = truth.copy()
+        short[cut] = False
+        assert boundary_f(short, truth) == boundary_f(truth, short) == 1
+    full, short = np.ones((60, 80), bool), np.ones((60, 80), bool)
+    short[0] = False
+    assert boundary_f(short, full) == 1
+    short[:6] = False  # further than the tolerance: an outline that is not there
+    assert boundary_f(short, full) == 0
 
 
 def test_a_moved_outline_scores_by_the_tolerance() -> None:

@@ -118,20 +118,24 @@ def boundary_f(
 ) -> float:
     """How well two outlines agree: the harmonic mean of boundary precision and recall, 0..1.
 
-    A boundary pixel is set and has one of its four neighbours unset; the picture's edge is no
-    boundary. Precision is the share of predicted boundary pixels whose centre lies at most
-    `within_px` (default `tolerance_px`) from that of a true one, recall the other way round. By
-    distance as in DAVIS (Perazzi et al. 2016, sec. 4, F), without BSDS's one-to-one assignment. An
-    outline towards ignored pixels is none, and boundary pixels within the tolerance of ignored ones
-    are not judged, since what they should meet may be ignored. Without a judged boundary in both 1,
-    in one of them 0.
+    A boundary pixel is set and has one of its four neighbours unset. Precision is the share of
+    predicted boundary pixels whose centre lies at most `within_px` (default `tolerance_px`) from
+    that of a true one, recall the other way round. By distance as in DAVIS (Perazzi et al. 2016,
+    sec. 4, F), without BSDS's one-to-one assignment.
+
+    An outline towards ignored pixels, or along the picture's edge, is none, and boundary pixels
+    within the tolerance of ignored ones or of the picture's outermost are not judged, since what
+    they should meet may lie there: tissue cut off by the picture has no outline, a mask that ends a
+    pixel short of its edge has one. Without a judged boundary in both 1, in one of them 0.
     """
     from scipy import ndimage
 
     count(predicted, truth, ignore)  # shapes and types
     reach = tolerance_px(predicted.shape) if within_px is None else within_px
     known = np.ones(truth.shape, np.bool_) if ignore is None else ~ignore
-    judged = known if known.all() else ndimage.distance_transform_edt(known) > reach
+    judged = _from_edge_px(known.shape) > reach
+    if not known.all():
+        judged &= ndimage.distance_transform_edt(known) > reach
     edges = _boundary(predicted, known), _boundary(truth, known)
     shares = []
     for own, other in (edges, edges[::-1]):
@@ -143,6 +147,12 @@ def boundary_f(
         return 0.0 if shares else 1.0
     precision, recall = shares
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _from_edge_px(shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """(h, w): how far each pixel is from the nearest of the picture's outermost ones."""
+    rows, columns = (np.minimum(np.arange(n), np.arange(n)[::-1]) for n in shape)
+    return np.asarray(np.minimum(rows[:, None], columns))
 
 
 def _boundary(mask: Mask, known: Mask) -> Mask:
