@@ -107,6 +107,14 @@ def test_missing_pictures_are_named_with_their_origin(tmp_path: Path) -> None:
         read_pictures([root], "test", drawn)
 
 
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    _, drawn = write_drawn(tmp_path, "a", np.zeros((8, 12, 3), np.uint8), [])
+    table = drawn / "pictures.csv"
+    table.write_text(table.read_text().replace("a.png", "a" * 5000))
+    with pytest.raises(PathfmError, match="too long"):
+        read_pictures([tmp_path], "evaluation", drawn)
+
+
 def test_a_changed_picture_is_refused(tmp_path: Path) -> None:
     root, drawn = write_drawn(tmp_path, "a", np.zeros((8, 12, 3), np.uint8), [])
     Image.new("RGB", (12, 8), "red").save(root / "a.png")

@@ -177,7 +177,10 @@ def _wrong(row: Mapping[str | None, Any]) -> str:
 
 
 def _find(file: str, roots: Iterable[Path]) -> Path | None:
-    return next((root / file for root in roots if (root / file).is_file()), None)
+    try:
+        return next((root / file for root in roots if (root / file).is_file()), None)
+    except OSError as error:  # a name longer than the file system has them
+        raise PathfmError(f"pictures: {file[:60]!r}: {error.strerror}") from None
 
 
 def _read(row: Mapping[str, str], path: Path, drawn: Path) -> DrawnPicture:
