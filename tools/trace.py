@@ -50,7 +50,7 @@ def show(args: argparse.Namespace) -> None:
     part = picture.crop((x0, y0, x0 + width, y0 + height))
     part = part.resize((round(width * zoom), round(height * zoom)), Image.Resampling.LANCZOS)
     brush = ImageDraw.Draw(part, "RGBA")
-    step = args.grid or next(s for s in (10, 20, 25, 50, 100, 200) if s * zoom >= 70)
+    step = args.grid or next((s for s in (10, 20, 25, 50, 100, 200, 500) if s * zoom >= 70), 1000)
     for x in range(-(-x0 // step) * step, x0 + width, step):
         brush.line([((x - x0) * zoom, 0), ((x - x0) * zoom, part.height)], fill=(0, 0, 0, 60))
         brush.text(((x - x0) * zoom + 2, 1), str(x), fill=(200, 0, 0, 255))
@@ -72,6 +72,8 @@ def pack(args: argparse.Namespace) -> None:
     """Writes vertices.json as the GeoJSON of a picture, with the picture's size and SHA-256."""
     with Image.open(args.picture) as picture:
         width, height = picture.size
+    if not args.picture.resolve().is_relative_to(args.root.resolve()):
+        raise SystemExit(f"{args.picture} does not lie under --root {args.root}")
     features = []
     for name, rings in rings_of(args.vertices_file):
         if name not in COLOURS:
