@@ -90,6 +90,13 @@ def test_a_u_nets_size_and_cost_are_as_documented(name, parameters, multiply_add
     assert next(model.parameters()).device.type == "cpu"
 
 
+def test_two_levels_of_a_u_net_cost_what_one_counts_by_hand():
+    # 3 x 3 convolutions at 1/4 and 1/16 of the pixels, then 1 x 1.
+    quarter = 9 * (12 * 2 + 2 * 2) + 9 * ((3 + 2) * 2 + 2 * 2) + 2 * 4
+    wanted = quarter / 4 + 9 * (2 * 3 + 3 * 3) / 16
+    assert multiply_adds_per_pixel(ThumbnailUNet((2, 3)), 64) == wanted
+
+
 def test_a_stem_of_4_costs_what_one_counts_by_hand():
     model = ThumbnailUNet((2, 3), stem=4)
     level_0 = 9 * (48 * 2 + 2 * 2) + 9 * ((3 + 2) * 2 + 2 * 2) + 2 * 16
@@ -215,6 +222,13 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path):
     save_file(state, path, header)
     with pytest.raises(PathfmError, match=r"head\.bias has numbers that are not finite"):
         load_model(path)
+    state["head.bias"] = torch.full((16,), 1e300, dtype=torch.float64)  # infinite in fp32
+    save_file(state, path, header)
+    with pytest.raises(PathfmError, match=r"head\.bias has numbers that are not finite"):
+        load_model(path)
+    state["head.bias"] = torch.zeros(16).to(torch.float8_e4m3fn)
+    save_file(state, path, header)
+    assert load_model(path)[0].head.bias.dtype == torch.float32
     state["head.bias"] = torch.zeros(16, dtype=torch.int64)
     save_file(state, path, header)
     with pytest.raises(PathfmError, match=r"head\.bias is torch\.int64"):

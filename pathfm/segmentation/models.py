@@ -144,6 +144,11 @@ def _half(key: str, value: Tensor) -> Tensor:
     return half
 
 
+def _single(value: Tensor) -> Tensor:
+    """A tensor as it is computed with, before its numbers are looked at: float64 may overflow."""
+    return value.float() if value.is_floating_point() else value
+
+
 def load_model(path: Path | str = SHIPPED_WEIGHTS) -> tuple[nn.Module, dict[str, Any]]:
     """(model in fp32, eval mode, on the CPU; the facts it was saved with), of `save_model`'s file.
 
@@ -160,7 +165,7 @@ def load_model(path: Path | str = SHIPPED_WEIGHTS) -> tuple[nn.Module, dict[str,
         with safe_open(path, framework="pt") as file:
             name, classes, facts = _header(path, file.metadata() or {})
             model = _empty(name, classes, {})
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            state = {key: _single(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
     except OSError as error:
         raise PathfmError(
             f"{path}: cannot be read ({error.strerror or one_line(error)}). Give a file that "
@@ -173,9 +178,7 @@ def load_model(path: Path | str = SHIPPED_WEIGHTS) -> tuple[nn.Module, dict[str,
     misfit = _misfit(model.state_dict(), state)
     if misfit:
         raise PathfmError(f"{path}: not the weights of {name} with {classes} classes: {misfit}")
-    model.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True
-    )
+    model.load_state_dict(state, assign=True)
     return model.eval(), facts
 
 

@@ -3,18 +3,15 @@
 U-Net (Ronneberger et al. 2015, arXiv 1505.04597) with three changes that make it cheap on a CPU:
 it works at half resolution on 2 x 2 px folded into channels (pixel unshuffle) and unfolds its
 logits again, its convolutions are padded so that sizes agree, and it is narrow: 0.49 M
-parameters, about 8,700 multiply-adds a pixel (`multiply_adds_per_pixel` counts them).
+parameters, about 8,700 multiply-adds a pixel (`models.multiply_adds_per_pixel` counts them).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 WIDTHS = (16, 32, 48, 64, 96)
@@ -76,54 +73,3 @@ class ThumbnailUNet(nn.Module):
             x = block(torch.cat([wider, skip], dim=1))
         logits = F.pixel_shuffle(self.head(x), self.stem)[..., :height, :width]
         return logits[:, 0] if self.classes == 1 else logits
-
-
-def multiply_adds_per_pixel(model: ThumbnailUNet, side_px: int = 256) -> float:
-    """Multiply-adds of the convolutions for one pixel of a side_px x side_px thumbnail."""
-    total = 0
-
-    def count(module: nn.Module, _: Any, out: Tensor) -> None:
-        nonlocal total
-        if isinstance(module, nn.Conv2d):
-            total += out[0].numel() * module.in_channels * module.kernel_size[0] ** 2
-
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
-    with torch.inference_mode():
-        model.eval()(torch.zeros(1, 3, side_px, side_px))
-    for hook in hooks:
-        hook.remove()
-    return total / side_px**2
-
-
-def load_unet(path: Path | str = SHIPPED_WEIGHTS) -> ThumbnailUNet:
-    """The network with weights from a safetensors file (stored in fp16), in fp32, in eval mode.
-
-    Raises ValueError, naming the file, when the file is missing, damaged or of another network.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    model = ThumbnailUNet()
-    try:
-        state = load_file(path)
-        model.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-        )
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not the weights of the thumbnail U-Net ({reason})") from error
-    return model.eval()
-
-
-def tissue_probability(
-    model: ThumbnailUNet, thumbnail: NDArray[np.uint8], device: str | torch.device = "cpu"
-) -> NDArray[np.float32]:
-    """Probability of tissue per pixel: (h, w, 3) uint8 -> (h, w) float32.
-
-    The whole thumbnail goes through at once: 4,096 x 4,096 px take about 1.5 GB and 10 s on a core.
-    """
-    model = model.to(device)
-    rgb = torch.from_numpy(np.array(thumbnail)).to(device)  # a copy: pictures may be read-only
-    with torch.inference_mode():
-        logits = model(rgb.permute(2, 0, 1)[None].float() / 255)
-    return np.asarray(logits[0].float().sigmoid().cpu().numpy(), np.float32)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from online_patching.philox import uniform, words
 from pathfm.runtime import PathfmError
 
-_STREAM = 7300  # and the layers' numbers above it
+_STREAM = 1 << 18  # and the layers' numbers above it, of which nothing else may be
 
 
 class KeyedDrop(nn.Module):
@@ -21,8 +21,9 @@ class KeyedDrop(nn.Module):
 
     In: (B, ...) without `channels`, (B, channels, ...) with. A survivor is divided by 1 - rate, so
     that the mean stays (Huang et al. 2016, stochastic depth; Srivastava et al. 2014, dropout).
-    Identity in eval mode and at rate 0. Raises PathfmError in training when `key_drops` did not
-    give draws for this batch.
+    Identity in eval mode and at rate 0. Raises PathfmError in training when `key_drops` gave
+    no draws, or for another number of samples; draws are kept until the next (a recomputed forward
+    pass must drop alike), so call it before every batch.
     """
 
     def __init__(self, rate: float, channels: int | None = None) -> None:

@@ -9,12 +9,13 @@ encoding. For comparison a position can be given by learned embeddings instead, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pathfm.runtime import PathfmError
 from pathfm.segmentation.segformer.keyed import KeyedDrop
 
 Positional = Literal["mix_ffn", "embedding", "none"]
@@ -31,6 +32,7 @@ class MixSettings:
     values are a sequence R = sr ** 2 times shorter. drop_path: the rate of the last block, rising
     linearly from 0. positional: where a block learns where it is. embedding_px: side of the
     pictures the position embeddings are stored for; other sizes are interpolated.
+    Raises PathfmError for stages that are not four or do not fit each other.
     """
 
     widths: tuple[int, ...]
@@ -40,6 +42,18 @@ class MixSettings:
     drop_path: float = 0.0
     positional: Positional = "mix_ffn"
     embedding_px: int = 224
+
+    def __post_init__(self) -> None:
+        stages = (self.widths, self.depths, self.heads, self.reductions)
+        if any(len(values) != len(STRIDES) for values in stages):
+            raise PathfmError(
+                f"a mix transformer has {len(STRIDES)} stages, these settings: {self}"
+            )
+        if any(width % heads for width, heads in zip(self.widths, self.heads, strict=True)):
+            raise PathfmError(f"widths {self.widths} are no multiples of the heads {self.heads}")
+        if self.positional not in get_args(Positional):
+            known = ", ".join(get_args(Positional))
+            raise PathfmError(f"positional = {self.positional!r}: wants one of {known}")
 
 
 def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
