@@ -137,12 +137,13 @@ def verb_help(name: str, model: type[BaseModel], yaml_path: Path | None = None) 
     if yaml_path is not None:
         with contextlib.suppress(PathfmError):  # it may leave something to the command line
             default = load_config(model, yaml_path)
+    shown, default = _settable(model, default)
     verb = VERBS[name]
     words = "".join(f" [{word.upper()}]" for word in verb.words)
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         tyro.cli(
-            model,
+            shown,
             prog=f"pathfm {name} [CONFIG.yaml]{words}",
             description=f"{verb.summary}. A YAML file gives any of these without the dashes.",
             args=["--help"],
@@ -151,6 +152,32 @@ def verb_help(name: str, model: type[BaseModel], yaml_path: Path | None = None) 
             config=(tyro.conf.FlagConversionOff,),
         )
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+
+
+def _settable(model: type[BaseModel], default: Any) -> tuple[type[BaseModel], Any]:
+    """A model, and its defaults, whose lists of models are lists of words, as the command line takes
+    them; else tyro shows options such as ``--loss.0.weight``, which only a YAML file can give."""
+    from typing import get_args, get_origin
+
+    from pydantic import BaseModel, Field, create_model
+
+    given = default if isinstance(default, BaseModel) else None
+    words: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        parts = get_args(field.annotation) if get_origin(field.annotation) is list else ()
+        if parts and isinstance(parts[0], type) and issubclass(parts[0], BaseModel):
+            terms = getattr(given, name) if given else field.get_default(call_default_factory=True)
+            names = [str(getattr(term, "name", term)) for term in terms]
+            words[name] = (list[str], Field(names, description=field.description))
+    if not words:
+        return model, default
+    shown: type[BaseModel] = create_model(model.__name__, __base__=model, **words)
+    if given is None:
+        return shown, default
+    values = {name: getattr(given, name) for name in model.model_fields}
+    return shown, shown.model_construct(
+        **values | {name: field.default for name, (_, field) in words.items()}
+    )
 
 
 def _told(error: Exception) -> str:

@@ -201,3 +201,12 @@ def test_the_shipped_configs_are_understood(name: str) -> None:
 
     made = load_config(ForegroundTrainConfig, Path("configs") / f"{name}.yaml")
     assert made.model.startswith(name.removeprefix("foreground_"))
+
+
+def test_the_help_shows_losses_as_the_command_line_takes_them() -> None:
+    from pathfm.cli import verb_help
+
+    text = verb_help("foreground-train", ForegroundTrainConfig)
+    assert "--loss [STR" in text
+    assert "(default: bce dice)" in " ".join(text.split())
+    assert "--loss.0" not in text

@@ -79,6 +79,10 @@ def drawings_of(config: ForegroundConfig, slide_ids: Set[str]) -> Drawings:
             "Move the files you changed into a folder of their own."
         )
     files = {path.name.removesuffix(".geojson"): path for path in sorted(folder.glob("*.geojson"))}
+    if not files:
+        print(
+            f"drawn: no <slide_id>.geojson in {folder}: the method makes all masks", file=sys.stderr
+        )
     strangers = sorted(files.keys() - slide_ids)
     if strangers:
         names = ", ".join(strangers[:5]) + (" ..." if len(strangers) > 5 else "")

@@ -73,4 +73,9 @@ class TrainSettings(BaseModel, frozen=True, extra="forbid"):
     def _something_to_learn_from(self) -> TrainSettings:
         if not self.pictures and self.synthetic == 0:
             raise ValueError("nothing to learn from: give --pictures FOLDER or --synthetic > 0")
+        if self.batch_size == 1 and self.crop_px <= 32 and self.model.startswith("unet"):
+            raise ValueError(
+                f"batch_size 1 with crop_px {self.crop_px} leaves the deepest level one value a channel, "
+                "which batch norm cannot train on: take crop_px 64 or batch_size 2"
+            )
         return self

@@ -98,7 +98,7 @@ def read_pictures(
     """The drawn pictures of a split (None: of all), by name, looked for under each root in turn.
 
     Raises `PathfmError` for a folder or split that does not exist, for pictures that are missing
-    (each named, with its origin) or differ from those that were drawn on, and for damaged drawings.
+    (three are named, with their origins) or differ from those drawn on, and for damaged drawings.
     """
     if split is not None and split not in SPLITS:
         raise PathfmError(f"no split {split!r} of drawn pictures: there are {', '.join(SPLITS)}")
@@ -111,7 +111,9 @@ def read_pictures(
     if missing:
         raise PathfmError(
             f"{len(missing)} of {len(rows)} drawn pictures are not under "
-            f"{', '.join(map(str, roots)) or 'any folder: none was given'}: {', '.join(missing)}. Get them from there"
+            f"{', '.join(map(str, roots)) or 'any folder: none was given'}: {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}. "
+            f"Get them from there; all are in {drawn / 'pictures.csv'}"
         )
     return [_read(row, path, drawn) for row in rows if (path := found[row["name"]]) is not None]
 
