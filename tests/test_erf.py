@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from pathfm import cli
+from pathfm.backbone import load_backbone
 from pathfm.erf import ErfConfig, run
 from pathfm.erf.fields import Field2d, energy_radius, random_signs, receptive_fields
 from pathfm.erf.networks import outputs_of
@@ -101,7 +102,7 @@ def test_a_layer_norms_channels_summed_show_nothing_where_random_signs_show_the_
 
     def gradient(signs):
         rgb = pictures[0].clone().requires_grad_()
-        out, _ = outputs_of(model)(rgb)["stage 3"]
+        out, *_ = outputs_of(model)(rgb)["stage 3"]
         cell = out[0, :, 2, 2]
         return torch.autograd.grad((cell * signs(0, 0, len(cell)).to(cell)).sum(), rgb)[0]
 
@@ -113,6 +114,27 @@ def test_a_layer_norms_channels_summed_show_nothing_where_random_signs_show_the_
     assert list(fields) == ["stage 1", "stage 2", "stage 3", "stage 4", "logits"]
     for energy, _ in fields.values():
         assert energy.sum() == pytest.approx(1)
+
+
+def test_cells_of_a_picture_that_is_no_multiple_of_32_are_a_stride_apart():
+    model = init_weights(SegFormer(SMALL, 16), 0)
+    fields = receptive_fields(outputs_of(model), noise(1, 100, 250), 0)
+    # stage 4: 4 x 8 cells, the middle one (2, 4); logits: 25 x 63 cells of 4 px
+    assert fields["stage 4"][1] == (2 * 32 + 0.5, 4 * 32 + 0.5)
+    assert fields["logits"][1] == (12 * 4 + 2, 31 * 4 + 2)
+
+
+def test_networks_are_looked_through_at_what_they_see_in_use():
+    rgb = noise(1, 64, 64)[0]
+    model = init_weights(SegFormer(SMALL, 16), 0).eval()
+    quarter, *_ = outputs_of(model)(rgb)["logits"]
+    assert torch.equal(quarter, model.quarter_logits(rgb))
+    vit = load_backbone("test_vit", "random:0")
+    grid, stride_px, offset_px = outputs_of(vit)(rgb)["tokens"]
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (vit.mean, vit.std))
+    tokens = vit((rgb - mean) / std)[0, -16:]
+    assert torch.equal(grid[0, :, 1, 2], tokens[1 * 4 + 2])
+    assert (stride_px, offset_px) == (16, 8)
 
 
 def test_a_stages_field_is_centred_on_the_pixel_its_strided_convolutions_are():
@@ -163,7 +185,7 @@ def test_a_wide_blur_has_the_radii_of_a_gaussian():
 
 def test_every_input_counts_alike_however_large_its_gradient():
     def outputs(rgb):
-        return {"sum": (nn.functional.avg_pool2d(rgb**2, 3, 1, 1).sum(1, keepdim=True), 0.5)}
+        return {"sum": (nn.functional.avg_pool2d(rgb**2, 3, 1, 1).sum(1, keepdim=True), 1, 0.5)}
 
     bright, faint = torch.zeros(1, 3, 7, 9), torch.zeros(1, 3, 7, 9)
     bright[..., 3, 3], faint[..., 3, 5] = 1.0, 0.001

@@ -89,6 +89,7 @@ def test_a_loss_of_pixels_equals_its_loop(name, reduction):
         logits, target, ignore = example(multi)
         weights = (0.5, 2, 0.1, 1) if multi else (0.3, 1.7)
         several: list = [{}, {"class_weights": weights}, {"classes": (1,)}]
+        several.append({"class_weights": weights, "classes": (1, 2) if multi else (0,)})
         for more in several:
             ours = function(logits, target, ignore, reduction=reduction, **options, **more).item()
             loop = loops.pixelwise(

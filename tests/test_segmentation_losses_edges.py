@@ -10,6 +10,7 @@ from pathfm.segmentation.losses.combined import LOSSES
 
 VARIANTS = {
     "bce": L.BCELoss(),
+    "bce of images": L.BCELoss(reduction="image"),
     "soft bce": L.SoftBCEWithLogitsLoss(),
     "focal": L.FocalLoss(),
     "focal, gamma 1/2": L.FocalLoss(gamma=0.5),

@@ -62,7 +62,7 @@ def receptive_fields(
     centres: dict[str, tuple[float, float]] = {}
     for number, picture in enumerate(pictures):
         rgb = picture.clone().requires_grad_()
-        for name, (out, offset_px) in outputs(rgb).items():
+        for name, (out, stride_px, offset_px) in outputs(rgb).items():
             rows, columns = out.shape[-2:]
             cell = out[0, :, rows // 2, columns // 2]
             signed = (cell * signs(seed, number, len(cell)).to(cell)).sum()
@@ -70,9 +70,8 @@ def receptive_fields(
             energy = gradient[0].double().square().sum(0).numpy()
             scaled = energy / total if (total := energy.sum()) else energy
             energies[name] = energies.get(name, np.zeros_like(energy)) + scaled
-            strides = (round(a / b) for a, b in zip(rgb.shape[-2:], (rows, columns), strict=True))
-            corner = [n // 2 * s for n, s in zip((rows, columns), strides, strict=True)]
-            centres[name] = (corner[0] + offset_px, corner[1] + offset_px)
+            row_px, column_px = rows // 2 * stride_px, columns // 2 * stride_px
+            centres[name] = (row_px + offset_px, column_px + offset_px)
     for name, energy in energies.items():
         if not 0 < energy.sum() < np.inf:
             raise PathfmError(

@@ -13,10 +13,10 @@ from pathfm.segmentation.models import build_model, init_weights, load_model
 from pathfm.segmentation.segformer import PRESETS, STRIDES, SegFormer
 from pathfm.segmentation.unet import ThumbnailUNet
 
-Outputs = Callable[[Tensor], Mapping[str, tuple[Tensor, float]]]
-"""(1, 3, h, w) in 0..1 -> by the name of the output its map (1, C, h', w') and how many pixels a
-cell's centre lies below and right of its corner: half a cell, but half a pixel for a strided
-convolution of odd kernel, whose cell j is centred on pixel stride * j."""
+Outputs = Callable[[Tensor], Mapping[str, tuple[Tensor, int, float]]]
+"""(1, 3, h, w) in 0..1 -> by the name of the output its map (1, C, h', w'), the pixels from one cell
+to the next, and how many pixels a cell's centre lies below and right of its corner: half a cell, but
+half a pixel for a strided convolution of odd kernel, whose cell j is centred on pixel stride * j."""
 
 
 def networks(config: ErfConfig) -> Iterator[tuple[str, bool, str, Outputs]]:
@@ -62,25 +62,25 @@ def outputs_of(model: nn.Module) -> Outputs:
     model.eval().requires_grad_(False)
     if isinstance(model, SegFormer):
 
-        def stages_and_logits(rgb: Tensor) -> dict[str, tuple[Tensor, float]]:
+        def stages_and_logits(rgb: Tensor) -> dict[str, tuple[Tensor, int, float]]:
             maps = model.encoder(2 * rgb - 1)
-            named = {f"stage {k}": (x, 0.5) for k, x in enumerate(maps, 1)}
-            return {**named, "logits": (model.decoder(maps), STRIDES[0] / 2)}
+            named = {f"stage {k}": (x, STRIDES[k - 1], 0.5) for k, x in enumerate(maps, 1)}
+            return {**named, "logits": (model.decoder(maps), STRIDES[0], STRIDES[0] / 2)}
 
         return stages_and_logits
     if isinstance(model, Backbone):
 
-        def tokens(rgb: Tensor) -> dict[str, tuple[Tensor, float]]:
+        def tokens(rgb: Tensor) -> dict[str, tuple[Tensor, int, float]]:
             mean, sd = (torch.tensor(v)[:, None, None] for v in (model.mean, model.std))
             side = rgb.shape[-1] // model.patch_size
             patches = model((rgb - mean) / sd)[:, -(side**2) :]
             grid = patches.transpose(1, 2).reshape(1, -1, side, side)
-            return {"tokens": (grid, model.patch_size / 2)}
+            return {"tokens": (grid, model.patch_size, model.patch_size / 2)}
 
         return tokens
 
-    def logits(rgb: Tensor) -> dict[str, tuple[Tensor, float]]:
+    def logits(rgb: Tensor) -> dict[str, tuple[Tensor, int, float]]:
         out = model(rgb)
-        return {"logits": (out[:, None] if out.dim() == 3 else out, 0.5)}
+        return {"logits": (out[:, None] if out.dim() == 3 else out, 1, 0.5)}
 
     return logits
