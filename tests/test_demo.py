@@ -31,6 +31,14 @@ SHRUNKEN = {
         "pretrain",
         "--weights random --mpp 1 2 --backbone vit_tiny_patch16_224 " + VIEWS.format(""),
     ),
+    **{
+        f"foreground_{model}.yaml": (
+            "foreground-train",
+            "--synthetic 2 --synthetic_px 96 --crop_px 64 --batch_size 2 --steps 2 --device cpu "
+            "--validation_synthetic 1 ",
+        )
+        for model in ("unet", "segformer_b0")
+    },
 }
 
 
@@ -98,11 +106,17 @@ def test_a_demo_stopped_in_pretraining_says_so_and_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(SHRUNKEN) - {"demo.yaml"}))
-def test_a_shipped_config_runs(name: str, demo_out: Path, tmp_path: Path) -> None:
-    corpus = str(demo_out / "corpus")
-    assert main(command(name, "--corpus", corpus, "--out", str(tmp_path / "run"))) == 0
+def test_the_shipped_config_of_pretraining_runs(demo_out: Path, tmp_path: Path) -> None:
+    corpus, out = str(demo_out / "corpus"), str(tmp_path / "run")
+    assert main(command("dino_vits16.yaml", "--corpus", corpus, "--out", out)) == 0
     assert (tmp_path / "run" / "backbone").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in SHRUNKEN if n.startswith("foreground")])
+def test_a_shipped_config_of_the_mask_model_runs(name: str, tmp_path: Path) -> None:
+    assert main(command(name, "--out", str(tmp_path / "run"))) == 0
+    assert (tmp_path / "run" / "weights.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", SHRUNKEN)
