@@ -34,8 +34,10 @@ SHRUNKEN = {
     **{
         f"foreground_{model}.yaml": (
             "foreground-train",
-            "--synthetic 2 --synthetic_px 96 --crop_px 64 --batch_size 2 --steps 2 --device cpu "
-            "--validation_synthetic 1 ",
+            (
+                "--synthetic 2 --synthetic_px 96 --crop_px 64 --batch_size 2 --steps 2 --device cpu "
+                "--validation_synthetic 1 "
+            ),
         )
         for model in ("unet", "segformer_b0")
     },
