@@ -38,6 +38,7 @@ MISUSES = [
     (lambda: L.dice_loss(Z3, T, class_weights=(0, 0, 0)), "above 0"),
     (lambda: L.dice_loss(Z3, T, class_weights=(1, 0, 0), classes=(1, 2)), "nothing is left"),
     (lambda: L.dice_loss(Z3, T, classes=(3,)), "0 to 2"),
+    (lambda: L.dice_loss(Z3, T, classes=(1, -1)), "0 to 2"),
     (lambda: L.dice_loss(Z3, T, classes=()), "at least one"),
     (lambda: L.bce_loss(Z3, T, classes=(1, 1)), "different"),
     (lambda: L.dice_loss(Z, T, smooth=-1.0), "smooth = -1"),
