@@ -21,6 +21,7 @@ from pathfm.segmentation.train_settings import TrainSettings
 from pathfm.tracking import TrackingConfig, open_run
 
 WEIGHTS = "weights.safetensors"
+_RULES = 1  # raised when the way from thumbnail to crop changes: older weights are made anew
 _NOT_OF_THE_WEIGHTS = {
     "out", "tracking", "pictures", "templates", "validate_every_steps", "checkpoint_every_steps", "device",
 }  # fmt: skip
@@ -89,7 +90,7 @@ def run(config: ForegroundTrainConfig) -> ForegroundTrainResult:
 def _key(config: ForegroundTrainConfig, data_digest: str) -> str:
     """SHA-256 of everything the weights depend on."""
     settings = config.model_dump(mode="json", exclude=_NOT_OF_THE_WEIGHTS)
-    return hashlib.sha256(json.dumps([settings, data_digest]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([_RULES, settings, data_digest]).encode()).hexdigest()
 
 
 def _earlier(weights: Path, key: str) -> dict[str, Any] | None:
