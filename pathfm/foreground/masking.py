@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ from online_patching.stores.local import atomic_write_bytes, atomic_write_text
 from pathfm.foreground import ForegroundConfig, SlideForeground
 from pathfm.foreground.drawings import Drawings
 from pathfm.geojson import contours, write_geojson
-from pathfm.pictures import outline
+from pathfm.pictures import jpeg_bytes, outline
 from pathfm.runtime import PathfmError, one_line
 
 if TYPE_CHECKING:
@@ -134,10 +133,10 @@ class Worker:
             mask_digest=mask.digest,
         )
         paths = paths_of(self.config.corpus, index.slide_id)
-        atomic_write_bytes(paths["thumbnail"], _jpeg(Image.fromarray(seen.thumbnail)))
+        atomic_write_bytes(paths["thumbnail"], jpeg_bytes(Image.fromarray(seen.thumbnail)))
         line_px = max(2, max(seen.thumbnail.shape) // 400)  # seen when the page shrinks the picture
         atomic_write_bytes(
-            paths["overlay"], _jpeg(outline(seen.thumbnail, tissue, width_px=line_px))
+            paths["overlay"], jpeg_bytes(outline(seen.thumbnail, tissue, width_px=line_px))
         )
         (width_px0, height_px0), (height, width) = index.dimensions, tissue.shape
         scale = (width_px0 / width, height_px0 / height)
@@ -211,9 +210,3 @@ def _read_earlier(corpus: Path, index: SlideIndex, made_from: str) -> SlideForeg
     if not whole or not all(path.exists() for path in paths.values()):
         return None
     return replace(facts, reused=True)
-
-
-def _jpeg(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=88)
-    return buffer.getvalue()
