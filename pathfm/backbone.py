@@ -37,7 +37,7 @@ class Backbone(nn.Module):
     def __init__(self, vit: nn.Module, name: str, weights_note: str) -> None:
         super().__init__()
         config = cast(Any, vit).pretrained_cfg
-        self.vit, self.name, self.weights_note = vit, name, weights_note
+        self.network, self.name, self.weights_note = vit, name, weights_note
         self.eval()
         self.mean: tuple[float, ...] = tuple(map(float, config["mean"]))
         self.std: tuple[float, ...] = tuple(map(float, config["std"]))
@@ -50,11 +50,11 @@ class Backbone(nn.Module):
 
         x: normalised float (B, 3, H, W); H and W multiples of `patch_size`.
         """
-        return cast(Tensor, cast(Any, self.vit).forward_features(x))
+        return cast(Tensor, cast(Any, self.network).forward_features(x))
 
     def embed(self, x: Tensor) -> Tensor:
         """One feature vector an image, (B, D): CLS, or the pooling the architecture was made with."""
-        return cast(Tensor, self.vit(x))
+        return cast(Tensor, self.network(x))
 
     def check_input(self, size_px: int, what: str) -> None:
         """Raises PathfmError, naming the option `what`, unless inputs of this side can be fed."""
@@ -79,7 +79,7 @@ class Backbone(nn.Module):
     def digest(self) -> str:
         """sha256 over names, types, shapes and bytes of all tensors, in the order of the names."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.vit.state_dict().items()):
+        for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
             digest.update(flat.numpy().tobytes())
@@ -143,7 +143,7 @@ def export_backbone(backbone: Backbone, folder: Path) -> None:
     """
     from timm.models import save_for_hf
 
-    vit = cast(Any, backbone.vit)
+    vit = cast(Any, backbone.network)
     vit.pretrained_cfg = dict(vit.pretrained_cfg) | {"mean": backbone.mean, "std": backbone.std}
     size = {"input_size": (3, backbone.input_px, backbone.input_px)}
     save_for_hf(vit, str(folder), safe_serialization=True, data_config=size)

@@ -31,7 +31,7 @@ def tiny_file(tmp_path: Path) -> Path:
 
 def test_no_tensor_of_the_imagenet_file_is_initialised_again(imagenet_file):
     backbone, stored = load_backbone(NAME, str(imagenet_file)), load_file(imagenet_file)
-    ours = backbone.vit.state_dict()
+    ours = backbone.network.state_dict()
     assert set(stored) - set(ours) == {"head.weight", "head.bias"}
     assert len(ours) == 150
     for name, tensor in ours.items():
@@ -54,14 +54,14 @@ def test_features_are_the_cls_token_of_timms_own_model(imagenet_file):
 
 def test_a_file_of_a_tiny_model_loads_whole(tiny_file):
     backbone, stored = load_backbone(NAME, str(tiny_file), **TINY), load_file(tiny_file)
-    for name, tensor in backbone.vit.state_dict().items():
+    for name, tensor in backbone.network.state_dict().items():
         assert torch.equal(tensor, stored[name]), name
     assert (backbone.dim, backbone.patch_size, backbone.input_px) == (48, 16, 224)
 
 
 def test_another_input_size_resamples_only_the_position_embedding(tiny_file):
     backbone, stored = load_backbone(NAME, str(tiny_file), 112, **TINY), load_file(tiny_file)
-    ours = backbone.vit.state_dict()
+    ours = backbone.network.state_dict()
     assert [k for k in ours if not torch.equal(ours[k], stored[k])] == ["pos_embed"]
     assert ours["pos_embed"].shape == (1, 1 + 7 * 7, 48)
     assert "pos_embed resampled to 112 px" in backbone.weights_note

@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from lightly.loss import DINOLoss
 
 from pathfm.backbone import load_backbone
-from pathfm.methods import build_method
+from pathfm.methods import MicroBatch, build_method
 from pathfm.methods.settings import DinoSettings
 from pathfm.runtime import PathfmError
 
@@ -23,6 +24,14 @@ def views(n_local=2, batch=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     sizes = [32, 32] + [16] * n_local
     return [torch.randn(batch, 3, size, size, generator=generator) for size in sizes]
+
+
+def step_loss(dino, crops, n_global, step=0):
+    """A whole batch as one step's only micro-batch."""
+    micro = MicroBatch(crops, n_global, np.arange(len(crops[0])), None, 0, step)
+    dino.look(micro)
+    dino.settle(step)
+    return dino.loss(micro)
 
 
 def paper_loss(teacher, student, centre, teacher_temp, student_temp):
@@ -61,7 +70,7 @@ def test_lightlys_loss_is_the_papers_and_so_is_its_centre():
 
 def test_the_method_gives_the_loss_of_its_own_networks():
     dino, crops = method(), views()
-    loss = dino.loss(crops, 2, step=0).detach()
+    loss = step_loss(dino, crops, 2, step=0).detach()
     with torch.no_grad():
         head, backbone = dino.teacher["head"], dino.teacher["backbone"]
         outputs = [head(backbone.embed(crop)).double() for crop in crops]
@@ -91,8 +100,8 @@ def test_heads_depend_on_the_seed_alone():
 
 def test_the_teacher_is_the_moving_average_by_hand():
     dino = method(DinoSettings(**(SMALL.model_dump() | {"ema": (0.5, 1.0)})), steps=3)
-    weight = dino.student["backbone"].vit.norm.bias
-    average = dino.teacher["backbone"].vit.norm.bias
+    weight = dino.student["backbone"].network.norm.bias
+    average = dino.teacher["backbone"].network.norm.bias
     expected = average.detach().clone()
     for step, momentum in enumerate((0.5, 0.75, 1.0)):
         with torch.no_grad():
@@ -104,9 +113,9 @@ def test_the_teacher_is_the_moving_average_by_hand():
 
 def test_gradients_reach_the_student_only_and_not_the_frozen_patch_embedding():
     dino = method()
-    dino.loss(views(), 2, step=0).backward()
+    step_loss(dino, views(), 2, step=0).backward()
     assert all(p.grad is None for p in dino.teacher.parameters())
-    named = dict(dino.student["backbone"].vit.named_parameters())
+    named = dict(dino.student["backbone"].network.named_parameters())
     assert named["patch_embed.proj.weight"].grad is None
     assert named["blocks.0.attn.qkv.weight"].grad.abs().sum() > 0
     assert dino.student["head"].last_layer.weight_v.grad.abs().sum() > 0
@@ -115,7 +124,7 @@ def test_gradients_reach_the_student_only_and_not_the_frozen_patch_embedding():
 def test_prototypes_stay_in_the_first_steps_only():
     dino = method(DinoSettings(**(SMALL.model_dump() | {"freeze_last_layer_steps": 1})))
     for step, frozen in ((0, True), (1, False)):
-        dino.loss(views(), 2, step).backward()
+        step_loss(dino, views(), 2, step).backward()
         dino.before_update(step)
         assert (dino.student["head"].last_layer.weight_v.grad is None) == frozen
         assert dino.student["head"].layers[0].weight.grad is not None
@@ -125,10 +134,12 @@ def test_prototypes_stay_in_the_first_steps_only():
 def test_the_loss_is_fp32_under_bf16_autocast():
     dino = method()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = dino.loss(views(), 2, step=0).detach()
+        loss = step_loss(dino, views(), 2, step=0).detach()
     assert loss.dtype == torch.float32
     assert dino.criterion.center.dtype == torch.float32
-    assert float(loss) == pytest.approx(float(method().loss(views(), 2, step=0).detach()), rel=0.02)
+    assert float(loss) == pytest.approx(
+        float(step_loss(method(), views(), 2, step=0).detach()), rel=0.02
+    )
 
 
 def test_a_uniform_and_a_one_hot_teacher_have_the_entropies_known():
@@ -145,12 +156,12 @@ def test_a_uniform_and_a_one_hot_teacher_have_the_entropies_known():
 
 def test_the_state_holds_the_centre_and_brings_it_back():
     dino = method()
-    dino.loss(views(), 2, step=0)
+    step_loss(dino, views(), 2, step=0)
     state = {name: tensor.clone() for name, tensor in dino.state_dict().items()}
     assert state["criterion.center"].abs().sum() > 0
     other = method(seed=9)
     other.load_state_dict(state)
-    loss, again = dino.loss(views(seed=1), 2, 1), other.loss(views(seed=1), 2, 1)
+    loss, again = step_loss(dino, views(seed=1), 2, 1), step_loss(other, views(seed=1), 2, 1)
     assert torch.equal(loss, again)
 
 

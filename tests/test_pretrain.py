@@ -105,8 +105,8 @@ def test_the_exported_backbone_is_the_teachers(undisturbed):
     checkpoint = load_newest(undisturbed / "checkpoints")
     assert checkpoint is not None
     exported = load_backbone("test_vit", str(undisturbed))
-    prefix = "method.teacher.backbone.vit."
-    for name, tensor in exported.vit.state_dict().items():
+    prefix = "method.teacher.backbone.network."
+    for name, tensor in exported.network.state_dict().items():
         assert torch.equal(tensor, checkpoint.tensors[prefix + name])
         student = checkpoint.tensors[prefix.replace("teacher", "student") + name]
         if name == "blocks.0.attn.qkv.weight":
@@ -187,9 +187,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(corpus, tmp_pat
     out = tmp_path / "run"
     true_loss = Dino.loss
 
-    def poisoned(self, views, n_global, step):
-        loss = true_loss(self, views, n_global, step)
-        return loss * float("nan") if step == 3 else loss
+    def poisoned(self, micro):
+        loss = true_loss(self, micro)
+        return loss * float("nan") if micro.step == 3 else loss
 
     monkeypatch.setattr(Dino, "loss", poisoned)
     with pytest.raises(PathfmError, match=r"loss of step 3 is nan.*not touched"):

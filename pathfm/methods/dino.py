@@ -8,7 +8,7 @@ and a sharp teacher temperature keep both from collapsing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -17,6 +17,7 @@ from lightly.models.modules import DINOProjectionHead
 from torch import Tensor, nn
 
 from pathfm.backbone import Backbone, seeded_init
+from pathfm.methods.protocol import MicroBatch
 from pathfm.methods.settings import DinoSettings
 from pathfm.schedules import cosine, linear
 
@@ -37,7 +38,7 @@ class Dino(nn.Module):
         # deepcopy(head) raises on weight_norm: the second head is built and given the first's state
         teacher_head = _head(student.dim, settings)
         teacher_head.load_state_dict(student_head.state_dict())
-        teacher.vit.load_state_dict(student.vit.state_dict())
+        teacher.network.load_state_dict(student.network.state_dict())
         self.student = nn.ModuleDict({"backbone": student, "head": student_head})
         self.teacher = nn.ModuleDict({"backbone": teacher, "head": teacher_head})
         self.criterion = DINOLoss(
@@ -46,10 +47,11 @@ class Dino(nn.Module):
             center_momentum=settings.center_momentum,
         )
         if settings.freeze_patch_embed:
-            cast(nn.Module, student.vit.patch_embed).requires_grad_(False)
+            cast(nn.Module, student.network.patch_embed).requires_grad_(False)
         self.student.train()
         self.teacher.eval().requires_grad_(False)
         self._diagnostics: dict[str, Tensor] = {}
+        self._teacher_out: dict[int, Tensor] = {}
 
     @property
     def exported(self) -> Backbone:
@@ -60,14 +62,27 @@ class Dino(nn.Module):
         """The student."""
         return self.student
 
-    def loss(self, views: Sequence[Tensor], n_global: int, step: int) -> Tensor:
+    @torch.no_grad()
+    def look(self, micro: MicroBatch) -> None:
+        """The teacher's outputs for the global views."""
+        self._teacher_out[micro.index] = self._forward(
+            self.teacher, [torch.cat(list(micro.views[: micro.n_global]))]
+        )
+
+    def settle(self, step: int) -> None:
+        """Nothing yet: the centre moves in `loss`."""
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        """`loss`."""
+        return self.loss(micro)
+
+    def loss(self, micro: MicroBatch) -> Tensor:
         """Mean cross-entropy over pairs (teacher's global view, student's other view), fp32.
 
-        views: (B, 3, s, s) each, the first `n_global` of one size, the rest of another. Moves the
-        centre, so call it once an optimizer step.
+        Moves the centre, so call it once an optimizer step.
         """
-        with torch.no_grad():
-            teacher_out = self._forward(self.teacher, [torch.cat(list(views[:n_global]))])
+        views, n_global = micro.views, micro.n_global
+        teacher_out = self._teacher_out.pop(micro.index)
         groups = [torch.cat(list(views[:n_global]))]
         if len(views) > n_global:
             groups.append(torch.cat(list(views[n_global:])))
@@ -75,7 +90,7 @@ class Dino(nn.Module):
         temperature = linear(
             self.settings.warmup_teacher_temp,
             self.settings.teacher_temp,
-            step,
+            micro.step,
             self.settings.warmup_teacher_temp_steps,
         )
         # bf16 has 8 bits: a log-softmax over thousands of prototypes needs fp32

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from online_patching import Corpus, PatchBatch, PatchLoader
 from online_patching.stores.local import atomic_write_text
 from pathfm.checkpoint import load_newest
+from pathfm.methods import MicroBatch
 from pathfm.pretrain import PretrainConfig, PretrainResult, sampler_of
 from pathfm.pretrain.bookends import begin, finish, read_monitor
 from pathfm.pretrain.records import SAMPLED, SampledLog
@@ -132,8 +133,11 @@ def train_step(trainer: Trainer, batch: PatchBatch) -> dict[str, float]:
         mean=backbone.mean,
         std=backbone.std,
     )
+    micro = MicroBatch(views, N_GLOBAL, batch.draws, None, config.seed, step)
     with autocast(trainer.device, trainer.precision):
-        loss = method.loss(views, N_GLOBAL, step)
+        method.look(micro)
+        method.settle(step)
+        loss = method.loss(micro)
     check_finite("loss", loss, trainer, batch)
     loss.backward()  # type: ignore[no-untyped-call]
     method.before_update(step)

@@ -71,9 +71,9 @@ class CropSettings:
     unknown_scale: tuple[float, float] = (0.5, 2.0)  # picture px per crop px, mpp unknown
     finest_scale: float = 0.5  # no picture is enlarged more than twice
     stretch: float = 0.12  # half-width of the log of the crop's aspect ratio
-    border_share: float = 0.4  # of crops, placed at a border of tissue
-    rare_share: float = 0.25  # of crops, placed at a rare kind
-    paste_chance: float = 0.1  # a real artefact laid over the crop, where templates are given
+    border_share: float = 0.3  # of crops, placed at a border of tissue
+    rare_share: float = 0.35  # of crops, placed at a rare kind
+    paste_chance: float = 0.2  # a real artefact laid over the crop, where templates are given
     augmentation: AugmentSettings = field(default_factory=AugmentSettings)
 
 

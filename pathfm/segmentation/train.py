@@ -143,7 +143,14 @@ class Trainer:
         return pictures
 
     def _crop_settings(self) -> CropSettings:
-        return CropSettings(crop_px=self.config.crop_px, batch_size=self.config.batch_size)
+        c = self.config
+        return CropSettings(
+            crop_px=c.crop_px,
+            batch_size=c.batch_size,
+            border_share=c.border_share,
+            rare_share=c.rare_share,
+            paste_chance=c.paste_chance,
+        )
 
     def _save(self, run_id: str) -> None:
         moments, groups = pack_optimizer(self.optimizer)

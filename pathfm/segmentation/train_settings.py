@@ -40,6 +40,15 @@ class TrainSettings(BaseModel, frozen=True, extra="forbid"):
         0.4, ge=0, le=1, description="share of crops that come from drawn pictures, when given"
     )
     crop_px: int = Field(256, ge=32, le=1024, description="side of a training crop in px")
+    border_share: float = Field(
+        0.3, ge=0, le=1, description="share of crops placed at a border of tissue"
+    )
+    rare_share: float = Field(
+        0.35, ge=0, le=1, description="share of crops placed at ink, dust, bubbles, edges, fat"
+    )
+    paste_chance: float = Field(
+        0.2, ge=0, le=1, description="chance that a crop gets a template laid over it, when given"
+    )
     batch_size: int = Field(8, ge=1, le=4096, description="crops a step")
     steps: int = Field(3000, ge=1, description="optimizer steps")
     lr: float = Field(3e-3, gt=0, description="learning rate after the warm-up; then half a cosine")
@@ -73,6 +82,16 @@ class TrainSettings(BaseModel, frozen=True, extra="forbid"):
     def _something_to_learn_from(self) -> TrainSettings:
         if not self.pictures and self.synthetic == 0:
             raise ValueError("nothing to learn from: give --pictures FOLDER or --synthetic > 0")
+        if self.border_share + self.rare_share > 1:
+            raise ValueError(
+                f"border_share {self.border_share} and rare_share {self.rare_share} are "
+                f"{self.border_share + self.rare_share:g} together: at most 1"
+            )
+        if self.synthetic and self.crop_px > self.synthetic_px:
+            raise ValueError(
+                f"crop_px {self.crop_px} is more than synthetic_px {self.synthetic_px}: a crop is a "
+                "part of a picture"
+            )
         if self.batch_size == 1 and self.crop_px <= 32 and self.model.startswith("unet"):
             raise ValueError(
                 f"batch_size 1 with crop_px {self.crop_px} leaves the deepest level one value a channel, "

@@ -13,6 +13,8 @@ def lay_artefacts(c: Canvas) -> None:
     """Dust, hairs, bubbles and coverslip edges, each now and then; over tissue it stays tissue."""
     if c.chance(0.6):
         _dust(c)
+    if c.chance(0.15):
+        _dirt(c)
     for _ in range(int(c.between(1, 5)) if c.chance(0.22) else 0):
         _hair(c)
     if c.chance(0.22):
@@ -36,6 +38,31 @@ def _dust(c: Canvas) -> None:
     alpha = np.asarray(picture.filter(ImageFilter.GaussianBlur(0.5)), np.float32) / 255
     c.blend(tone, alpha)
     c.mark(alpha > 0.25, Kind.DUST)
+
+
+def _dirt(c: Canvas) -> None:
+    """A dirty slide: very many specks of one origin, strewn evenly or in drifts, fine to coarse."""
+    picture = Image.new("L", (c.size, c.size))
+    brush = ImageDraw.Draw(picture)
+    most = c.span(0.8, 4.5)  # px, radius of the largest
+    count = int(c.span(60, 1200) * min(1.0, 4 / most**2))
+    drifts = c.rng.uniform(0, c.size, (int(c.between(1, 6)), 2))
+    spread = c.span(0.05, 0.3) * c.size
+    even = c.chance(0.5)
+    for _ in range(count):
+        near = drifts[int(c.rng.integers(len(drifts)))] + c.rng.normal(0, spread, 2)
+        x, y = c.rng.uniform(0, c.size, 2) if even else near
+        rx, ry = np.exp(c.rng.uniform(np.log(0.4), np.log(most), 2))
+        depth = int(c.between(80, 255))
+        if c.chance(0.4):
+            corners = [(x + c.rng.normal(0, rx), y + c.rng.normal(0, ry)) for _ in range(5)]
+            brush.polygon(corners, fill=depth)
+        else:
+            brush.ellipse((x - rx, y - ry, x + rx, y + ry), fill=depth)
+    soft = picture.filter(ImageFilter.GaussianBlur(c.between(0.3, 1.0)))
+    alpha = np.asarray(soft, np.float32) / 255 * c.between(0.35, 1)
+    c.blend(np.float32(c.between(5, 140)) + f32(c.rng.normal(0, 16, 3)), alpha)
+    c.mark(alpha > 0.2, Kind.DUST)
 
 
 def _hair(c: Canvas) -> None:

@@ -18,10 +18,10 @@ OPAQUE = 0.55
 
 def lay_pen(c: Canvas) -> None:
     """Ink of one colour, now and then two; marks PEN on glass, and over tissue where opaque."""
-    if not c.chance(0.3):
+    if not c.chance(0.4):
         return
     for _ in range(2 if c.chance(0.15) else 1):
-        ink = np.clip(_INKS[c.rng.integers(len(_INKS))] + f32(c.rng.normal(0, 12, 3)), 5, 250)
+        ink = _ink_colour(c)
         style = c.pick("strokes", "ring", "dots", "letters", p=(0.5, 0.25, 0.12, 0.13))
         width = c.span(3, 30)
         if style == "ring":
@@ -41,6 +41,15 @@ def lay_pen(c: Canvas) -> None:
             for _ in range(int(c.between(1, 4))):
                 soft = c.between(0.5, 3) if c.chance(0.3) else 0.6
                 _ink(c, ink, curve(c, c.between(0.2, 0.7)), width, soft)
+
+
+def _ink_colour(c: Canvas) -> Array:
+    """A marker's colour: a common one, or any strong hue, darker or lighter."""
+    if c.chance(0.7):
+        return f32(np.clip(_INKS[c.rng.integers(len(_INKS))] + c.rng.normal(0, 12, 3), 5, 250))
+    channels = c.rng.permutation([0.0, c.between(0, 1), 1.0])
+    dark = c.between(5, 90)
+    return f32(dark + channels * c.between(60, 230 - dark))
 
 
 def _ink(c: Canvas, ink: Array, points: Points, width_px: float, soft_px: float = 0.6) -> None:

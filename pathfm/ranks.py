@@ -1,0 +1,133 @@
+"""The processes of a distributed run: who we are, and how tensors meet.
+
+Alone, every function here is the identity, so nothing above asks how many ranks there are. Under
+torchrun `open_ranks` joins the process group. Gradients are averaged over ranks by the loop, which
+is what `gather_rows` with `grad=True` reckons with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pathfm.runtime import PathfmError
+
+JOIN_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number among `world`, and among those of its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one rank that writes, prints and tracks."""
+        return self.rank == 0
+
+
+@contextmanager
+def open_ranks(device_type: str) -> Iterator[Ranks]:
+    """Joins the process group that torchrun's variables describe; alone without them.
+
+    gloo on a CPU, NCCL on GPUs. Raises ``PathfmError`` for variables that make no sense.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield Ranks()
+        return
+    ranks = _from_environment()
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=JOIN_TIMEOUT_S))
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def _from_environment() -> Ranks:
+    values = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        text = os.environ.get(name, "")
+        if not text.isdigit():
+            raise PathfmError(
+                f"{name} is {text!r}: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK, all or none. "
+                "Start with torchrun, or unset WORLD_SIZE"
+            )
+        values[name] = int(text)
+    if not values["RANK"] < values["WORLD_SIZE"]:
+        raise PathfmError(f"RANK {values['RANK']} is not below WORLD_SIZE {values['WORLD_SIZE']}")
+    return Ranks(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
+
+
+def world_size() -> int:
+    """How many ranks there are; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Our number among them."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_objects(given: Any) -> list[Any]:
+    """What each rank gave, in the order of ranks."""
+    if world_size() == 1:
+        return [given]
+    everybody: list[Any] = [None] * world_size()
+    dist.all_gather_object(everybody, given)
+    return everybody
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of the ranks' tensors (equal shapes), without gradient; a new tensor."""
+    total = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def gather_rows(rows: Tensor, *, grad: bool = False) -> Tensor:
+    """All ranks' rows (n_r, ...) one below the other in the order of ranks; n_r may differ.
+
+    With `grad` (equal n_r only) the gradient of our rows is the sum over ranks of what each says
+    about them: divided by the number of ranks, as averaging gradients over ranks does, it is the
+    gradient of the mean of the ranks' losses.
+    """
+    if world_size() == 1:
+        return rows if grad else rows.detach()
+    if grad:
+        return cast(Tensor, _GatherWithGradient.apply(rows))
+    counts = [int(n) for n in gather_objects(len(rows))]
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """All-gather whose backward is a sum over ranks, each then taking its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.n = len(rows)
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total[rank() * ctx.n : (rank() + 1) * ctx.n]
