@@ -237,6 +237,21 @@ def test_the_picture_shows_a_field_where_it_lies_and_its_circle_round_it():
     assert page == drawn([Field2d("net", "logits", False, "seed 0", energy, (62.0, 142.0))], 200)
 
 
+def test_the_scale_bar_of_a_small_input_is_shorter_than_it():
+    energy = np.zeros((40, 40))
+    energy[20, 20] = 1
+    page = drawn([Field2d("net", "logits", False, "seed 0", energy, (20.5, 20.5))], 40)
+    pixels = np.asarray(Image.open(io.BytesIO(page)).convert("RGB")).astype(int)
+    pixels = pixels[:, : int(0.72 * pixels.shape[1])]
+    dark = (pixels < 12).all(-1)
+    rows, columns = (np.flatnonzero(dark.mean(axis) > 0.4) for axis in (1, 0))
+    panel = pixels[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    low = panel[int(0.92 * len(panel)) : int(0.96 * len(panel))]
+    bar = (low > 200).all(-1).any(0)
+    assert 0.2 < bar.mean() < 0.5
+    assert not bar[int(0.9 * len(bar)) :].any()
+
+
 @pytest.mark.slow
 def test_the_verb_draws_untrained_above_trained_and_writes_its_figures(tmp_path, capsys):
     weights, out = tmp_path / "w.safetensors", tmp_path / "deep" / "erf.png"

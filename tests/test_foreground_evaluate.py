@@ -269,6 +269,7 @@ def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> N
         (["--pictures", "{root}", "--weights", "{table}"], "not a whole .safetensors"),
         (["--pictures", "{root}", "--methods", "otsuu"], "methods"),
         (["--pictures", "{root}", "--drawn", "{none}"], "pictures.csv"),
+        (["--drawn", "{none}", "--synthetic", "2"], "give --pictures FOLDER too"),
         ([], "nothing to judge on"),
     ],
 )
@@ -276,7 +277,7 @@ def test_bad_input_is_one_line_and_exit_code_2(drawn, tmp_path: Path, capsys, wo
     root, folder = drawn
     names = {"root": root, "none": tmp_path / "none", "table": folder / "pictures.csv"}
     words = [word.format(**names) for word in words]
-    if "--drawn" not in words:
+    if "--drawn" not in words and words:
         words += ["--drawn", str(folder)]
     words += ["--out", str(tmp_path / "out"), "--tracking.enabled", "false"]
     assert main(["foreground-evaluate", *words]) == 2

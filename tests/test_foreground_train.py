@@ -179,6 +179,8 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_step(
         (["--loss", "dise"], "loss"),
         (["--model", "resnet"], "model"),
         (["--pictures", "no/such/folder"], "no/such/folder: no such folder"),
+        (["--crop_px", "600"], "crop_px 600 is more than synthetic_px 512"),
+        (["--rare_share", "0.8"], "border_share 0.3 and rare_share 0.8 are 1.1 together"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

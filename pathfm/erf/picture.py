@@ -10,7 +10,7 @@ import numpy as np
 
 from pathfm.erf.fields import SHARES, Field2d
 
-_SCALE_BAR_PX = 100
+_SCALE_BARS_PX = (500, 200, 100, 50, 20, 10, 5, 2, 1)
 _PANEL_IN, _TITLE_IN = 1.85, 0.5
 
 
@@ -66,7 +66,8 @@ def _annotate(axis: Any, field: Field2d, size_px: int) -> None:
     axis.set_xlim(0, size_px)
     axis.set_ylim(size_px, 0)
     left, low = 0.06 * size_px, 0.94 * size_px
-    axis.plot([left, left + _SCALE_BAR_PX], [low, low], color="white", lw=2, solid_capstyle="butt")
-    axis.text(left, low - 0.02 * size_px, f"{_SCALE_BAR_PX} px", color="white", fontsize=6.5)
+    bar_px = next((length for length in _SCALE_BARS_PX if length <= 0.45 * size_px), 1)
+    axis.plot([left, left + bar_px], [low, low], color="white", lw=2, solid_capstyle="butt")
+    axis.text(left, low - 0.02 * size_px, f"{bar_px} px", color="white", fontsize=6.5)
     words_ = ", ".join(f"{s:.0%}: {r:.0f} px" for s, r in zip(SHARES, radii, strict=True))
     axis.set_title(f"{field.network}\n{field.output}\n{words_}", fontsize=7)

@@ -86,6 +86,11 @@ class ForegroundEvaluateConfig(BaseModel, frozen=True, extra="forbid"):
     def _something_to_judge(self) -> ForegroundEvaluateConfig:
         if not self.pictures and not self.synthetic:
             raise ValueError("nothing to judge on: give --pictures FOLDER or --synthetic N")
+        if self.drawn is not None and not self.pictures:
+            raise ValueError(
+                f"drawn {self.drawn} says how pictures were drawn, but there are none: give "
+                "--pictures FOLDER too"
+            )
         return self
 
 

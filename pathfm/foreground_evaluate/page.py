@@ -19,7 +19,7 @@ Mask = NDArray[np.bool_]
 MOST_PICTURED = 100
 TRUTH, MODEL, THRESHOLD = "#00a03c", "#e100c8", "#ff8c00"
 _MISSED, _WRONG, _IGNORED = (213, 40, 0), (0, 90, 220), (255, 210, 0)
-_MAX_PX = 1000
+_MAX_PX = 800
 
 _STYLE = f"""body{{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1500px;padding:0 1rem;
 color:#222;background:#fff}}h1{{font-size:1.5rem}}h2{{font-size:1.1rem;margin:2.2rem 0 .3rem;
@@ -126,7 +126,7 @@ def _picture(
         views.append((f"drawn and {best}, Dice {theirs:.3f}", lined))
     figures = "".join(
         f'<figure><img alt="{_told(caption)} on {_told(subject.name)}" '
-        f'src="{jpeg_data_uri(picture, 82, _MAX_PX)}"><figcaption>{_told(caption)}</figcaption></figure>'
+        f'src="{jpeg_data_uri(picture, 75, _MAX_PX)}"><figcaption>{_told(caption)}</figcaption></figure>'
         for caption, picture in views
     )
     told = ", ".join(f"{label} {getattr(row.scores, n):.3f}" for n, label in LABELS.items())
