@@ -105,12 +105,14 @@ def cucim_batched_reader(path: Path) -> Read:
     return read
 
 
-def wsistream_reader(path: Path, mask: ForegroundMask, side: int) -> Read:
+def wsistream_reader(path: Path, mask: ForegroundMask, side: int, output_px: int = SIZE_PX) -> Read:
     """wsistream's whole pipeline. It resizes by itself: bilinear, without antialiasing."""
     base = import_module("wsistream.tissue.base").TissueDetector
     sampler = import_module("wsistream.sampling").RandomSampler(patch_size=side)
-    if side != SIZE_PX:
-        sampler.output_size = SIZE_PX  # what its ContinuousMagnificationSampler tells the pipeline
+    if side != output_px:
+        sampler.output_size = (
+            output_px  # what its ContinuousMagnificationSampler tells the pipeline
+        )
 
     def detect(_: object, thumbnail: Any, downsample: Any = (1.0, 1.0)) -> NDArray[np.bool_]:
         height, width = thumbnail.shape[:2]
