@@ -14,12 +14,13 @@ To read the package in the order in which a patch is made:
 """
 
 from online_patching import errors
-from online_patching.corpus import Corpus
+from online_patching.corpus import Corpus, CorpusView
 from online_patching.formats import find_slides, read_slide_index
 from online_patching.geometry import PatchRef
 from online_patching.loading import PatchBatch, PatchLoader
 from online_patching.mask import ForegroundMask
 from online_patching.sampling import (
+    BalancedSampler,
     BlurFilter,
     Continuous,
     EpochSampler,
@@ -33,9 +34,11 @@ from online_patching.slide import Slide, open_slide
 from online_patching.slide_index import Level, SlideIndex
 
 __all__ = [
+    "BalancedSampler",
     "BlurFilter",
     "Continuous",
     "Corpus",
+    "CorpusView",
     "EpochSampler",
     "ForegroundMask",
     "GridSampler",

@@ -116,7 +116,7 @@ class PatchSampler(Sampler):
         drawable = self._servable() if weights is None else self._servable() * weights
         if not drawable.any():
             raise SamplerError(self._why_nothing())
-        self._shares = SlideShares(drawable)
+        self._share_out(drawable)
 
     def draw_batch(
         self, draws: ArrayLike, attempt: ArrayLike = 0, barred: Mapping[int, int] | None = None
@@ -156,6 +156,14 @@ class PatchSampler(Sampler):
             "patches_per_slide": self.patches_per_slide,
         }
 
+    def _share_out(self, drawable: Floats) -> None:
+        """Prepare `_choose`: slides are drawn by these weights, 0 for one that serves nothing."""
+        self._shares = SlideShares(drawable)
+
+    def _choose(self, group: Ints, u: Floats) -> Ints:
+        """The slide of each group of `patches_per_read` draws, for uniform numbers in [0, 1)."""
+        return self._shares.pick(u)
+
     def _attempt(self, number: Ints, tried: Ints) -> _Columns:
         """One attempt of each draw."""
         if self.patches_per_slide is not None:
@@ -178,7 +186,7 @@ class PatchSampler(Sampler):
     def _alone(self, number: Ints, tried: Ints) -> _Columns:
         """Slide, µm/px and place of each draw, independent of all others."""
         w = words(self.seed, number, tried, SLIDE_STREAM, 4)
-        slide = self._shares.pick(fine_uniform(w[:, 0], w[:, 1]))
+        slide = self._choose(number // self.patches_per_read, fine_uniform(w[:, 0], w[:, 1]))
         mpp = self.policy.draw(fine_uniform(w[:, 2], w[:, 3]), self._reach(slide))
         place = anywhere(self.corpus, self._boxes(slide, mpp), self.min_foreground)
         return slide, mpp, *first_place(place, self.seed, number, tried, POSITION_STREAM)
@@ -188,7 +196,7 @@ class PatchSampler(Sampler):
         group, of = np.unique(number // self.patches_per_read, return_inverse=True)
         first = np.zeros_like(group)
         w = words(self.seed, group, first, GROUP_STREAM, 4)
-        slide = self._shares.pick(fine_uniform(w[:, 0], w[:, 1]))
+        slide = self._choose(group, fine_uniform(w[:, 0], w[:, 1]))
         mpp = self.policy.draw(fine_uniform(w[:, 2], w[:, 3]), self._reach(slide))
         boxes = self._boxes(slide, mpp)
         axes = tile_axes(self.corpus, boxes, mpp, self.size_px)
@@ -211,7 +219,7 @@ class PatchSampler(Sampler):
         """One of the slide's `patches_per_slide` patches: patch p of slide s is a function of
         (seed, s, p), the first attempt of it that finds a place."""
         w = words(self.seed, number, tried, SLIDE_STREAM, 2)
-        slide = self._shares.pick(fine_uniform(w[:, 0], w[:, 1]))
+        slide = self._choose(number, fine_uniform(w[:, 0], w[:, 1]))
         w = words(self.seed, number, tried, POOL_STREAM, 2)
         patch = (fine_uniform(w[:, 0], w[:, 1]) * (self.patches_per_slide or 1)).astype(np.int64)
         key = (slide << 32) | patch
