@@ -1,11 +1,12 @@
 """Runs in MLflow, fed from files, so that no server can stop, slow or thin out a training run.
 
-settings.py  where a run is recorded; no secrets in what is shown
-run.py       open_run() and Run: what a stage tells
-journal.py   the files in the run's folder, written first
-shipper.py   the thread that brings them to the store, and replay()
-reading.py   read_runs(): what the store knows
-here         MLflow itself: the only file that imports it, and late, for that takes seconds
+settings.py    where a run is recorded; no secrets in what is shown
+run.py         open_run() and Run: what a stage tells
+journal.py     the files in the run's folder, written first
+high_water.py  what a store holds already and is never sent again
+shipper.py     the thread that brings them to the store, and replay()
+reading.py     read_runs(): what the store knows
+here           MLflow itself: the only file that imports it, and late, for that takes seconds
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pathfm.runtime import without_secrets
-from pathfm.tracking.journal import metric_values, read_metrics
+from pathfm.tracking.high_water import HighWater, Point, points_of
+from pathfm.tracking.journal import metric_values, read_metrics, unfinished_run
 from pathfm.tracking.reading import RunRecord, read_runs
 from pathfm.tracking.run import Run, open_run
 from pathfm.tracking.settings import (
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MlflowStore",
     "Run",
+    "RunGoneError",
     "RunRecord",
     "Shipper",
     "TrackingConfig",
@@ -44,6 +47,7 @@ __all__ = [
     "replay",
     "sqlite_file",
     "ui_command",
+    "unfinished_run",
 ]
 
 _log = logging.getLogger(__name__)
@@ -52,6 +56,10 @@ _MAX_PARAMS = 100
 _MAX_VALUE = 6000  # characters of a param
 _KEY = "pathfm.run_key"
 _client_lock = threading.Lock()
+
+
+class RunGoneError(Exception):
+    """The store answers, but does not know the run (any more)."""
 
 
 class MlflowStore:
@@ -64,6 +72,32 @@ class MlflowStore:
     def __init__(self, uri: str) -> None:
         self.client = make_client(uri)
         self._uri = uri
+        self._marks: dict[str, HighWater] = {}
+
+    def marks(self, run_id: str) -> HighWater:
+        """What the store holds of a run: asked once, and again after anything that went wrong.
+
+        Raises RunGoneError for a run that the store does not know.
+        """
+        from mlflow.exceptions import MlflowException
+
+        if run_id not in self._marks:
+            try:
+                data = self.client.get_run(run_id).data
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    raise RunGoneError(run_id) from error
+                raise
+            # one request for all keys: the protocol's form of a run, unlike `data.metrics`, has steps
+            latest = data.to_proto().metrics
+            self._marks[run_id] = HighWater(
+                Point(m.key, m.value, int(m.timestamp), int(m.step)) for m in latest
+            )
+        return self._marks[run_id]
+
+    def forget(self) -> None:
+        """What has been sent may have landed or not: the next to send asks again."""
+        self._marks.clear()
 
     def find_or_create(self, experiment: str, key: str, name: str, parent: str | None) -> str:
         """The id of the run with our `key`: an earlier request may have made it unheard."""
@@ -78,32 +112,55 @@ class MlflowStore:
         return str(run.info.run_id)
 
     def send_metrics(self, run_id: str, rows: Sequence[dict[str, Any]]) -> int:
-        """Send as many of the rows as fit one request, at least one; returns how many."""
-        from mlflow.entities import Metric
+        """Send as many of the rows as fit one request, at least one; returns how many.
 
-        batch: list[Metric] = []
+        Of them goes out what lies above the store's marks.
+        """
+        points: list[Point] = []
         n_rows = 0
         for row in rows:
-            values = metric_values(row)
-            if batch and len(batch) + len(values) > _MAX_METRICS:
+            values = points_of(row, metric_values(row))
+            if points and len(points) + len(values) > _MAX_METRICS:
                 break
-            batch += [Metric(k, v, row["time_ms"], row["step"]) for k, v in values.items()]
+            points += values
             n_rows += 1
-        for at in range(0, len(batch), _MAX_METRICS):
-            part = batch[at : at + _MAX_METRICS]
-            _attempt(
-                lambda part=part: self.client.log_batch(  # type: ignore[misc]
-                    run_id, metrics=part, synchronous=True
-                )
-            )
+        marks = self.marks(run_id)
+        self._send_points(run_id, marks.missing(points), marks)
         return n_rows
+
+    def _send_points(self, run_id: str, points: Sequence[Point], marks: HighWater) -> None:
+        """One request for up to 1,000 points; a part with a refused one is sent point by point."""
+        for at in range(0, len(points), _MAX_METRICS):
+            part = points[at : at + _MAX_METRICS]
+            if not self._accepts(run_id, part):
+                for point in part:
+                    self._accepts(run_id, [point])
+            marks.reached(part)
+
+    def _accepts(self, run_id: str, points: Sequence[Point]) -> bool:
+        """Sends them; False where the store refused, which it then does for ever."""
+        from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
+
+        metrics = [Metric(p.key, p.value, p.time_ms, p.step) for p in points]
+        try:
+            self.client.log_batch(run_id, metrics=metrics, synchronous=True)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            if self.client.get_run(run_id).info.lifecycle_stage != "active":
+                raise RuntimeError(f"run {run_id} was deleted in MLflow: restore it") from error
+            if len(points) == 1:
+                _log.warning("MLflow refused a value: %s", without_secrets(str(error))[:300])
+            return False
+        return True
 
     def send_task(self, run_id: str, task: Mapping[str, Any]) -> None:
         """Do what one row of `tracking_tasks.jsonl` says."""
         _attempt(lambda: self._do(run_id, task))
 
     def _do(self, run_id: str, task: Mapping[str, Any]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
+        from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
 
         client = self.client
         match task["do"]:
@@ -113,9 +170,9 @@ class MlflowStore:
             case "params":
                 self._log_params(run_id, task["params"])
             case "summary":
-                at_ms = task["time_ms"]
-                metrics = [Metric(k, v, at_ms, 0) for k, v in task["metrics"].items()]
-                client.log_batch(run_id, metrics=metrics, synchronous=True)
+                marks = self.marks(run_id)
+                points = [Point(k, v, task["time_ms"], 0) for k, v in task["metrics"].items()]
+                self._send_points(run_id, marks.missing_summary(points), marks)
             case "artifact":
                 path, into = task["path"], task["into"] or None
                 send = client.log_artifacts if os.path.isdir(path) else client.log_artifact

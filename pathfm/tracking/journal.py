@@ -1,8 +1,9 @@
 """What a run has to tell, on disk before anything else: the source of every row MLflow ever shows.
 
-    metrics.jsonl        one JSON line a step: {"step": 3, "time_ms": ..., "loss": 6.9, ...}
-    tracking_tasks.jsonl params, tags, pictures, the end of the run: {"do": "tags", ...}
-    tracking.json        who the run is and how far it has been shipped
+    metrics.jsonl          one JSON line a step: {"step": 3, "time_ms": ..., "loss": 6.9, ...}
+    metrics_replaced.jsonl rows of steps that a resumed run does again, as they were the first time
+    tracking_tasks.jsonl   params, tags, pictures, the end of the run: {"do": "tags", ...}
+    tracking.json          who the run is and how far it has been shipped
 
 Rows survive `kill -9` (each is one write of a whole line; a torn last line is dropped on opening).
 They are not fsynced one by one: a power cut can lose the last seconds, a crash cannot.
@@ -11,9 +12,11 @@ They are not fsynced one by one: a power cut can lose the last seconds, a crash 
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -23,9 +26,13 @@ from online_patching.stores.local import atomic_write_bytes, atomic_write_text
 from pathfm.runtime import PathfmError, make_folder
 
 METRICS = "metrics.jsonl"
+REPLACED = "metrics_replaced.jsonl"
 TASKS = "tracking_tasks.jsonl"
 STATE = "tracking.json"
 _NOT_METRICS = ("step", "time_ms")
+_TAIL_BYTES = 65_536
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,12 +70,19 @@ class Journal:
     def __init__(self, folder: Path, run_id: str | None = None) -> None:
         self.folder = make_folder(folder)
         self._lock = threading.Lock()
-        self._dropped: dict[int, int] = {}
         self._rewinds = 0
+        self._differed = False
         self.state = self._find_state(run_id)
-        for name in (METRICS, TASKS):
+        for name in (METRICS, TASKS, REPLACED):
             _drop_torn_line(folder / name)
-        self.save(self.state)
+        self._replaced = {row["step"]: row for row in _rows(folder / REPLACED)}
+        self.save(
+            replace(
+                self.state,
+                metrics_bytes=_sound(folder / METRICS, self.state.metrics_bytes),
+                tasks_bytes=_sound(folder / TASKS, self.state.tasks_bytes),
+            )
+        )
 
     @property
     def run_id(self) -> str:
@@ -81,12 +95,13 @@ class Journal:
             return known
         fresh = ShippingState(key=uuid.uuid4().hex)
         if run_id and not run_id.startswith("pending-"):
-            return replace(fresh, run_id=run_id)  # shipped whole again: MLflow drops equal points
+            return replace(fresh, run_id=run_id)  # read whole again: what MLflow holds is not sent
         self._set_aside(known.key if known else fresh.key)
         return fresh
 
     def _set_aside(self, key: str) -> None:
-        old = [p for p in (self.folder / n for n in (METRICS, TASKS, STATE)) if p.exists()]
+        names = (METRICS, REPLACED, TASKS, STATE)
+        old = [p for p in (self.folder / n for n in names) if p.exists()]
         if not any(path.stat().st_size for path in old if path.name != STATE):
             return
         target = make_folder(self.folder / "previous_runs" / key[:8])
@@ -104,9 +119,12 @@ class Journal:
             self.save(replace(self.state, **changes))  # type: ignore[arg-type]
 
     def append_metrics(self, step: int, values: dict[str, float]) -> None:
-        """Add one row. One re-made after `truncate` keeps its old time: MLflow sees no double."""
-        time_ms = self._dropped.pop(step, 0) or int(time.time() * 1000)
+        """Add one row. One made again after `truncate` keeps its first time, and is compared."""
+        first = self._replaced.get(step)
+        time_ms = first["time_ms"] if first else int(time.time() * 1000)
         self._append(METRICS, {"step": step, "time_ms": time_ms, **values})
+        if first is not None and not self._differed:
+            self._differed = _tell_difference(step, first, values)
 
     def append_task(self, do: str, **facts: Any) -> None:
         """Add one thing to tell MLflow besides metrics."""
@@ -124,24 +142,48 @@ class Journal:
             ) from error
 
     def truncate(self, last_step: int) -> None:
-        """Drop the metric rows after `last_step`: a resumed run makes them again."""
+        """Drop the metric rows after `last_step`: a resumed run makes them again.
+
+        They are kept in metrics_replaced.jsonl: MLflow may hold them, and goes on holding them.
+        """
         path = self.folder / METRICS
         with self._lock:
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            kept = []
-            for line in lines:
-                row = json.loads(line)
-                if row["step"] <= last_step:
-                    kept.append(line)
-                else:
-                    self._dropped[row["step"]] = row["time_ms"]
-            if len(kept) == len(lines):
+            rows = [json.loads(line) for line in lines]
+            later = {row["step"]: row for row in rows if row["step"] > last_step}
+            if not later:
                 return
-            data = b"".join(kept)
+            # of a step done three times the first row counts; rows before `last_step` stay as they are
+            known = {step: row for step, row in self._replaced.items() if step > last_step}
+            self._replaced = later | known
+            kept_first = [json.dumps(row) + "\n" for _, row in sorted(self._replaced.items())]
+            atomic_write_text(self.folder / REPLACED, "".join(kept_first))
+            pairs = zip(lines, rows, strict=True)
+            data = b"".join(line for line, row in pairs if row["step"] <= last_step)
             atomic_write_bytes(path, data)
             self._rewinds += 1
             at = min(self.state.metrics_bytes, len(data))
             self.save(replace(self.state, metrics_bytes=at))
+
+    def ship_again(self, *, new_run: bool = False) -> None:
+        """Begin at the first row: the store lost some, or (`new_run`) the whole run."""
+        with self._lock:
+            self._rewinds += 1
+            run_id = "" if new_run else self.state.run_id
+            self.save(replace(self.state, run_id=run_id, metrics_bytes=0, tasks_bytes=0))
+
+    def last_shipped(self) -> dict[str, int]:
+        """The last step of each key among the rows just before the cursor."""
+        start = max(0, self.state.metrics_bytes - _TAIL_BYTES)
+        path = self.folder / METRICS
+        with self._lock:
+            if not path.exists():
+                return {}
+            with path.open("rb") as file:
+                file.seek(start)
+                lines = file.read(self.state.metrics_bytes - start).splitlines()
+        rows = [json.loads(line) for line in lines[1 if start else 0 :]]
+        return {key: row["step"] for row in rows for key in metric_values(row)}
 
     def unshipped(self, name: str, limit: int) -> Slice:
         """Up to `limit` whole rows past the cursor of METRICS or TASKS."""
@@ -182,18 +224,74 @@ def read_state(folder: Path) -> ShippingState | None:
         return None
 
 
+def unfinished_run(folder: Path, params: Mapping[str, Any], free: Sequence[str] = ()) -> str | None:
+    """The id of the run in `folder` that never ended well and was told these very params, or None.
+
+    For a run that was killed before it had anything to go on from: begun again it is the same run
+    to MLflow. params: flat, as `as_dict` gives them; those whose first word is in `free` may differ.
+    """
+    state = read_state(folder)
+    if state is None:
+        return None
+    tasks = _rows(folder / TASKS)
+    told = [task["params"] for task in tasks if task["do"] == "params"]
+    ends = [task["status"] for task in tasks if task["do"] == "end"]
+    if not told or "FINISHED" in ends:
+        return None
+    now = {key: str(value) for key, value in params.items()}
+    if any(
+        told[-1].get(key) != now.get(key)
+        for key in told[-1].keys() | now.keys()
+        if key.partition(".")[0] not in free
+    ):
+        return None
+    return state.run_id or f"pending-{state.key}"
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Every row of a run's `metrics.jsonl`, in order; [] where there is none."""
-    path = folder / METRICS
+    return _rows(folder / METRICS)
+
+
+def metric_values(row: dict[str, Any]) -> dict[str, float]:
+    """A row without its step and time."""
+    return {key: value for key, value in row.items() if key not in _NOT_METRICS}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
-def metric_values(row: dict[str, Any]) -> dict[str, float]:
-    """A row without its step and time."""
-    return {key: value for key, value in row.items() if key not in _NOT_METRICS}
+def _sound(path: Path, cursor: int) -> int:
+    """The cursor, or a safe one where the file was cut without it: past no end, at a line's start.
+
+    A power cut can lose rows that were shipped, and a kill can fall between the two writes of
+    `truncate`. Too early a cursor costs time only: what the store holds is not sent.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    if cursor >= size or not cursor:
+        return min(cursor, size)
+    with path.open("rb") as file:
+        file.seek(cursor - 1)
+        return cursor if file.read(1) == b"\n" else 0
+
+
+def _tell_difference(step: int, first: Mapping[str, Any], again: Mapping[str, float]) -> bool:
+    """Warns where a step done again has another loss than the first time; whether it did."""
+    before, now = first.get("loss"), again.get("loss")
+    if before is None or now is None or before == now or (before != before and now != now):
+        return False
+    _log.warning(
+        "step %s was done again and its loss is now %.6g, not %.6g: this hardware does not repeat "
+        "itself to the bit. MLflow keeps the first value of a step, metrics.jsonl holds the last",
+        f"{step:,}",
+        now,
+        before,
+    )
+    return True
 
 
 def _drop_torn_line(path: Path) -> None:

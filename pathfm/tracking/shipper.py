@@ -43,7 +43,7 @@ class Shipper:
         self._store: MlflowStore | None = None
         self._wake, self._known = threading.Event(), threading.Event()
         self._stop_by_s: float | None = None
-        self._complained = False
+        self._complained = self._checked = False
         self._thread = threading.Thread(target=self._loop, name="pathfm-tracking", daemon=True)
 
     def start(self, connect_s: float) -> None:
@@ -79,6 +79,9 @@ class Shipper:
                     return
             except Exception as error:
                 # any kind: whatever a store, a proxy or a driver raises must not end training
+                self._checked = False
+                if self._store is not None:
+                    self._store.forget()  # what was under way may have landed
                 self._complain(error)
                 wait_s = min(2 * wait_s, self.longest_wait_s)
             if stop_by_s is not None:
@@ -114,15 +117,33 @@ class Shipper:
 
         if self._store is None:
             self._store = MlflowStore(self._uri)
-        state = self._journal.state
-        if not state.run_id:
-            parent = state.parent_run_id or None
-            run_id = self._store.find_or_create(state.experiment, state.key, state.run_name, parent)
-            self._journal.update(run_id=run_id)
+        if not self._checked:
+            self._check(self._store)
+            self._checked = True
         if not self._known.is_set():
             self._store.client.update_run(self._journal.state.run_id, status="RUNNING")
             self._known.set()
         return self._store
+
+    def _check(self, store: MlflowStore) -> None:
+        """A run to ship to, and the cursor set back where that holds less than was acknowledged."""
+        from pathfm.tracking import RunGoneError
+
+        journal = self._journal
+        if journal.state.run_id:
+            try:
+                if store.marks(journal.state.run_id).lacks(journal.last_shipped()):
+                    _log.warning("MLflow has lost rows of this run: they are sent again")
+                    journal.ship_again()
+                return
+            except RunGoneError:
+                _log.warning("MLflow does not know this run any more: it is recorded as a new one")
+                journal.ship_again(new_run=True)
+                self._known.clear()
+        state = journal.state
+        parent = state.parent_run_id or None
+        run_id = store.find_or_create(state.experiment, state.key, state.run_name, parent)
+        journal.update(run_id=run_id)
 
 
 def replay(folder: Path, uri: str | None = None, experiment: str | None = None) -> int:
