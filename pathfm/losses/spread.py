@@ -34,7 +34,7 @@ def koleo(z: Tensor) -> Tensor:
             cosines = z @ z.T
             nearest = cosines.fill_diagonal_(-math.inf).argmax(dim=1)
         distance = torch.linalg.vector_norm(z - z[nearest], dim=1)
-        return -(distance + EPS).log().mean()
+        return -torch.log(distance + EPS).mean()
 
 
 def kde(z: Tensor, concentration: float) -> Tensor:

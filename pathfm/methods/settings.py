@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
@@ -39,4 +39,48 @@ class DinoSettings(BaseModel, frozen=True, extra="forbid"):
     )
     freeze_patch_embed: bool = Field(
         True, description="keep the patch projection at its initial weights (steadier, cheaper)"
+    )
+
+
+class ContrastiveSettings(BaseModel, frozen=True, extra="forbid"):
+    """What SimCLR and SupCon have in common: temperature and projection head."""
+
+    temperature: float = Field(
+        0.1,
+        gt=0,
+        le=10,
+        description="temperature tau that cosines are divided by (0.1: both papers)",
+    )
+    hidden_dim: int = Field(2048, ge=1, description="width of the projection's hidden layer")
+    projection_dim: int = Field(
+        128, ge=2, description="width of the projection the loss is taken on"
+    )
+
+
+class SimclrSettings(ContrastiveSettings, frozen=True, extra="forbid"):
+    """SimCLR's own knobs; defaults are those of Chen et al. 2020 for a ResNet-50."""
+
+
+class SupconSettings(ContrastiveSettings, frozen=True, extra="forbid"):
+    """SupCon's own knobs; defaults are those of Khosla et al. 2020."""
+
+    kind: Literal["out", "in"] = Field(
+        "out",
+        description="sum over positives outside the logarithm (L_out, better) or inside (L_in)",
+    )
+
+
+class SupervisedSettings(BaseModel, frozen=True, extra="forbid"):
+    """Knobs of the cross-entropy baseline."""
+
+    n_classes: int | None = Field(
+        None,
+        ge=2,
+        description="classes the classifier tells apart (unset: as many as the labels have)",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of each target spread evenly over all classes"
+    )
+    views: Literal["first", "all"] = Field(
+        "first", description="train on each sample's first view only, or on all of them"
     )
