@@ -129,7 +129,7 @@ def test_a_file_that_does_not_fit_is_one_clear_line(tiny_file, damage, words):
         (NAME, "/nowhere/at/all.safetensors", "no such file or run folder"),
         (NAME, "random:x", "whole number"),
         ("vit_tinny_patch16", "random", "no timm model"),
-        ("resnet18", "random", "vision transformer"),
+        ("swin_tiny_patch4_window7_224", "random", "vision transformer"),
     ],
 )
 def test_names_and_weights_nobody_knows(name, weights, words):
