@@ -56,7 +56,7 @@ def supcon_loss(
             # rows without a positive take all of A(i): their gradient through an empty sum is NaN
             kept = positive | (count == 0)[:, None]
             likeness = torch.logsumexp(logits.masked_fill(~kept, -math.inf), dim=1)
-            likeness = likeness - count.clamp(min=1).log()
+            likeness = likeness - count.clamp(min=1).to(z.dtype).log()
         total = (normaliser - likeness).masked_fill(count == 0, 0).sum()
         return total / n_anchors(labels).clamp(min=1) * (len(z) / len(count))
 
