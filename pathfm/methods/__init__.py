@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Method", "MicroBatch", "build_method"]
 
-METHODS = {"dino": "pathfm.methods.dino"}
+METHODS = {
+    "dino": "pathfm.methods.dino",
+    "simclr": "pathfm.methods.simclr",
+    "supcon": "pathfm.methods.supcon",
+    "supervised": "pathfm.methods.supervised",
+}
 """Module of each method; the module has `build(backbone, settings, steps, seed)`."""
 
 
