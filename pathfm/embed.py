@@ -8,23 +8,19 @@ is the CLS token. Decoding and resizing happen in threads while the backbone wor
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import BaseModel, Field
 
 from pathfm.datasets import LabelledFolder, scan_folder
-from pathfm.datasets.folder import read_picture
+from pathfm.datasets.preparing import prepare, read_batches
 from pathfm.embeddings import Embeddings, EmbeddingsInfo, stored_key
 from pathfm.metrics import rankme
 from pathfm.runtime import (
-    PathfmError,
     Precision,
     as_dict,
     autocast,
@@ -45,7 +41,16 @@ if TYPE_CHECKING:
 # Measured on a Xeon with avx512_bf16, ViT-Ti at 224 px, two threads: 114 pictures/s in bf16, 45 in
 # fp32, lowest cosine between the two 0.9998 over 128 patches.
 _MIN_COSINE = 0.999
-_AHEAD = 3  # batches decoded before the backbone asks for them: bounds the pictures in memory
+
+__all__ = [
+    "EmbedConfig",
+    "EmbedResult",
+    "compute_features",
+    "lowest_cosine",
+    "prepare",
+    "read_batches",
+    "run",
+]
 
 
 class EmbedConfig(BaseModel, frozen=True, extra="forbid"):
@@ -202,44 +207,3 @@ def lowest_cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     """The lowest cosine between equal rows of two feature matrices (n, d)."""
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return float(((a * b).sum(axis=1) / np.maximum(norms, 1e-12)).min())
-
-
-def read_batches(
-    files: Sequence[Path], size_px: int, batch_size: int, threads: int
-) -> Iterator[NDArray[np.uint8]]:
-    """The pictures as uint8 (b, size, size, 3), in order, a few batches decoded ahead.
-
-    A picture that cannot be read ends the iteration with `PathfmError` naming it.
-    """
-    chunks = [files[at : at + batch_size] for at in range(0, len(files), batch_size)]
-    with ThreadPoolExecutor(threads, "pathfm-decode") as pool:
-        waiting: list[list[Future[NDArray[np.uint8]]]] = []
-
-        def submit(chunk: Sequence[Path]) -> None:
-            waiting.append([pool.submit(prepare, file, size_px) for file in chunk])
-
-        try:
-            for chunk in chunks[:_AHEAD]:
-                submit(chunk)
-            for i in range(len(chunks)):
-                batch = np.stack([future.result() for future in waiting.pop(0)])
-                if i + _AHEAD < len(chunks):
-                    submit(chunks[i + _AHEAD])
-                yield batch
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def prepare(file: Path, size_px: int) -> NDArray[np.uint8]:
-    """One picture, shorter side resized to `size_px`, centre-cropped: uint8 (size, size, 3)."""
-    image = read_picture(file)
-    width, height = image.size
-    short = min(width, height)
-    if short == 0:
-        raise PathfmError(f"{file}: the picture is empty")
-    if short != size_px:
-        # torchvision's Resize(int) truncates the longer side; eva's protocol uses it
-        size = (size_px * width // short, size_px * height // short)
-        image = image.resize(size, Image.Resampling.BILINEAR)  # PIL antialiases when shrinking
-    left, top = round((image.width - size_px) / 2), round((image.height - size_px) / 2)
-    return np.asarray(image.crop((left, top, left + size_px, top + size_px)))
