@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pathfm.losses import sinkhorn as module
 from pathfm.losses.sinkhorn import sinkhorn
 from pathfm.runtime import PathfmError
 from tests.rank_threads import run_ranks
@@ -80,6 +81,20 @@ def test_ranks_with_unequal_rows_get_the_rows_of_the_whole(monkeypatch):
     torch.testing.assert_close(torch.cat(parts), whole)
     alone = sinkhorn(s[:5], 0.1)
     assert (alone - whole[:5]).abs().max() > 0.01  # or the test could not see ranks
+
+
+@pytest.mark.parametrize("slab", [1, 10, 21])
+def test_slabs_change_nothing(slab, monkeypatch):
+    want = sinkhorn(scores(), 0.1)
+    monkeypatch.setattr(module, "SLAB_ELEMENTS", slab)
+    torch.testing.assert_close(sinkhorn(scores(), 0.1), want)
+
+
+def test_scores_are_left_as_they_were():
+    for given in (scores(), scores().float()):
+        before = given.clone()
+        sinkhorn(given, 1.0)
+        assert torch.equal(given, before)
 
 
 def test_no_gradient_flows_and_autocast_changes_nothing():

@@ -25,7 +25,7 @@ def unit(row):
 
 
 def koleo_loop(z):
-    """Sablayrolles et al. 2019, eq. 4, point by point."""
+    """Sablayrolles et al. 2019, point by point."""
     z = [unit(row) for row in z]
     total = 0.0
     for i, a in enumerate(z):

@@ -11,6 +11,9 @@ from torch import Tensor
 from pathfm import ranks
 from pathfm.runtime import PathfmError
 
+SLAB_ELEMENTS = 1 << 24
+"""Numbers held besides the scores themselves, at most about so many at a time (64 MiB)."""
+
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, temperature: float, iterations: int = 3) -> Tensor:
@@ -35,14 +38,21 @@ def sinkhorn(scores: Tensor, temperature: float, iterations: int = 3) -> Tensor:
         logits = (scores if scores.dtype == torch.float64 else scores.float()) / temperature
         log_rows = logits.new_zeros((len(logits), 1))
         for _ in range(iterations):
-            log_columns = -_log_sum_of_columns(logits + log_rows)
-            log_rows = -torch.logsumexp(logits + log_columns, dim=1, keepdim=True)
-        return (logits + log_columns + log_rows).exp_()
+            log_columns = -_over_ranks(_log_sums(logits, log_rows, dim=0))
+            log_rows = -_log_sums(logits, log_columns, dim=1)[:, None]
+        return logits.add_(log_columns).add_(log_rows).exp_()
 
 
-def _log_sum_of_columns(logits: Tensor) -> Tensor:
-    """log of the sum of exp over all ranks' rows, (K,)."""
-    ours = torch.logsumexp(logits, dim=0)
+def _log_sums(logits: Tensor, scaling: Tensor, dim: int) -> Tensor:
+    """log of the sum of exp(logits + scaling) over `dim`, a slab at a time: (N, K) is gigabytes."""
+    kept = 1 - dim
+    slab = max(1, SLAB_ELEMENTS // max(1, logits.shape[dim]))
+    parts = logits.split(slab, dim=kept)
+    return torch.cat([torch.logsumexp(part + scaling, dim=dim) for part in parts])
+
+
+def _over_ranks(ours: Tensor) -> Tensor:
+    """log of the sum of exp over all ranks, of each column (K,)."""
     if ranks.world_size() == 1:
         return ours
     # every rank fills in its own row: a gather that needs neither counts nor a common maximum

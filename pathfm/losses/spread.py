@@ -24,7 +24,7 @@ def koleo(z: Tensor) -> Tensor:
     z: (n, d), all rows of the global batch, n >= 2; normalised in here. The gradient reaches both
     ends of each pair. Two equal rows give a large, finite value and no gradient between them.
     The Kozachenko-Leonenko estimate of entropy with its sign turned and constants left out
-    (Sablayrolles et al. 2019, arXiv 1806.03198, eq. 4; DINOv2, arXiv 2304.07193, section 4).
+    (Sablayrolles et al. 2019, arXiv 1806.03198; in DINOv2, arXiv 2304.07193, section 4).
     Raises PathfmError for fewer than two rows.
     """
     _want_two(z, "KoLeo")
@@ -44,8 +44,8 @@ def kde(z: Tensor, concentration: float) -> Tensor:
     density estimate with von Mises-Fisher kernels of concentration kappa; 0 where all rows are one.
     z: (n, d), all rows of the global batch, n >= 2; normalised in here. The negative of the
     resubstitution estimate of entropy, up to the kernel's constant (Wang & Isola 2020, arXiv
-    2005.10242, section 4.2); Midnight puts it in KoLeo's place (Karasikov et al. 2025, arXiv
-    2504.05186). Raises PathfmError for fewer than two rows or a concentration not above 0.
+    2005.10242); Virchow2 (arXiv 2408.00738) and Midnight (arXiv 2504.05186) put it in KoLeo's place.
+    Raises PathfmError for fewer than two rows or a concentration not above 0.
     """
     _want_two(z, "KDE")
     if not concentration > 0:
