@@ -47,7 +47,7 @@ def _log_sums(logits: Tensor, scaling: Tensor, dim: int) -> Tensor:
     """log of the sum of exp(logits + scaling) over `dim`, a slab at a time: (N, K) is gigabytes."""
     kept = 1 - dim
     slab = max(1, SLAB_ELEMENTS // max(1, logits.shape[dim]))
-    parts = logits.split(slab, dim=kept)
+    parts = torch.split(logits, slab, dim=kept)
     return torch.cat([torch.logsumexp(part + scaling, dim=dim) for part in parts])
 
 
