@@ -233,6 +233,14 @@ def test_a_batch_without_labels_is_refused_and_one_without_any_known_teaches_not
         assert all(float(g.abs().max()) == 0 for g in done.gradients.values())
 
 
+def test_simclr_with_one_view_is_refused_and_supcon_learns_from_other_samples():
+    with pytest.raises(PathfmError, match="one view a sample"):
+        take_step(method("simclr"), micros(pictures(1), slice(None), 1))
+    done = take_step(method("supcon"), micros(pictures(1), slice(None), 1))
+    assert done.loss > 0
+    assert done.told["anchors_without_positive"] == pytest.approx(2 / 8)
+
+
 def test_gradient_caching_embeds_once_more_only_when_it_must():
     calls = []
 

@@ -76,6 +76,8 @@ class Contrastive(nn.Module):
             if micro.labels is None:
                 raise PathfmError("SupCon without labels: say where they come from (labels)")
             self._seen[micro.index] = micro.labels
+        elif len(micro.views) < 2:
+            raise PathfmError("SimCLR with one view a sample has no positives: draw two or more")
         self._joint.look(micro, self._project)
 
     def settle(self, step: int) -> None:
