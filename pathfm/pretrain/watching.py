@@ -1,0 +1,271 @@
+"""What a run sees of itself: probe, RankMe, feature std, collapse, memory, pictures.
+
+The loop calls `Watch` on every rank; features are gathered, files and MLflow are the first rank's.
+Nothing here changes what is learnt: no gradient, no random number, every module's mode put back.
+
+In MLflow the run is the parent. The probe is a child of it, with its own params (folder, split, k,
+C) and its own series over optimizer steps done, so that probes of several runs compare at a glance.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from pathfm.metrics import rankme
+from pathfm.pretrain.collapse import CollapseWatch, Expected, feature_std
+from pathfm.pretrain.curves import Curves
+from pathfm.pretrain.embedding import Patches, Watched, embed_patches
+from pathfm.pretrain.probing import InTrainingProbe, ProbeScores
+from pathfm.pretrain.records import save_mosaic
+from pathfm.pretrain.showing import save_batch, save_view_rows
+from pathfm.pretrain.watch_settings import WatchConfig
+from pathfm.ranks import Ranks
+from pathfm.tracking import Run, open_run, read_metrics, unfinished_run
+
+PROBE_FOLDER = "probe"
+_MOST_CLASSES = 50  # whose recall is a series of its own
+_CONNECT_S = 5.0
+_MEMORY_EVERY_STEPS = 20
+
+
+class Watch:
+    """Measures, draws and warns; `state` goes into checkpoints, `facts` to the progress line."""
+
+    def __init__(
+        self,
+        config: WatchConfig,
+        folder: Path,
+        run: Run | None,
+        ranks: Ranks,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """On every rank, once in a process's life. run: the tracked run, None but on the first.
+
+        state: what `state` was in the checkpoint that the run goes on from. Raises PathfmError for
+        a probe folder that cannot be used.
+        """
+        given = dict(state or {})
+        self.config, self.folder, self.ranks = config, folder, ranks
+        self._run = run if ranks.first else None
+        self._probe = InTrainingProbe(config, ranks) if config.probe_folder is not None else None
+        digest = self._probe.data.digest if self._probe else ""
+        same_probe = given.get("probe_digest") == digest
+        self._probe_run_id: str | None = given.get("probe_run_id") if same_probe else None
+        self._numbers: dict[str, dict[str, float]] = {
+            name: _known(given.get(name, {}), probes=same_probe) for name in ("start", "last")
+        }
+        self._best: dict[str, float] = dict(given.get("best", {})) if same_probe else {}
+        self._collapse = CollapseWatch(config.collapse, given.get("collapse"))
+        self._child: Run | None = None
+        self._curves = Curves()
+        self._monitor: Patches | None = None
+        self._gpu_gb = math.nan
+        self._expected = Expected()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on from; JSON, equal on every rank but for the child's id."""
+        return {
+            **self._numbers,
+            "best": self._best,
+            "collapse": self._collapse.state,
+            "probe_digest": self._probe.data.digest if self._probe else "",
+            "probe_run_id": self._child.run_id if self._child else self._probe_run_id,
+        }
+
+    def begin(self, trainer: Watched, monitor: Patches) -> None:
+        """Before a life's first step, on every rank: pictures and all measures at step 0.
+
+        monitor: the run's first patches, the same on every rank. A run that goes on (`trainer.done`)
+        measures nothing again. The tracked run has been cut back to its checkpoint before.
+        """
+        self._monitor, done = monitor, int(trainer.done.step)
+        self._expected = Expected.of(trainer.config)
+        if self.ranks.first:
+            for row in read_metrics(self.folder):
+                self._curves.add(int(row["step"]), row)
+        self._open_child(trainer, done)
+        if done:
+            return
+        self._numbers["start"] = self._measure(trainer) | self._score(trainer, 0)
+        self._numbers["last"] = dict(self._numbers["start"])
+        if self._run is not None:
+            pictures = self.folder / "pictures"
+            config = trainer.config
+            if any(ref.mpp for ref in monitor.refs):
+                save_mosaic(pictures / "mosaic.jpg", monitor)  # type: ignore[arg-type]
+            else:  # of a folder of patches: no slides to make columns of
+                save_batch(pictures / "mosaic.jpg", monitor)
+            save_view_rows(pictures / "views.jpg", monitor, config.views.specs, config.seed)
+            for name in ("mosaic.jpg", "views.jpg"):
+                self._run.picture(pictures / name)
+            start = self._numbers["start"]
+            self._run.summary(**{f"{key}_start": value for key, value in start.items()})
+
+    def after_step(
+        self, step: int, trainer: Watched, batch: Patches, metrics: Mapping[str, float]
+    ) -> dict[str, float]:
+        """What there is to log beside `metrics` of the step just done; call it on every rank.
+
+        step counts from 0. rankme, feature_std, probe_knn and probe_logistic come every so many
+        steps, measured after the step's update; on a GPU also gpu_memory_gb and its peak (10^9
+        bytes), every 20 steps, for asking takes a fraction of a millisecond.
+        """
+        done, config = step + 1, self.config
+        last = done == trainer.config.steps
+        found: dict[str, float] = {}
+        if last or done % config.every_steps == 0:
+            found |= self._measure(trainer)
+        if self._probe and (last or done % config.probe_every_steps == 0):
+            found |= self._score(trainer, done)
+        self._numbers["last"] |= found
+        numbers, start = {**metrics, **found}, self._numbers["start"]
+        new = self._collapse.see(done, numbers, start, self._expected)
+        memory = gpu_memory(trainer.device) if last or step % _MEMORY_EVERY_STEPS == 0 else {}
+        self._gpu_gb = memory.get("gpu_memory_peak_gb", self._gpu_gb)
+        if self._run is not None:
+            self._curves.add(step, numbers)
+            for finding in new:
+                print(f"pretrain: WARNING {finding.line}", flush=True)
+                self._run.tag(f"collapse.{finding.rule}", f"step {done}: {finding.words}")
+            if new:
+                self._run.tag("collapsed_at_step", self._collapse.first_step)
+            if done % config.pictures_every_steps == 0:
+                self._show(done, trainer, batch)
+            if found or new or last:
+                self._draw(trainer)
+        return found | memory
+
+    def facts(self) -> dict[str, str]:
+        """Words for the progress line: the newest of what is measured seldom."""
+        last = self._numbers["last"]
+        words = {}
+        if "rankme" in last:
+            words["rankme"] = f"{last['rankme']:.3g}"
+        for name in ("knn", "logistic"):
+            if f"probe_{name}" in last:
+                words[name] = f"{100 * last[f'probe_{name}']:.1f}%"
+        if math.isfinite(self._gpu_gb):
+            words["gpu"] = f"{self._gpu_gb:.1f}GB"
+        if self._collapse.first_step is not None:
+            words["collapsed_at"] = f"{self._collapse.first_step:,}"
+        return words
+
+    def end(self, trainer: Watched) -> dict[str, Any]:
+        """After the run's last step, on every rank: its start, its end, its best, its collapse."""
+        start, last = self._numbers["start"], self._numbers["last"]
+        if self._run is not None:
+            self._draw(trainer)
+            self._run.picture(self.folder / "pictures" / "curves.png")
+        return {
+            **{f"{key}_start": value for key, value in start.items()},
+            **{f"{key}_end": value for key, value in last.items()},
+            **{f"{key}_best": value for key, value in self._best.items()},
+            "collapsed_at_step": self._collapse.first_step,
+        }
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Ends the probe's child run and ships what is left of it; again: nothing."""
+        if self._child is not None:
+            self._probe_run_id = self._child.run_id
+            self._child.close(status)
+            self._child = None
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        stopped = kind is not None and not issubclass(kind, Exception)
+        self.close("KILLED" if stopped else "FAILED" if kind else "FINISHED")
+
+    def _measure(self, trainer: Watched) -> dict[str, float]:
+        assert self._monitor is not None, "begin() comes first"
+        features = embed_patches(trainer, self._monitor, self.ranks, self.config.batch_size)
+        if not np.isfinite(features).all():
+            return {"rankme": math.nan, "feature_std": math.nan}  # found to have collapsed
+        return {"rankme": rankme(features), "feature_std": feature_std(features)}
+
+    def _score(self, trainer: Watched, done: int) -> dict[str, float]:
+        """The probe, where there is one; its child run gets a row at `done` optimizer steps."""
+        if self._probe is None:
+            return {}
+        scores = self._probe.score(trainer)
+        found = {"probe_knn": scores.knn, "probe_logistic": scores.logistic}
+        for key, value in found.items():
+            self._best[key] = max(value, self._best.get(key, -math.inf))
+        if self._child is not None:
+            self._child.log(done, **found, **self._recall(scores))
+        return found
+
+    def _recall(self, scores: ProbeScores) -> dict[str, float]:
+        assert self._probe is not None
+        classes = self._probe.data.folder.classes[:_MOST_CLASSES]
+        names = [re.sub(r"[^\w./ :-]", "_", name) for name in classes]
+        pairs = zip(names, scores.recall, strict=False)
+        return {f"recall/{name}": value for name, value in pairs if math.isfinite(value)}
+
+    def _open_child(self, trainer: Watched, done: int) -> None:
+        if self._run is None or self._probe is None:
+            return
+        folder, data = self.folder / PROBE_FOLDER, self._probe.data
+        tracking = trainer.config.tracking
+        config = tracking.model_copy(
+            update={
+                "uri": tracking.store(self.folder),
+                "parent_run_id": self._run.run_id,
+                "run_name": f"{tracking.run_name or self.folder.resolve().name} probe",
+            }
+        )
+        own = self.config.model_dump(mode="json")
+        params = {key: value for key, value in own.items() if key.startswith("probe_")}
+        params |= {"pictures_to_fit": len(data.fit), "pictures_to_score": len(data.validation)}
+        run_id = self._probe_run_id or unfinished_run(folder, params)
+        tags = {"stage": "probe in training", "probe_digest": data.digest}
+        self._child = open_run(config, folder, params, tags, run_id, _CONNECT_S)
+        self._child.truncate(done or -1)
+        self._child.cohort(data.folder.root.name, data.digest, "evaluation")
+        print(f"pretrain: probe every {self.config.probe_every_steps:,} steps: {data.words}")
+
+    def _show(self, done: int, trainer: Watched, batch: Patches) -> None:
+        """Patches and views of this step's batch (the first rank's part), kept by step."""
+        assert self._run is not None
+        folder, config = self.folder / "pictures" / "steps", trainer.config
+        save_batch(folder / f"mosaic_{done:08d}.jpg", batch)
+        save_view_rows(folder / f"views_{done:08d}.jpg", batch, config.views.specs, config.seed)
+        for kind in ("mosaic", "views"):
+            self._run.picture(folder / f"{kind}_{done:08d}.jpg")
+
+    def _draw(self, trainer: Watched) -> None:
+        config = trainer.config
+        title = f"{config.method}, {config.backbone}: {self.folder.resolve().name}"
+        self._curves.draw(self.folder / "pictures" / "curves.png", title, self._collapse.found)
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """10^9 bytes that tensors hold on our GPU now, and held at most; {} on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "gpu_memory_gb": torch.cuda.memory_allocated(device) / 1e9,
+        "gpu_memory_peak_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+    }
+
+
+def _known(numbers: Mapping[str, Any], *, probes: bool) -> dict[str, float]:
+    """Numbers of a checkpoint's state, without those of another probe."""
+    kept = json.loads(json.dumps(dict(numbers)))
+    return {key: float(v) for key, v in kept.items() if probes or not key.startswith("probe_")}
