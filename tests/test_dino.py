@@ -1,5 +1,6 @@
 """DINO: the loss against the paper written as loops in float64, the teacher, the frozen parts."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,8 +10,10 @@ from lightly.loss import DINOLoss
 
 from pathfm.backbone import load_backbone
 from pathfm.methods import MicroBatch, build_method
+from pathfm.methods.distillation import summarise
 from pathfm.methods.settings import DinoSettings
 from pathfm.runtime import PathfmError
+from tests.rank_threads import run_ranks
 
 SMALL = DinoSettings(out_dim=32, hidden_dim=16, bottleneck_dim=8)
 
@@ -142,16 +145,150 @@ def test_the_loss_is_fp32_under_bf16_autocast():
     )
 
 
+def outputs_of(*parts):
+    """What `summarise` makes of logits whose targets are their softmax at 0.04."""
+    return summarise((part, torch.softmax(part / 0.04, -1)) for part in parts).described()
+
+
 def test_a_uniform_and_a_one_hot_teacher_have_the_entropies_known():
-    dino = method()
-    uniform = dino._describe(torch.zeros(4, 32), 0.04)
+    uniform = outputs_of(torch.zeros(4, 32))
     assert float(uniform["teacher_entropy"]) == pytest.approx(math.log(32), rel=1e-6)
     assert float(uniform["teacher_marginal_entropy"]) == pytest.approx(math.log(32), rel=1e-6)
-    apart = dino._describe(100.0 * torch.eye(4, 32), 0.04)
+    assert float(uniform["teacher_information"]) == pytest.approx(0, abs=1e-5)
+    apart = outputs_of(100.0 * torch.eye(4, 32)[:3], 100.0 * torch.eye(4, 32)[3:])
     assert float(apart["teacher_entropy"]) == pytest.approx(0, abs=1e-6)
     assert float(apart["teacher_marginal_entropy"]) == pytest.approx(math.log(4), rel=1e-6)
-    collapsed = dino._describe(100.0 * torch.eye(1, 32).expand(4, 32), 0.04)
+    assert float(apart["teacher_information"]) == pytest.approx(math.log(4), rel=1e-6)
+    collapsed = outputs_of(100.0 * torch.eye(1, 32).expand(4, 32))
     assert float(collapsed["teacher_marginal_entropy"]) == pytest.approx(0, abs=1e-6)
+    assert float(collapsed["teacher_information"]) == pytest.approx(0, abs=1e-6)
+
+
+def split(crops, n_global, parts, step=0):
+    """The same batch as `parts` micro-batches of equal size."""
+    n = len(crops[0]) // parts
+    draws = np.arange(len(crops[0]))
+    return [
+        MicroBatch(
+            [c[i * n : (i + 1) * n] for c in crops],
+            n_global,
+            draws[i * n : (i + 1) * n],
+            None,
+            0,
+            step,
+            index=i,
+            count=parts,
+        )
+        for i in range(parts)
+    ]
+
+
+def one_step(dino, micros):
+    """Loss and gradients of a step, and its diagnostics."""
+    for micro in micros:
+        dino.look(micro)
+    dino.settle(micros[0].step)
+    total = 0.0
+    for micro in micros:
+        loss = dino.loss(micro)
+        loss.backward()
+        total += float(loss.detach())
+    gradients = {n: p.grad for n, p in dino.named_parameters() if p.grad is not None}
+    dino.after_update(micros[0].step)
+    return total, gradients, dict(dino.diagnostics()), dino.criterion.center.clone()
+
+
+def assert_same_step(got, want):
+    assert got[0] == pytest.approx(want[0], rel=1e-5)
+    assert got[1].keys() == want[1].keys()
+    for name, gradient in want[1].items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(got[1][name], gradient, rtol=1e-4, atol=1e-5 * scale + 1e-9)
+    assert {k: float(v) for k, v in got[2].items()} == pytest.approx(
+        {k: float(v) for k, v in want[2].items()}, rel=1e-4, abs=1e-6
+    )
+    torch.testing.assert_close(got[3], want[3], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_take_the_step_of_the_whole_batch_and_move_the_centre_once(parts):
+    crops = views(batch=4)
+    whole = one_step(method(), split(crops, 2, 1))
+    assert_same_step(one_step(method(), split(crops, 2, parts)), whole)
+    outputs = torch.cat(
+        [
+            method().teacher["head"](method().teacher["backbone"].embed(crop)).detach()
+            for crop in crops[:2]
+        ]
+    )
+    torch.testing.assert_close(whole[3].flatten(), 0.1 * outputs.mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_take_the_step_of_one(monkeypatch):
+    crops = views(batch=4)
+    whole = one_step(method(), split(crops, 2, 1))
+    methods = [method(), method()]  # built one after the other: initial weights use torch's state
+
+    def work(rank):
+        micro = split(crops, 2, 2)[rank]
+        return one_step(methods[rank], [dataclasses.replace(micro, index=0, count=1)])
+
+    steps = run_ranks(monkeypatch, 2, work)
+    loss = sum(step[0] for step in steps) / 2
+    gradients = {n: (steps[0][1][n] + steps[1][1][n]) / 2 for n in whole[1]}
+    for _, _, diagnostics, centre in steps:
+        assert_same_step((loss, gradients, diagnostics, centre), whole)
+
+
+def test_a_step_is_lightlys_on_the_whole_batch_and_so_is_the_next_centre():
+    dino, crops = method(), views()
+    criterion = DINOLoss(output_dim=32, student_temp=0.1, center_momentum=0.9)
+    for step in range(3):
+        with torch.no_grad():
+            teacher, student = (
+                [net["head"](net["backbone"].embed(crop)) for crop in crops]
+                for net in (dino.teacher, dino.student)
+            )
+        want = criterion(teacher[:2], student, teacher_temp=0.04)
+        assert float(step_loss(dino, crops, 2, step).detach()) == pytest.approx(float(want), 1e-5)
+        torch.testing.assert_close(dino.criterion.center, criterion.center)
+        crops = [crop.roll(1, 0) * 1.1 for crop in crops]
+
+
+def test_the_students_stochastic_depth_is_keyed_and_the_teachers_is_off():
+    def depths(seed):
+        backbone = load_backbone(
+            "vit_tiny_patch16_224", "random", embed_dim=24, depth=2, num_heads=2, drop_path=0.5
+        )
+        dino = build_method("dino", backbone, SMALL, steps=10, seed=0)
+        crops = views(batch=4)
+        micro = MicroBatch(crops, 2, np.arange(4) + 7, None, seed, 0)
+        dino.look(micro)
+        teacher_out = dino._teacher_out[0].clone()
+        dino.settle(0)
+        return float(dino.loss(micro).detach()), teacher_out
+
+    torch.manual_seed(0)
+    first, teacher = depths(1)
+    torch.manual_seed(1)
+    again, _ = depths(1)
+    other, same_teacher = depths(2)
+    assert first == again
+    assert first != other
+    assert torch.equal(teacher, same_teacher)
+
+
+def test_a_batchnorm_teacher_follows_the_students_statistics():
+    backbone = load_backbone("resnet10t", "random")
+    dino = build_method("dino", backbone, SMALL, steps=3, seed=0)
+    assert not dino.student["backbone"].stem.weight.requires_grad
+    step_loss(dino, [torch.randn(4, 3, 64, 64) + 2 for _ in range(2)], 2)
+    name = next(n for n, _ in dino.student.named_buffers() if n.endswith("running_mean"))
+    student, teacher = (dict(net.named_buffers())[name] for net in (dino.student, dino.teacher))
+    before = teacher.clone()
+    assert not torch.equal(before, student)
+    dino.after_update(0)
+    torch.testing.assert_close(teacher, 0.99 * before + 0.01 * student)
 
 
 def test_the_state_holds_the_centre_and_brings_it_back():
