@@ -16,15 +16,11 @@ from torch import Tensor
 
 from online_patching.philox import uniform, words
 from pathfm.segmentation.jpeg import jpeg_artefacts
+from pathfm.views.stain import DARKEST, HED, restaining
 
 _STREAM, _NOISE_STREAM = 7301, 7302
-_DARKEST = 1 / 255  # optical densities end there
 _BLUR_TAPS = 9
 _NOISE_PX = 512
-
-# Optical densities of haematoxylin, eosin and DAB in R, G, B: Ruifrok & Johnston, "Quantification
-# of histochemical staining by color deconvolution" (2001), table 1; rows of unit length.
-HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 # What haematoxylin, eosin and the rest may turn into when stains are exchanged; rows as above.
 EXCHANGED = np.array(
@@ -157,7 +153,7 @@ def restained(rgb: Tensor, choices: Choices) -> Tensor:
     matrix, shift = _stain_matrices(choices)
     if np.allclose(matrix, np.eye(3)) and not shift.any():
         return rgb
-    density = -torch.log(rgb.clamp(min=_DARKEST))
+    density = -torch.log(rgb.clamp(min=DARKEST))
     mixed = torch.bmm(_to(rgb, matrix.transpose(0, 2, 1)), density.flatten(2))
     density = mixed.view_as(rgb) + _to(rgb, shift)[:, :, None, None]
     return torch.exp(-density).clamp(0, 1)
@@ -165,12 +161,8 @@ def restained(rgb: Tensor, choices: Choices) -> Tensor:
 
 def _stain_matrices(c: Choices) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(B, 3, 3) and (B, 3): a row of optical densities times the first, plus the second."""
-    unit = HED / np.linalg.norm(HED, axis=1, keepdims=True)
-    others = EXCHANGED / np.linalg.norm(EXCHANGED, axis=2, keepdims=True)
-    mixing = np.where((c.exchanged >= 0)[:, None, None], others[c.exchanged], unit)
-    back = np.linalg.inv(unit)
-    matrix = back @ (c.stain_scale[:, :, None] * mixing)
-    return matrix, np.einsum("bs,bsc->bc", c.stain_shift, mixing)
+    mixing = np.where((c.exchanged >= 0)[:, None, None], EXCHANGED[c.exchanged], HED)
+    return restaining(c.stain_scale, c.stain_shift, mixing)
 
 
 def lit(rgb: Tensor, choices: Choices) -> Tensor:

@@ -7,7 +7,9 @@ device or the number of threads. `pathfm.views.render` turns a table and patches
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +26,12 @@ MAX_BLUR_SIGMA_PX = 4.0
 _WORDS = (
     *("x", "y", "jitter", "brightness", "contrast", "saturation", "hue"),
     *("flip", "turn", "quarter_turns", "gray", "blur", "sigma", "solarize"),
+    *("restain", "scale_h", "scale_e", "scale_d", "shift_h", "shift_e", "shift_d"),
 )
 """One word each, after the crop's 2 * CROP_ATTEMPTS; append only, or every stored run changes."""
+
+HED_LIGHT, HED_STRONG = 0.05, 0.2
+"""Strengths of `ViewSpec.hed` that Tellez et al. 2019 call HED-light and HED-strong."""
 
 _Array = NDArray[np.float64]
 
@@ -63,6 +69,23 @@ class ViewSpec(BaseModel, frozen=True, extra="forbid"):
     solarize: float = Field(
         0.0, ge=0, le=1, description="probability that values >= 0.5 are inverted"
     )
+    hed: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="stain jitter: the amounts of haematoxylin, eosin and DAB are each multiplied by "
+        "a factor from 1 +- this and get from +- this added, in base-10 optical density; "
+        "0 is none, 0.05 Tellez's HED-light, 0.2 HED-strong",
+    )
+    restain: float = Field(
+        1.0, ge=0, le=1, description="probability of the stain jitter, where hed is above 0"
+    )
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="filter that crops are resized with; DINO's own code has bicubic"
+    )
+    antialias: bool = Field(
+        True, description="widen that filter where a crop shrinks; without, fine texture aliases"
+    )
 
     @model_validator(mode="after")
     def _check_ranges(self) -> ViewSpec:
@@ -87,6 +110,7 @@ class ViewTable:
     flip_x, flip_y, transpose: the orientation, applied in this order.
     brightness, contrast, saturation: factors (1 = as it was); hue: turns (0 = as it was).
     gray, solarize: booleans; sigma_px: blur in view pixels (0 = none).
+    stain_scale, stain_shift: (n, 3), for haematoxylin, eosin, DAB (1 and 0 = as it was).
     """
 
     x: _Array
@@ -103,15 +127,38 @@ class ViewTable:
     gray: NDArray[np.bool_]
     sigma_px: _Array
     solarize: NDArray[np.bool_]
+    stain_scale: _Array
+    stain_shift: _Array
 
     def __len__(self) -> int:
         return len(self.x)
 
+    def rows(self, which: NDArray[np.int64]) -> ViewTable:
+        """Some of the views."""
+        return ViewTable(**{field.name: getattr(self, field.name)[which] for field in fields(self)})
+
+    @classmethod
+    def join(cls, tables: Sequence[ViewTable]) -> ViewTable:
+        """One table with the rows of several, in their order."""
+        return cls(
+            **{
+                field.name: np.concatenate([getattr(table, field.name) for table in tables])
+                for field in fields(cls)
+            }
+        )
+
 
 def draw_views(
-    spec: ViewSpec, seed: int, draws: NDArray[np.int64], view: int, patch_px: int
+    spec: ViewSpec,
+    seed: int,
+    draws: NDArray[np.int64],
+    view: int | NDArray[np.int64],
+    patch_px: int,
 ) -> ViewTable:
-    """The table of view number `view` for each draw; a pure function of (seed, draw, view)."""
+    """The table of view number `view` for each draw; a pure function of (seed, draw, view).
+
+    view: one number, or one for each draw.
+    """
     # imported late: online_patching pulls in its readers, and this module must stay cheap
     from online_patching import philox
 
@@ -126,6 +173,9 @@ def draw_views(
     )
     jittered = u["jitter"] < spec.jitter
     flip = u["flip"] < spec.flip
+    restained = (u["restain"] < spec.restain)[:, None] & (spec.hed > 0)
+    scales = np.stack([u["scale_h"], u["scale_e"], u["scale_d"]], axis=1)
+    shifts = np.stack([u["shift_h"], u["shift_e"], u["shift_d"]], axis=1)
     turns = np.where(u["turn"] < spec.turn, np.floor(4 * u["quarter_turns"]), 0)
     return ViewTable(
         x=u["x"] * (patch_px - width),
@@ -143,6 +193,8 @@ def draw_views(
         gray=u["gray"] < spec.gray,
         sigma_px=np.where(u["blur"] < spec.blur, _lerp(u["sigma"], *spec.blur_sigma_px), 0.0),
         solarize=u["solarize"] < spec.solarize,
+        stain_scale=np.where(restained, _around(1.0, spec.hed, scales), 1.0),
+        stain_shift=np.where(restained, _around(0.0, spec.hed, shifts), 0.0),
     )
 
 
