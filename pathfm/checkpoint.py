@@ -19,6 +19,8 @@ import hashlib
 import json
 import logging
 import os
+import platform
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ from online_patching.stores.local import atomic_write_text
 from pathfm.runtime import PathfmError, make_folder
 
 _log = logging.getLogger(__name__)
+Placed = Callable[[Tensor, Tensor], Tensor]
 
 TENSORS, STATE, CHECKSUMS, LAST = "tensors.safetensors", "state.json", "checksums.json", "last"
 _PREFIX, _UNFINISHED = "step_", ".unfinished-"
@@ -128,11 +131,16 @@ def digest_of(folder: Path) -> str:
     return hashlib.sha256((folder / CHECKSUMS).read_bytes()).hexdigest()
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[Any]]:
-    """An optimizer's state as ("optimizer.<parameter>.<name>" -> tensor, JSON param groups)."""
+def pack_optimizer(
+    optimizer: torch.optim.Optimizer, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> tuple[dict[str, Tensor], list[Any]]:
+    """An optimizer's state as ("optimizer.<parameter>.<name>" -> tensor, JSON param groups).
+
+    `whole` makes plain tensors of what lies in shards; it is called in the same order on every rank.
+    """
     state = optimizer.state_dict()
     tensors = {
-        f"optimizer.{index}.{name}": torch.as_tensor(value)
+        f"optimizer.{index}.{name}": whole(torch.as_tensor(value)).detach().cpu()
         for index, values in state["state"].items()
         for name, value in values.items()
     }
@@ -140,16 +148,61 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 
 def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[Any]
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    groups: list[Any],
+    placed: Placed = lambda value, parameter: value,
 ) -> None:
-    """Give an optimizer over the same parameters what `pack_optimizer` took."""
+    """Give an optimizer over the same parameters what `pack_optimizer` took.
+
+    `placed` lays a tensor out as the parameter it belongs to.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         if kind == "optimizer":
             index, _, key = rest.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
+            value = placed(tensor, parameters[int(index)])
+            state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+@dataclass(frozen=True)
+class Computing:
+    """What decides the last bit of a sum: processor, torch build, threads, device, ranks."""
+
+    cpu: str
+    torch: str
+    threads: int
+    device: str
+    ranks: int
+
+    @classmethod
+    def here(cls, ranks: int, device: torch.device) -> Computing:
+        """What this process computes with now."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        build = f"{torch.__version__} ({(torch.version.git_version or '')[:12]})"
+        return cls(cpu_type(), build, torch.get_num_threads(), name, ranks)
+
+    def restore(self, ranks: int, device: torch.device) -> list[str]:
+        """Sets the thread count this was saved with; says what else differs, in words."""
+        if self.ranks == ranks:
+            torch.set_num_threads(self.threads)
+        now = Computing.here(ranks, device)
+        pairs = [(name, getattr(self, name), getattr(now, name)) for name in vars(self)]
+        return [f"{name} {old}, now {new}" for name, old, new in pairs if old != new]
+
+
+def cpu_type() -> str:
+    """The processor's name and the widest instructions torch uses of it."""
+    name = platform.processor() or platform.machine()
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        name = found[1].strip() if found else name
+    except OSError:
+        pass
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _folders(root: Path) -> list[Path]:

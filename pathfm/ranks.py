@@ -1,15 +1,16 @@
-"""The processes of a distributed run: who we are, and how tensors meet.
+"""The processes of a distributed run: who we are, how tensors meet, how all stop when one must.
 
 Alone, every function here is the identity, so nothing above asks how many ranks there are. Under
 torchrun `open_ranks` joins the process group. Gradients are averaged over ranks by the loop, which
-is what `gather_rows` with `grad=True` reckons with.
+is what `gather_rows` with `grad=True` reckons with. Objects and CPU tensors go through gloo, also on
+GPUs: what the ranks agree upon never waits for a device.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -18,9 +19,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pathfm.runtime import PathfmError
+from pathfm.runtime import PathfmError, one_line
 
-JOIN_TIMEOUT_S = 600.0
+TIMEOUT_S = 600.0
+"""How long a rank waits for the others before it gives up; PATHFM_RANKS_TIMEOUT_S overrides it."""
+
+_LOST = ("gloo", "Connection", "Timed out", "NCCL", "Broken pipe", "recvValue", "store")
+"""What is in the words of torch's errors when another rank is gone."""
+
+
+class PeerError(PathfmError):
+    """Another rank failed, and says why itself; or it is `lost`, silent or gone."""
+
+    lost = False
+
+
+class LostRankError(PeerError):
+    """Another rank does not answer any more."""
+
+    lost = True
 
 
 @dataclass(frozen=True)
@@ -41,18 +58,37 @@ class Ranks:
 def open_ranks(device_type: str) -> Iterator[Ranks]:
     """Joins the process group that torchrun's variables describe; alone without them.
 
-    gloo on a CPU, NCCL on GPUs. Raises ``PathfmError`` for variables that make no sense.
+    gloo on a CPU, gloo and NCCL on GPUs, of which each rank takes the one with its local number.
+    Raises ``PathfmError`` for variables that make no sense, and ``LostRankError`` in place of
+    torch's errors when another rank is gone or silent for `TIMEOUT_S`.
     """
     if "WORLD_SIZE" not in os.environ:
         yield Ranks()
         return
     ranks = _from_environment()
-    backend = "nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=JOIN_TIMEOUT_S))
+    backend = "gloo"
+    if device_type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(ranks.local_rank)
+    seconds = float(os.environ.get("PATHFM_RANKS_TIMEOUT_S", TIMEOUT_S))
+    dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     try:
         yield ranks
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        raise LostRankError(
+            f"rank {ranks.rank} of {ranks.world} lost another rank ({one_line(error)[:160]}). The "
+            "error of the rank that ended first says why; start all ranks again: the run goes on "
+            "from its newest checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """Whether torch says that another rank does not answer."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
 
 
 def _from_environment() -> Ranks:
@@ -87,6 +123,33 @@ def gather_objects(given: Any) -> list[Any]:
     everybody: list[Any] = [None] * world_size()
     dist.all_gather_object(everybody, given)
     return everybody
+
+
+def agree(numbers: Sequence[int]) -> list[int]:
+    """The largest of the ranks' numbers, place by place; all ranks must ask at the same point."""
+    if world_size() == 1:
+        return list(numbers)
+    largest = torch.tensor(list(numbers), dtype=torch.int64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return cast(list[int], largest.tolist())
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails on one rank inside this context fails on all of them, at its end.
+
+    The rank that failed raises its own error, the others a ``PeerError`` with its words. Inside it
+    nothing may wait for other ranks.
+    """
+    try:
+        yield
+    except Exception as error:
+        with suppress(RuntimeError):  # whoever is gone need not be told
+            gather_objects(one_line(error))
+        raise
+    for number, words in enumerate(gather_objects(None)):
+        if words is not None:
+            raise PeerError(f"rank {number} failed: {words}")
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

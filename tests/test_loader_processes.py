@@ -295,17 +295,20 @@ def test_a_process_that_never_closes_its_loader_ends_silently(
 
 
 @pytest.mark.slow
-def test_sigterm_of_a_trainer_that_catches_it_does_not_reach_forked_workers(sampler, reference):
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        with PatchLoader(sampler, 6, workers=1, start_method="fork") as loader:
-            loader.next_batch()
-            (worker,) = active_children()
-            worker.terminate()  # with the trainer's handler it would live on
-            worker.join(60)
-            assert worker.exitcode == -signal.SIGTERM
-    finally:
-        signal.signal(signal.SIGTERM, before)
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_signals_that_a_scheduler_sends_to_a_whole_job_leave_workers_to_their_parent(
+    sampler, reference, method
+):
+    with PatchLoader(sampler, 6, workers=1, start_method=method) as loader:
+        loader.next_batch()
+        (worker,) = active_children()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+        worker.join(0.3)
+        assert worker.exitcode is None
+        np.testing.assert_array_equal(loader.next_batch().pixels, reference[1])
+    worker.join(60)
+    assert worker.exitcode is not None
 
 
 def test_a_forked_copy_of_a_loader_does_not_touch_the_workers(sampler, reference):

@@ -35,6 +35,7 @@ from online_patching.loading.threads import ThreadEngine
 from online_patching.stats import Stats
 
 START_METHODS = ("spawn", "fork", "forkserver")
+_THE_PARENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PATIENCE_S = 1.0
 """How long workers may take to end before they are killed: a read may hang, and they hold nothing."""
 
@@ -189,8 +190,9 @@ def _end_workers(workers: list[_Worker], owner: int) -> None:
 
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """Processes started here never see Ctrl-C, not even while they start: it is the parent's to handle."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    """Processes started here never see Ctrl-C, nor what schedulers send to a whole job before they take
+    its machine, not even while they start: it is the parent's to handle, and they end with it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _THE_PARENTS)
     try:
         yield
     finally:
@@ -205,8 +207,8 @@ def _work(
     shape: tuple[int, ...],
 ) -> None:
     """A worker's life: start requested batches as they come, answer them in order."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not a handler that a forked parent had
+    for number in _THE_PARENTS:
+        signal.signal(number, signal.SIG_IGN)
     for connection in inherited:
         connection.close()
     threading.Thread(target=_end_with_parent, name="patches-parent", daemon=True).start()

@@ -1,129 +1,115 @@
-"""What a run does once before its first step and once after its last: look at itself."""
+"""What a run does once, after its last step: export the backbone, and sum itself up."""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from online_patching import PatchBatch, PatchLoader, PatchSampler
 from online_patching.stores.local import atomic_write_text
 from pathfm.backbone import export_backbone
-from pathfm.metrics import rankme
-from pathfm.pretrain import PretrainConfig
+from pathfm.pretrain.feed import Feed
 from pathfm.pretrain.records import (
+    FAILURES,
     SAMPLED,
+    Records,
     print_shares,
-    read_sampled,
+    read_rows,
     sampling_facts,
-    save_mosaic,
-    save_views,
 )
-from pathfm.pretrain.trainer import Trainer
-from pathfm.runtime import autocast
-from pathfm.tracking import Run
-from pathfm.views import ViewSpec
-from pathfm.views.render import make_views
-
-_EMBED_BATCH = 32
+from pathfm.pretrain.trainer import Trainer, whole_backbone
+from pathfm.pretrain.watching import Watch
+from pathfm.ranks import together
 
 
-def read_monitor(sampler: PatchSampler, config: PretrainConfig) -> PatchBatch:
-    """The first `monitor_patches` draws: pictures are made of them, RankMe is measured on them."""
-    reading = config.loader.model_dump() | {"workers": 0, "prefetch": 1}
-    with PatchLoader(sampler, config.monitor_patches, **reading) as loader:
-        return next(loader)
+def finish(trainer: Trainer, records: Records, watch: Watch, feed: Feed) -> None:
+    """The backbone exported, summary.json written (last: it says that all else is there).
+
+    Every rank calls it; rank 0 writes.
+    """
+    watched = watch.end(trainer)
+    backbone = whole_backbone(trainer)
+    with together():
+        if backbone is not None:
+            export_backbone(backbone, trainer.config.out / "backbone")
+            _sum_up(trainer, records, watched, feed, backbone.digest)
 
 
-def begin(trainer: Trainer, run: Run, monitor: PatchBatch) -> None:
-    """Pictures of what is going to be seen, and RankMe of the initial backbone."""
-    config = trainer.config
-    pictures = config.out / "pictures"
-    save_mosaic(pictures / "mosaic.jpg", monitor)
-    save_views(pictures / "views.jpg", monitor, config.views.specs, config.seed)
-    for name in ("mosaic.jpg", "views.jpg"):
-        run.picture(pictures / name)
-    run.tag("init", trainer.done.init_note)
-    trainer.done.rankme_start = rankme(embed_patches(trainer, monitor))
-    run.summary(rankme_start=trainer.done.rankme_start)
-
-
-def finish(trainer: Trainer, run: Run, monitor: PatchBatch, sampler: PatchSampler) -> None:
-    """The backbone exported, summary.json written (last: it says that all else is there)."""
+def _sum_up(
+    trainer: Trainer, records: Records, watched: Mapping[str, Any], feed: Feed, digest: str
+) -> None:
     config, done = trainer.config, trainer.done
-    export_backbone(trainer.method.exported, config.out / "backbone")
-    rows = read_sampled(config.out / SAMPLED)
-    shares = sampling_facts(rows)
+    rows = read_rows(config.out / SAMPLED)
+    failed = read_rows(config.out / FAILURES)
+    shares = sampling_facts(rows, feed.group_of)
     seen = done.step * config.batch_size
-    summary = {
+    numbers = {
         "steps": done.step,
         "patches_seen": seen,
         "distinct_patches": shares["distinct_patches"],
-        "slides_seen": len(shares["slide_share"]),
+        "replaced_draws": len(failed),
+        "slides_seen": len({row["slide_id"] for row in rows}),
         "patches_per_s": seen / done.train_s if done.train_s else math.nan,
         "wait_share": done.wait_s / done.train_s if done.train_s else math.nan,
         "loss_first": done.loss_first,
         "loss_highest": done.loss_highest,
         "loss_highest_step": done.loss_highest_step,
         "loss_last": done.loss_last,
-        "teacher_entropy": done.teacher_entropy,
-        "log_k": math.log(config.dino.out_dim),
-        "rankme_start": done.rankme_start,
-        "rankme_end": rankme(embed_patches(trainer, monitor)),
     }
-    run.summary(**summary)
+    if math.isfinite(done.teacher_entropy):
+        numbers["teacher_entropy"] = done.teacher_entropy
+        numbers["log_k"] = math.log(getattr(config, config.method).out_dim)
+    known = {key: value for key, value in watched.items() if value is not None}
     words = {
         "init": done.init_note,
         "device": str(trainer.device),
         "precision": trainer.precision,
-        "backbone_digest": trainer.method.exported.digest,
-        "corpus_digest": sampler.corpus.digest,
+        "ranks": trainer.ranks.world,
+        "backbone_digest": digest,
+        "corpus_digest": feed.digest,
     }
+    if feed.class_names:
+        words["class_names"] = list(feed.class_names)
+    if feed.quarantined:
+        words["quarantined"] = dict(feed.quarantined)
     if seen > len(rows):
         words["note"] = f"distinct patches and shares are of the first {len(rows):,} draws"
-    text = json.dumps(summary | words | shares, indent=1)
-    atomic_write_text(config.out / "summary.json", text + "\n")
-    run.artifact(config.out / "summary.json")
-    print_shares(shares, sampler.corpus.slide_ids, config.mpp)
-    print(
-        f"pretrain: {seen:,} patches, {shares['distinct_patches']:,} distinct, "
-        f"{summary['patches_per_s']:.1f} patches/s, {100 * summary['wait_share']:.1f} % waiting "
-        f"for data\n"
-        f"loss {done.loss_first:.3f} at first, {done.loss_highest:.3f} at most (step "
-        f"{done.loss_highest_step:,}), {done.loss_last:.3f} at last; teacher entropy "
-        f"{done.teacher_entropy:.2f} of log K {summary['log_k']:.2f}; "
-        f"RankMe {done.rankme_start:.1f} -> {summary['rankme_end']:.1f}\n"
-        f"next: pathfm embed --backbone {trainer.method.exported.name} --weights "
-        f"{shlex.quote(str(config.out))} "
-        "--data LABELLED_PATCHES --name mine"
-    )
+    path = config.out / "summary.json"
+    atomic_write_text(path, json.dumps(numbers | dict(watched) | words | shares, indent=1) + "\n")
+    if records.run is not None:
+        records.run.summary(**numbers, **known)
+        records.run.artifact(path)
+    print_shares(shares, feed.groups, _mpps(trainer))
+    records.say(*_last_words(trainer, numbers, watched))
 
 
-@torch.no_grad()
-def embed_patches(trainer: Trainer, batch: PatchBatch) -> NDArray[np.float32]:
-    """Features (n, D) of whole patches, shrunk to the global views' size, by the kept backbone."""
-    backbone, config = trainer.method.exported, trainer.config
-    whole = ViewSpec(
-        size_px=config.views.global_1.size_px,
-        scale=(1.0, 1.0),
-        ratio=(1.0, 1.0),
-        flip=0,
-        turn=0,
-        jitter=0,
-        gray=0,
-        blur=0,
-    )
-    features = []
-    for start in range(0, len(batch.refs), _EMBED_BATCH):
-        rows = slice(start, start + _EMBED_BATCH)
-        pixels = torch.from_numpy(batch.pixels[rows]).to(trainer.device)
-        (view,) = make_views(
-            pixels, batch.draws[rows], [whole], seed=0, mean=backbone.mean, std=backbone.std
+def _mpps(trainer: Trainer) -> tuple[float, ...]:
+    """The magnifications there could be; a folder's pictures have one, or none that is known."""
+    config = trainer.config
+    if config.labels.patches is None:
+        return config.mpp
+    return (config.labels.patches_mpp or 0.0,)
+
+
+def _last_words(
+    trainer: Trainer, numbers: Mapping[str, float], watched: Mapping[str, Any]
+) -> list[str]:
+    """What a person wants to know at the end, a line each."""
+    entropy = ""
+    if "log_k" in numbers:
+        entropy = (
+            f"; teacher entropy {numbers['teacher_entropy']:.2f} of log K {numbers['log_k']:.2f}"
         )
-        with autocast(trainer.device, trainer.precision):
-            features.append(backbone.embed(view).float().cpu().numpy())
-    return np.concatenate(features)
+    rankme = ""
+    if "rankme_start" in watched and "rankme_end" in watched:
+        rankme = f"; RankMe {watched['rankme_start']:.1f} -> {watched['rankme_end']:.1f}"
+    return [
+        f"{numbers['patches_seen']:,} patches, {numbers['distinct_patches']:,} distinct, "
+        f"{numbers['patches_per_s']:.1f} patches/s, {100 * numbers['wait_share']:.1f} % waiting for data",
+        f"loss {numbers['loss_first']:.3f} at first, {numbers['loss_highest']:.3f} at most (step "
+        f"{numbers['loss_highest_step']:,}), {numbers['loss_last']:.3f} at last{entropy}{rankme}",
+        f"next: pathfm embed --backbone {trainer.method.exported.name} --weights "
+        f"{shlex.quote(str(trainer.config.out))} --data LABELLED_PATCHES --name mine",
+    ]

@@ -14,7 +14,8 @@ from rich.table import Table
 from online_patching import Corpus, PatchLoader, PatchSampler
 from online_patching.errors import redact
 from online_patching.loading.batch import LoaderOptions
-from pathfm.pretrain import PretrainConfig, sampler_of
+from pathfm.pretrain import PretrainConfig
+from pathfm.pretrain.feed import sampler_of
 from pathfm.pretrain.forecast import Reads, corpus_bytes, forecast, store_of
 from pathfm.runtime import console
 

@@ -2,191 +2,247 @@
 
 Nothing random is drawn here: patches and views are functions of (seed, draw), schedules of the
 step. A checkpoint therefore holds weights, moments, the loss's centre and the next draw, and a
-resumed run repeats the uninterrupted one.
+resumed run repeats the uninterrupted one. Under torchrun every rank runs this same story on its
+part of each batch; rank 0 alone writes, prints and tracks.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from online_patching import Corpus, PatchBatch, PatchLoader
-from online_patching.stores.local import atomic_write_text
-from pathfm.checkpoint import load_newest
+from pathfm.checkpoint import Checkpoint
 from pathfm.methods import MicroBatch
-from pathfm.pretrain import PretrainConfig, PretrainResult, sampler_of
-from pathfm.pretrain.bookends import begin, finish, read_monitor
-from pathfm.pretrain.records import SAMPLED, SampledLog
-from pathfm.pretrain.trainer import (
-    Trainer,
-    build_trainer,
-    describe,
-    refuse_another_run,
-    refuse_other_inputs,
-    save,
-)
+from pathfm.pretrain import PretrainConfig, PretrainResult
+from pathfm.pretrain.bookends import finish
+from pathfm.pretrain.feed import Feed, FeedBatch, open_feed
+from pathfm.pretrain.optim import set_schedule
+from pathfm.pretrain.parallel import gradients_meet, whole
+from pathfm.pretrain.records import Records
+from pathfm.pretrain.resuming import find_checkpoint, refuse_other_data, restore_computing
+from pathfm.pretrain.stopping import Told, device_numbers, listening, refuse_nonfinite
+from pathfm.pretrain.trainer import Trainer, build_trainer, describe, device_of, save, split_batch
+from pathfm.pretrain.watching import Watch
+from pathfm.ranks import PeerError, Ranks, open_ranks, sum_over_ranks, together
 from pathfm.runtime import (
-    PathfmError,
     as_dict,
     autocast,
-    make_folder,
+    pick_device,
     progress,
     provenance,
     save_config,
 )
-from pathfm.schedules import cosine, warmup_cosine
-from pathfm.tracking import open_run
+from pathfm.tracking import open_run, unfinished_run
 from pathfm.views.render import make_views
-
-N_GLOBAL = 2
 
 
 def train(config: PretrainConfig) -> PretrainResult:
     """Run `config` from the start, or from the newest valid checkpoint in its folder, to the end."""
-    out = make_folder(config.out)
-    checkpoint = load_newest(out / "checkpoints")
-    refuse_another_run(config, checkpoint)
-    corpus = Corpus.open(config.corpus)
-    refuse_other_inputs(config, checkpoint, corpus)
-    sampler = sampler_of(config, corpus)
-    trainer = build_trainer(config, checkpoint)
-    done = trainer.done
-    if done.step == config.steps and (out / "summary.json").exists():
-        print(f"pretrain: {out} is up to date ({done.step:,} steps)")
-        return PretrainResult(out, done.step, finished=True)
-    print(f"pretrain: {done.init_note}; {describe(trainer)}")
-    save_config(config, out)
-    until = min(config.steps, config.stop_after_steps or config.steps)
-    seen = done.step * config.batch_size
-    total = config.steps * config.batch_size
-    rows = checkpoint.state["sampled_rows"] if checkpoint else 0
-    tags = provenance() | {"stage": "pretrain"}
-    with (
-        stop_signal() as stopping,
-        open_run(config.tracking, out, as_dict(config), tags, done.run_id) as run,
-        SampledLog(out / SAMPLED, seen, rows, config.max_sampled_rows) as sampled,
-        PatchLoader(sampler, config.batch_size, **config.loader.model_dump()) as loader,
-        progress(total, "patches", "pretrain", seen) as bar,
-    ):
-        run.cohort(config.corpus.name, corpus.digest)
-        run.truncate(done.step - 1)
-        monitor = read_monitor(sampler, config)
-        if checkpoint is None:
-            begin(trainer, run, monitor)
-        else:
-            loader.load_state_dict(checkpoint.state["loader"])
-            print(f"pretrain: goes on after step {done.step:,} of {config.steps:,}")
-        while done.step < until:
-            began_s = time.perf_counter()
-            batch = next(loader)
-            wait_s = time.perf_counter() - began_s
-            metrics = train_step(trainer, batch)
-            step_s = time.perf_counter() - began_s
-            speed = {"patches_per_s": len(batch.refs) / step_s, "wait_share": wait_s / step_s}
-            sampled.append(batch.refs)
-            run.log(done.step, **metrics, **speed)
-            done.count(metrics, step_s, wait_s)
-            waited = f"{100 * done.wait_s / done.train_s:.0f}%"
-            bar.advance(len(batch.refs), step=str(done.step), loss=metrics["loss"], wait=waited)
-            stop = stopping.is_set()  # asked once: what stops the loop has been saved
-            if stop or done.step == until or done.step % config.checkpoint_every_steps == 0:
-                sampled.sync()
-                save(trainer, loader, run, sampled.rows)
-            if stop:
-                break
-        print(f"pretrain: {loader.stats.told()}")
-        for slide_id, draw in loader.quarantined.items():
-            print(f"pretrain: {slide_id} is not read any more since draw {draw:,}: too many failed")
-        loader.close()  # it reads ahead, and what follows wants the cores
+    kind = pick_device(config.device).type
+    with listening() as told, open_ranks(kind) as ranks:
+        try:
+            return _train(config, ranks, told)
+        except PeerError as error:
+            if ranks.first or error.lost:
+                raise
+            return PretrainResult(
+                config.out, 0, finished=False, exit_code=2
+            )  # told by its own rank
+
+
+def _train(config: PretrainConfig, ranks: Ranks, told: Told) -> PretrainResult:
+    """The run of one rank."""
+    out, device = config.out, device_of(config, ranks)
+    split_batch(config, ranks)  # refuses at once what does not come out even
+    checkpoint = find_checkpoint(config, ranks)
+    doubt = restore_computing(checkpoint, ranks, device) if checkpoint else ""
+    with ExitStack() as opened:
+        with together():
+            feed = opened.enter_context(closing(open_feed(config, ranks)))
+            refuse_other_data(config, checkpoint, feed)
+        trainer = build_trainer(config, checkpoint, ranks, feed.class_names)
+        done = trainer.done
+        if done.step == config.steps and (out / "summary.json").exists():
+            if ranks.first:
+                print(f"pretrain: {out} is up to date ({done.step:,} steps)")
+            return PretrainResult(out, done.step, finished=True)
+        records = opened.enter_context(_open_records(trainer, checkpoint, feed, opened))
+        records.say(f"{done.init_note}; {describe(trainer)}", *feed.notes)
+        watched = checkpoint.state["watch"] if checkpoint else None
+        watch = opened.enter_context(Watch(config.watch, out, records.run, ranks, watched))
+        watch.begin(trainer, feed.first(config.monitor_patches))
+        if checkpoint is not None:
+            feed.load_state_dict(checkpoint.state["loader"])
+            records.say(f"goes on after step {done.step:,} of {config.steps:,}")
+            records.say(*([f"WARNING {doubt}"] if doubt else []))
+        stopped_by = _steps(trainer, feed, records, watch, told)
+        records.say(feed.stats.told())
+        for slide_id, draw in feed.quarantined.items():
+            records.say(f"{slide_id} is not read any more since draw {draw:,}: too many failed")
+        feed.close()  # it reads ahead, and what follows wants the cores
         if done.step == config.steps:
-            finish(trainer, run, monitor, sampler)
+            finish(trainer, records, watch, feed)
         else:
-            print(f"pretrain: stopped after step {done.step:,}; the same command goes on")
-    return PretrainResult(out, done.step, finished=done.step == config.steps)
+            records.say(f"stopped after step {done.step:,}; the same command goes on")
+    finished = done.step == config.steps
+    code = 0 if finished or not stopped_by else 128 + stopped_by
+    return PretrainResult(out, done.step, finished, code)
 
 
-def train_step(trainer: Trainer, batch: PatchBatch) -> dict[str, float]:
-    """One optimizer step on one batch; returns what there is to log.
+def _steps(trainer: Trainer, feed: Feed, records: Records, watch: Watch, told: Told) -> int:
+    """Steps until the run is done or told to stop; returns the signal that told, or 0."""
+    config, done = trainer.config, trainer.done
+    until = min(config.steps, config.stop_after_steps or config.steps)
+    stopped_by, ahead = 0, None
+    while done.step < until and not stopped_by:
+        began_s = time.perf_counter()
+        given = ahead or take(trainer, feed)
+        loss = gradients(trainer, given)  # on a GPU this only queues the work
+        stopped_by = told.all_ranks()
+        last = bool(stopped_by) or done.step + 1 == until
+        saves = last or (done.step + 1) % config.checkpoint_every_steps == 0
+        # while the device works, the next batch is read; but not past what a checkpoint speaks of
+        ahead = None if saves else take(trainer, feed)
+        metrics = update(trainer, given, loss)
+        step_s = time.perf_counter() - began_s
+        metrics["patches_per_s"] = config.batch_size / step_s
+        metrics["wait_share"] = min(1.0, given.wait_s / step_s)
+        metrics |= watch.after_step(done.step, trainer, given.batch, metrics)
+        step = done.step
+        done.count(metrics, step_s, given.wait_s)
+        waited = {"wait": f"{100 * done.wait_s / done.train_s:.0f}%"}
+        records.step(step, given.batch, metrics, waited | watch.facts())
+        if saves:
+            records.flush()
+            save(trainer, feed, records, watch.state)
+    return stopped_by
 
-    Raises PathfmError before the optimizer moves when the loss or the gradient is not finite.
+
+@dataclass(frozen=True)
+class Taken:
+    """A batch on its way to the device, and how long it was waited for."""
+
+    batch: FeedBatch
+    pixels: Tensor
+    labels: Tensor | None
+    wait_s: float
+
+
+def take(trainer: Trainer, feed: Feed) -> Taken:
+    """This rank's part of the next batch. What fails on one rank fails on all."""
+    began_s = time.perf_counter()
+    with together():
+        batch = feed.next_batch()
+    wait_s = time.perf_counter() - began_s
+    labels = None if batch.labels is None else torch.from_numpy(batch.labels)
+    on_cuda = trainer.device.type == "cuda"
+    pixels, labels = (
+        t.pin_memory() if t is not None and on_cuda else t
+        for t in (torch.from_numpy(batch.pixels), labels)
+    )
+    pixels = pixels.to(trainer.device, non_blocking=True)
+    if labels is not None:
+        labels = labels.to(trainer.device, non_blocking=True)
+    return Taken(batch, pixels, labels, wait_s)
+
+
+def micro_batches(trainer: Trainer, given: Taken) -> list[MicroBatch]:
+    """The views of this rank's part of a batch, in `n_micros` equal parts."""
+    config, backbone, n = trainer.config, trainer.method.exported, trainer.n_micros
+    micros = []
+    for index in range(n):
+        rows = slice(index * trainer.micro_size, (index + 1) * trainer.micro_size)
+        draws = given.batch.draws[rows]
+        views = make_views(
+            given.pixels[rows],
+            draws,
+            config.views.specs,
+            seed=config.seed,
+            mean=backbone.mean,
+            std=backbone.std,
+        )
+        labels = None if given.labels is None else given.labels[rows]
+        micros.append(
+            MicroBatch(
+                views,
+                config.views.n_global,
+                draws,
+                labels,
+                config.seed,
+                trainer.done.step,
+                index,
+                n,
+            )
+        )
+    return micros
+
+
+def gradients(trainer: Trainer, given: Taken) -> Tensor:
+    """Forward and backward over the global batch; returns this rank's loss, on the device.
+
+    Look at all micro-batches, settle what couples them, then learn from each; ranks exchange their
+    gradients with the last.
+    """
+    method, step = trainer.method, trainer.done.step
+    with torch.profiler.record_function("views"):
+        micros = micro_batches(trainer, given)
+    with autocast(trainer.device, trainer.precision):
+        for micro in micros:
+            method.look(micro)
+        method.settle(step)
+    total = torch.zeros((), device=trainer.device)
+    for micro in micros:
+        with gradients_meet(trainer.module, now=micro.index == micro.count - 1):
+            with autocast(trainer.device, trainer.precision):
+                loss = trainer.module(micro)
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+def update(trainer: Trainer, given: Taken, loss: Tensor) -> dict[str, float]:
+    """The optimizer's step, from the gradients that are there; returns what there is to log.
+
+    Raises PathfmError on every rank, before the optimizer moves, when the loss or the gradient is
+    not finite. Reading these numbers is the step's only wait for the device.
     """
     config, method, step = trainer.config, trainer.method, trainer.done.step
-    lr, weight_decay = schedule(config, step)
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = lr
-        group["weight_decay"] = weight_decay if group["decays"] else 0.0
-    pixels = torch.from_numpy(batch.pixels).to(trainer.device, non_blocking=True)
-    backbone = method.exported
-    views = make_views(
-        pixels,
-        batch.draws,
-        config.views.specs,
-        seed=config.seed,
-        mean=backbone.mean,
-        std=backbone.std,
-    )
-    micro = MicroBatch(views, N_GLOBAL, batch.draws, None, config.seed, step)
-    with autocast(trainer.device, trainer.precision):
-        method.look(micro)
-        method.settle(step)
-        loss = method.loss(micro)
-    check_finite("loss", loss, trainer, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
     method.before_update(step)
-    norm = nn.utils.clip_grad_norm_(method.trained().parameters(), config.optim.clip_grad_norm)
-    check_finite("gradient norm", norm, trainer, batch)
+    parameters = [p for p in method.trained().parameters() if p.grad is not None]
+    norm = whole(nn.utils.clip_grad_norm_(parameters, config.optim.clip_grad_norm))
+    mean = sum_over_ranks(loss) / trainer.ranks.world
+    numbers = device_numbers({"loss": mean, "grad_norm": norm, **method.diagnostics()})
+    refuse_nonfinite(numbers, step, given.batch, config.out, trainer.ranks, config.seed)
+    lr = set_schedule(trainer.optimizer.param_groups, config, step)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     method.after_update(step)
-    logged = {"loss": loss.detach(), "grad_norm": norm, **method.diagnostics()}
-    return {name: float(value) for name, value in logged.items()} | {
-        "lr": lr,
-        "weight_decay": weight_decay,
-    }
+    decay = trainer.optimizer.param_groups[0]["weight_decay"]
+    return numbers | {"lr": lr, "weight_decay": decay}
 
 
-def schedule(config: PretrainConfig, step: int) -> tuple[float, float]:
-    """Learning rate and weight decay of an optimizer step."""
-    optim, steps = config.optim, config.steps
-    lr = warmup_cosine(optim.lr, optim.min_lr, step, steps, optim.warmup_steps)
-    return lr, cosine(*optim.weight_decay, step, steps)
-
-
-def check_finite(name: str, value: Tensor, trainer: Trainer, batch: PatchBatch) -> None:
-    """Raises PathfmError, with the batch's draws kept in a file, unless `value` is finite."""
-    number = float(value.detach())
-    if math.isfinite(number):
-        return
-    step = trainer.done.step
-    path = trainer.config.out / f"nonfinite_step_{step}.json"
-    refs = [{"draw": r.draw, "slide_id": r.slide_id, "mpp": r.mpp} for r in batch.refs]
-    atomic_write_text(path, json.dumps({"step": step, name: str(number), "batch": refs}, indent=1))
-    raise PathfmError(
-        f"the {name} of step {step:,} is {number}; the weights were not touched. Its patches are "
-        f"listed in {path}. Lower optim.lr, lengthen optim.warmup_steps or use precision fp32"
-    )
-
-
-@contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets: the loop ends its step, saves and leaves.
-
-    Only the main thread may catch signals; elsewhere the event is never set.
-    """
-    stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    try:
-        yield stopping
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _open_records(
+    trainer: Trainer, checkpoint: Checkpoint | None, feed: Feed, opened: ExitStack
+) -> Records:
+    """Files, bar and tracked run, on rank 0."""
+    config, ranks, done = trainer.config, trainer.ranks, trainer.done
+    run = bar = None
+    if ranks.first:
+        save_config(config, config.out)
+        params = as_dict(config)
+        run_id = done.run_id or unfinished_run(config.out, params)
+        tags = provenance() | {"stage": "pretrain", "init": done.init_note}
+        run = opened.enter_context(open_run(config.tracking, config.out, params, tags, run_id))
+        run.cohort(feed.name, feed.digest)
+        if feed.class_names:
+            run.tag("labels.classes", ", ".join(feed.class_names))
+        run.truncate(done.step - 1)
+        patches = done.step * config.batch_size
+        bar = opened.enter_context(
+            progress(config.steps * config.batch_size, "patches", "pretrain", patches)
+        )
+    return Records(config, ranks, checkpoint, run, bar)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,65 +17,173 @@ from rich.table import Table
 
 from online_patching import PatchBatch, PatchRef
 from online_patching.stores.local import atomic_write_bytes
+from pathfm.checkpoint import Checkpoint
 from pathfm.pictures import mosaic
-from pathfm.runtime import PathfmError, console, make_folder
+from pathfm.pretrain import PretrainConfig
+from pathfm.ranks import Ranks, gather_objects, together
+from pathfm.runtime import PathfmError, Progress, console, make_folder
+from pathfm.tracking import Run
 from pathfm.views import ViewSpec
 from pathfm.views.render import make_views
 
-SAMPLED = "sampled.jsonl"
+if TYPE_CHECKING:
+    from pathfm.pretrain.feed import FeedBatch
+
+SAMPLED, FAILURES = "sampled.jsonl", "failures.jsonl"
+_FLUSH_STEPS = 50
 _FIELDS = ("draw", "slide_id", "x_px0", "y_px0", "width_px0", "height_px0", "mpp")
 
 
-class SampledLog:
-    """sampled.jsonl: one line a sampled patch, in the order of the draws, none of them twice."""
+class RowsLog:
+    """A JSONL file of rows in the order of draws, none of them twice, that ends where a checkpoint
+    says; written by rank 0 of what all ranks hand in."""
 
-    def __init__(self, path: Path, draws_done: int, rows_done: int, max_rows: int) -> None:
-        """Opens the log with its first `rows_done` rows; later ones are drawn again.
-
-        One that had reached its maximum stays as it is, also under a higher one: no gaps.
-        """
-        self.rows = rows_done
-        self._max_rows = rows_done if rows_done < draws_done else max_rows
+    def __init__(self, path: Path, rows_done: int) -> None:
+        """Opens the log with its first `rows_done` rows; later ones are made again."""
+        self.path, self.rows = path, rows_done
         kept = b"".join(_lines(path)[:rows_done])
         if kept.count(b"\n") < rows_done:
             raise PathfmError(
                 f"{path} has {kept.count(bytes([10])):,} whole rows, the checkpoint speaks of "
                 f"{rows_done:,}. It was cut or replaced: start a new run in another folder"
             )
-        atomic_write_bytes(path, kept)
-        self._file = path.open("ab")
+        try:
+            atomic_write_bytes(path, kept)
+            self._file = path.open("ab")
+        except OSError as error:
+            raise self._full(error) from error
 
-    def append(self, refs: Sequence[PatchRef]) -> None:
-        """Add a batch; rows past the maximum are left out."""
-        refs = refs[: max(0, self._max_rows - self.rows)]
-        rows = [{name: getattr(ref, name) for name in _FIELDS} for ref in refs]
-        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows; on disk when this returns."""
+        try:
+            self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._full(error) from error
         self.rows += len(rows)
 
-    def sync(self) -> None:
-        """Everything appended is on disk when this returns: call it before a checkpoint."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def close(self) -> None:
+        """Close the file; what a full disk refused is made again."""
+        with suppress(OSError):
+            self._file.close()
 
-    def __enter__(self) -> SampledLog:
+    def _full(self, error: OSError) -> PathfmError:
+        return PathfmError(
+            f"{self.path}: rows cannot be written: {error.strerror}. Free space; the run resumes from "
+            "its last checkpoint"
+        )
+
+
+class Records:
+    """What a run tells while it trains: every rank hands in, rank 0 writes, prints and tracks.
+
+    Metrics go out at every step; sampled patches and failures are gathered from the ranks every
+    `_FLUSH_STEPS` steps and before a checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        ranks: Ranks,
+        checkpoint: Checkpoint | None,
+        run: Run | None,
+        bar: Progress | None,
+    ) -> None:
+        state = checkpoint.state if checkpoint else {}
+        draws_done = checkpoint.step * config.batch_size if checkpoint else 0
+        rows_done, failed = state.get("sampled_rows", 0), state.get("failure_rows", 0)
+        # one that had reached its maximum stays as it is, also under a higher one: no gaps
+        self._max_draw = rows_done if rows_done < draws_done else config.max_sampled_rows
+        self._ranks, self.run, self._bar = ranks, run, bar
+        self._logs: tuple[RowsLog, RowsLog] | None = None
+        self._waiting: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+        self._steps = 0
+        with together():
+            if ranks.first:
+                out = config.out
+                self._logs = RowsLog(out / SAMPLED, rows_done), RowsLog(out / FAILURES, failed)
+
+    @property
+    def run_id(self) -> str | None:
+        """The tracked run's id; None on other ranks."""
+        return self.run.run_id if self.run else None
+
+    @property
+    def state(self) -> dict[str, int]:
+        """How much of each file belongs to this moment, for the checkpoint; after `flush`."""
+        if self._logs is None:
+            return {}
+        return {"sampled_rows": self._logs[0].rows, "failure_rows": self._logs[1].rows}
+
+    def step(
+        self, step: int, batch: FeedBatch, metrics: Mapping[str, float], facts: Mapping[str, str]
+    ) -> None:
+        """One optimizer step, `step` from 0."""
+        sampled, failed = self._waiting
+        refs = (ref for ref in batch.refs if ref.draw < self._max_draw)
+        sampled += [{name: getattr(ref, name) for name in _FIELDS} for ref in refs]
+        failed += [f._asdict() for f in batch.failures if not f.filtered]
+        if self.run is not None:
+            self.run.log(step, **metrics)
+        if self._bar is not None:
+            patches = len(batch.draws) * self._ranks.world
+            self._bar.advance(patches, step=str(step + 1), loss=metrics["loss"], **facts)
+        self._steps += 1
+        if self._steps % _FLUSH_STEPS == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Everything handed in by all ranks is on disk when this returns; every rank must call it."""
+        parts = gather_objects(self._waiting)
+        self._waiting = ([], [])
+        with together():
+            if self._logs is not None:
+                for number, log in enumerate(self._logs):
+                    rows = [row for part in parts for row in part[number]]
+                    log.append(sorted(rows, key=lambda row: (row["draw"], row.get("attempt", 0))))
+
+    def checkpoint(self, path: Path, digest: str) -> None:
+        """Refer to a checkpoint."""
+        if self.run is not None:
+            self.run.checkpoint(path, digest)
+
+    def say(self, *lines: str) -> None:
+        """Print, once for all ranks."""
+        if self._ranks.first:
+            for line in lines:
+                print(f"pretrain: {line}", flush=True)
+
+    def close(self) -> None:
+        """Close the files."""
+        for log in self._logs or ():
+            log.close()
+
+    def __enter__(self) -> Records:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.close()
 
 
-def read_sampled(path: Path) -> list[dict[str, Any]]:
-    """The rows of a sampled.jsonl."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a sampled.jsonl or failures.jsonl."""
     return [json.loads(line) for line in _lines(path)]
 
 
-def sampling_facts(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Distinct patches and the realised share of each slide and magnification, largest first."""
+def sampling_facts(
+    rows: Iterable[dict[str, Any]], group_of: Callable[[str], str] = str
+) -> dict[str, Any]:
+    """Distinct patches and the realised share of each slide and magnification, largest first.
+
+    `group_of` names what a slide id counts for (the class folder of a labelled picture).
+    """
     rows = list(rows)
     places = {(row["slide_id"], row["x_px0"], row["y_px0"], row["mpp"]) for row in rows}
     facts: dict[str, Any] = {"distinct_patches": len(places)}
-    for name, field in (("slide_share", "slide_id"), ("mpp_share", "mpp")):
-        counts = Counter(row[field] for row in rows)
+    slides = Counter(group_of(row["slide_id"]) for row in rows)
+    mpps = Counter(row["mpp"] for row in rows)
+    for name, counts in (("slide_share", slides), ("mpp_share", mpps)):
         facts[name] = {str(key): n / len(rows) for key, n in counts.most_common()}
     return facts
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from online_patching import Corpus, PatchLoader
 from pathfm.backbone import Backbone, export_backbone, load_backbone
 from pathfm.checkpoint import (
     Checkpoint,
+    Computing,
     digest_of,
     pack_optimizer,
     save_checkpoint,
@@ -21,16 +23,15 @@ from pathfm.checkpoint import (
 )
 from pathfm.methods import Method, build_method
 from pathfm.pretrain import PretrainConfig
+from pathfm.pretrain.optim import parameter_groups
+from pathfm.pretrain.parallel import like, prepare, refuse_split_batchnorm, spread, whole
+from pathfm.ranks import Ranks, together
 from pathfm.runtime import PathfmError, Precision, as_dict, pick_device, plan_precision
-from pathfm.tracking import Run
 
-FREE_TO_CHANGE = (
-    # where things are, how they are read and recorded: none of it changes what is computed
-    *("corpus", "out", "loader", "tracking", "checkpoint_every_steps", "keep_checkpoints"),
-    *("stop_after_steps", "max_sampled_rows"),
-    "weights",  # read at step 0 only: compared by digest, for files move, and may be gone by now
-    "device",  # rounds differently, but a run must outlive its machine
-)
+if TYPE_CHECKING:
+    from pathfm.pretrain.feed import Feed
+    from pathfm.pretrain.records import Records
+
 _METHOD = "method."
 
 
@@ -50,9 +51,8 @@ class Progressed:
     loss_highest_step: int = 0
     loss_last: float = math.nan
     teacher_entropy: float = math.nan
-    rankme_start: float = math.nan
 
-    def count(self, metrics: dict[str, float], train_s: float, wait_s: float) -> None:
+    def count(self, metrics: Mapping[str, float], train_s: float, wait_s: float) -> None:
         """One more optimizer step."""
         loss = metrics["loss"]
         if self.step == 0:
@@ -67,101 +67,161 @@ class Progressed:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Everything a step needs; `done` is what changes besides the weights."""
+    """Everything a step needs; `done` is what changes besides the weights.
+
+    method: the objective itself; module: what to call for its loss, which on several ranks makes
+    the gradients meet. micro_size, n_micros: how a rank's part of a batch is worked on.
+    """
 
     config: PretrainConfig
+    ranks: Ranks
     device: torch.device
     precision: Precision
     method: Method
+    module: nn.Module
     optimizer: torch.optim.Optimizer
+    micro_size: int
+    n_micros: int
     done: Progressed
+    twin: Backbone | None = None
+    """On rank 0, a whole backbone to export where the method's own lies in shards."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no rank has all weights."""
+        return self.config.parallel == "fsdp" and self.ranks.world > 1
 
 
-def build_trainer(config: PretrainConfig, checkpoint: Checkpoint | None) -> Trainer:
-    """Method and optimizer on their device: new ones, or as the checkpoint left them."""
-    device = pick_device(config.device)
+def build_trainer(
+    config: PretrainConfig,
+    checkpoint: Checkpoint | None,
+    ranks: Ranks = Ranks(),
+    class_names: tuple[str, ...] = (),
+) -> Trainer:
+    """Method and optimizer on their device: new ones, or as the checkpoint left them.
+
+    Raises PathfmError for what does not go together: batch and ranks, views and backbone, BatchNorm
+    and micro-batches.
+    """
+    micro_size, n_micros = split_batch(config, ranks)
+    device = device_of(config, ranks)
+    precision = plan_precision(config.precision, device)
     backbone = _backbone(config, checkpoint)
     check_views_fit(config, backbone)
     if device.type == "cpu":
         backbone.plain_attention()
-    method = build_method(config.method, backbone, config.dino, config.steps, config.seed)
-    if checkpoint is not None:
-        state = {
-            name.removeprefix(_METHOD): tensor
-            for name, tensor in checkpoint.tensors.items()
-            if name.startswith(_METHOD)
-        }
-        method.load_state_dict(state)
-    method.to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(method.trained()), fused=True)
     done = Progressed(
         init_note=backbone.weights_note,
         init_weights=initial_weights(config),
         init_digest=backbone.digest if checkpoint is None else "",
     )
+    method = build_method(
+        config.method, backbone, _settings(config, class_names), config.steps, config.seed
+    )
+    refuse_split_batchnorm(method, n_micros)
     if checkpoint is not None:
-        unpack_optimizer(optimizer, checkpoint.tensors, checkpoint.state["optimizer"])
+        method.load_state_dict(_of_method(checkpoint.tensors))
         done = Progressed(**checkpoint.state["done"])
-    precision = plan_precision(config.precision, device)
-    return Trainer(config, device, precision, method, optimizer, done)
+    sharded = config.parallel == "fsdp" and ranks.world > 1
+    twin = copy.deepcopy(method.exported) if sharded and ranks.first else None
+    method.to(device)
+    prepare(method, config.parallel, config.compile, precision, ranks, device)
+    groups = parameter_groups(method.trained(), config.optim)
+    optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, fused=True)
+    if checkpoint is not None:
+        unpack_optimizer(optimizer, checkpoint.tensors, checkpoint.state["optimizer"], like)
+    module = spread(method, config.parallel, ranks)
+    return Trainer(
+        config,
+        ranks,
+        device,
+        precision,
+        method,
+        module,
+        optimizer,
+        micro_size,
+        n_micros,
+        done,
+        twin,
+    )
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: `decays` True, and False for biases and norms."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trainable if (p.ndim > 1) == decays], "decays": decays}
-        for decays in (True, False)
-    ]
+def save(trainer: Trainer, feed: Feed, records: Records, watched: Mapping[str, Any]) -> None:
+    """A checkpoint of this moment: the step done, the next draw, every tensor.
 
-
-def refuse_another_run(config: PretrainConfig, checkpoint: Checkpoint | None) -> None:
-    """Raises PathfmError when the folder's checkpoint was made with other settings."""
-    if checkpoint is None:
-        return
-    saved, now = checkpoint.state["config"], as_dict(config)
-    for name in sorted(saved.keys() | now.keys()):
-        if name.partition(".")[0] not in FREE_TO_CHANGE and saved.get(name) != now.get(name):
-            raise PathfmError(
-                f"{config.out} holds a run with {name} = {saved.get(name)}, asked for is "
-                f"{now.get(name)}. Give the saved value to go on, or another --out for a new run"
-            )
-
-
-def refuse_other_inputs(
-    config: PretrainConfig, checkpoint: Checkpoint | None, corpus: Corpus
-) -> None:
-    """Raises PathfmError when the run was begun on another corpus, or from other weights.
-
-    Weights are compared by their tensors. Where they were said the same way and are gone, they are
-    taken to be the same.
+    Every rank calls it at the same step; rank 0 writes. Raises PathfmError on all where it cannot.
     """
-    if checkpoint is None:
-        return
-    done, weights = Progressed(**checkpoint.state["done"]), initial_weights(config)
-    if not done.init_digest:
+    config, done, ranks = trainer.config, trainer.done, trainer.ranks
+    reading = feed.state_dict()
+    weights = {
+        f"{_METHOD}{name}": whole(t).detach().cpu()
+        for name, t in trainer.method.state_dict().items()
+    }
+    moments, groups = pack_optimizer(trainer.optimizer, whole)
+    done.run_id = records.run_id
+    state = {
+        "config": as_dict(config),
+        "done": asdict(done),
+        "loader": reading,
+        "optimizer": groups,
+        "computing": asdict(Computing.here(ranks.world, trainer.device)),
+        "watch": dict(watched),
+        **records.state,
+    }
+    with together():
+        if ranks.first:
+            path = save_checkpoint(
+                config.out / "checkpoints",
+                done.step,
+                weights | moments,
+                state,
+                keep_last=config.keep_checkpoints,
+                write_more=lambda folder: export_backbone(
+                    _exported(trainer, weights), folder / "backbone"
+                ),
+            )
+            records.checkpoint(path, digest_of(path))
+
+
+def whole_backbone(trainer: Trainer) -> Backbone | None:
+    """The backbone to keep, all of it, on rank 0; every rank must ask where weights are sharded."""
+    if not trainer.sharded:
+        return trainer.method.exported if trainer.ranks.first else None
+    weights = {
+        f"{_METHOD}{name}": whole(t).detach().cpu()
+        for name, t in trainer.method.state_dict().items()
+    }
+    return _exported(trainer, weights) if trainer.ranks.first else None
+
+
+def device_of(config: PretrainConfig, ranks: Ranks) -> torch.device:
+    """This rank's device: the one with its local number among GPUs."""
+    device = pick_device(config.device)
+    if device.type == "cuda" and ranks.world > 1:
+        return pick_device(f"cuda:{ranks.local_rank}")
+    return device
+
+
+def split_batch(config: PretrainConfig, ranks: Ranks) -> tuple[int, int]:
+    """(patches a rank works on at a time, how many times a step): world x both = batch_size.
+
+    Raises PathfmError, with the nearest values that would do, when it does not come out even.
+    """
+    batch, world = config.batch_size, ranks.world
+    if batch % world:
+        near = max(world, round(batch / world) * world)
         raise PathfmError(
-            f"{config.out} holds a run of an earlier pathfm, which did not record its initial "
-            "weights. Give another --out"
+            f"batch_size {batch:,} does not divide among {world} ranks: give {near:,}, or start "
+            f"{_nearest_divisor(batch, world)} ranks"
         )
-    saved = checkpoint.state["loader"]["corpus"]
-    if saved != corpus.digest:
+    own = batch // world
+    micro = config.micro_batch_size or own
+    if own % micro:
         raise PathfmError(
-            f"{config.out} holds a run on the corpus {saved[:12]}, {config.corpus} is now "
-            f"{corpus.digest[:12]}. Give its own corpus to go on, or another --out for a new run"
+            f"micro_batch_size {micro:,} does not divide a rank's {own:,} patches (batch_size "
+            f"{batch:,} / {world} ranks): give {_nearest_divisor(own, micro):,}"
         )
-    try:
-        digest = load_backbone(config.backbone, weights).digest
-    except PathfmError:
-        if weights != done.init_weights:
-            raise
-        return
-    if digest != done.init_digest:
-        raise PathfmError(
-            f"{config.out} holds a run from {done.init_weights} (digest {done.init_digest[:12]}), "
-            f"asked for is {weights} (digest {digest[:12]}). Give the saved weights to go on, or "
-            "another --out for a new run"
-        )
+    return micro, own // micro
 
 
 def initial_weights(config: PretrainConfig) -> str:
@@ -169,49 +229,68 @@ def initial_weights(config: PretrainConfig) -> str:
     return f"random:{config.seed}" if config.weights == "random" else config.weights
 
 
-def save(trainer: Trainer, loader: PatchLoader, run: Run, sampled_rows: int) -> Path:
-    """A checkpoint of this moment: the step done, the next draw, every tensor."""
-    config, done = trainer.config, trainer.done
-    done.run_id = run.run_id
-    moments, groups = pack_optimizer(trainer.optimizer)
-    weights = {f"{_METHOD}{name}": t for name, t in trainer.method.state_dict().items()}
-    state = {
-        "config": as_dict(config),
-        "done": asdict(done),
-        "loader": loader.state_dict(),
-        "optimizer": groups,
-        "sampled_rows": sampled_rows,
-    }
-    path = save_checkpoint(
-        config.out / "checkpoints",
-        done.step,
-        weights | moments,
-        state,
-        keep_last=config.keep_checkpoints,
-        write_more=lambda folder: export_backbone(trainer.method.exported, folder / "backbone"),
-    )
-    run.checkpoint(path, digest_of(path))
-    return path
-
-
 def describe(trainer: Trainer) -> str:
-    """Method, sizes, device and precision in half a line."""
+    """Method, sizes, device, precision and ranks in half a line."""
     trained = sum(p.numel() for p in trainer.method.trained().parameters() if p.requires_grad)
-    backbone = trainer.method.exported
-    return (
-        f"{trainer.config.method} on {backbone.name}, {trained / 1e6:.1f} M parameters trained, "
-        f"{trainer.device}, {trainer.precision}"
-    )
+    config, ranks, backbone = trainer.config, trainer.ranks, trainer.method.exported
+    words = [
+        f"{config.method} on {backbone.name}, {trained / 1e6:.1f} M parameters trained",
+        str(trainer.device),
+        trainer.precision,
+    ]
+    if ranks.world > 1:
+        words.append(f"{ranks.world} ranks ({config.parallel})")
+    if trainer.n_micros > 1:
+        words.append(f"{trainer.n_micros} x {trainer.micro_size} patches a step and rank")
+    return ", ".join(words)
+
+
+def check_views_fit(config: PretrainConfig, backbone: Backbone) -> None:
+    """Raises PathfmError unless every view can be fed to the backbone."""
+    views = config.views
+    backbone.check_input(views.global_1.size_px, "views.global_1.size_px")
+    if views.n_local:
+        backbone.check_input(views.local.size_px, "views.local.size_px")
+
+
+def _settings(config: PretrainConfig, class_names: tuple[str, ...]) -> Any:
+    """The method's own settings; a classifier has as many outputs as the labels have classes."""
+    settings = getattr(config, config.method)
+    if getattr(settings, "n_classes", 0) is None:
+        return settings.model_copy(update={"n_classes": len(class_names)})
+    return settings
 
 
 def _backbone(config: PretrainConfig, checkpoint: Checkpoint | None) -> Backbone:
     """The initial backbone; on resume only its architecture matters, and that is at hand."""
     if checkpoint is not None:
-        return load_backbone(config.backbone, str(checkpoint.path / "backbone"))
-    return load_backbone(config.backbone, initial_weights(config))
+        weights = str(checkpoint.path / "backbone")
+        return load_backbone(config.backbone, weights, drop_path=config.drop_path)
+    weights = initial_weights(config)
+    return load_backbone(config.backbone, weights, config.input_px, drop_path=config.drop_path)
 
 
-def check_views_fit(config: PretrainConfig, backbone: Backbone) -> None:
-    """Raises PathfmError unless every view can be fed to the backbone."""
-    for name, spec in (("global_1", config.views.global_1), ("local", config.views.local)):
-        backbone.check_input(spec.size_px, f"views.{name}.size_px")
+def _of_method(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(_METHOD): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_METHOD)
+    }
+
+
+def _exported(trainer: Trainer, weights: Mapping[str, Tensor]) -> Backbone:
+    """The backbone to write: the method's own, or its whole twin with the gathered weights."""
+    exported = trainer.method.exported
+    if trainer.twin is None:
+        return exported
+    modules = dict(trainer.module.named_modules())
+    (prefix,) = (name for name, module in modules.items() if module is exported)
+    start = f"{_METHOD}{prefix}."
+    state = {name.removeprefix(start): t for name, t in weights.items() if name.startswith(start)}
+    trainer.twin.load_state_dict(state)
+    return trainer.twin
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: (abs(d - wanted), d))
