@@ -20,6 +20,7 @@ __all__ = ["METHODS", "Method", "MicroBatch", "build_method"]
 
 METHODS = {
     "dino": "pathfm.methods.dino",
+    "dinov2": "pathfm.methods.dinov2",
     "simclr": "pathfm.methods.simclr",
     "supcon": "pathfm.methods.supcon",
     "supervised": "pathfm.methods.supervised",
