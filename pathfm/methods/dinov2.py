@@ -147,17 +147,19 @@ class Dinov2(StudentTeacher):
         return loss
 
     @torch.no_grad()
-    def after_update(self, step: int) -> None:
-        """The teacher follows, with a momentum from `ema[0]` to `ema[1]` along a cosine.
-
-        Joins the ranks' parts of the loss for `diagnostics`, besides.
-        """
-        self.update_teacher(ema_momentum(self.settings, step, self.steps))
+    def before_update(self, step: int) -> None:
+        """Holds prototypes still at first; joins the ranks' parts of the loss for `diagnostics`."""
+        super().before_update(step)
         if self._parts:
             ours = torch.stack(list(self._parts.values()))
             means = ranks.sum_over_ranks(ours) / ranks.world_size()
             self._diagnostics |= dict(zip(self._parts, means, strict=True))
             self._parts = {}
+
+    @torch.no_grad()
+    def after_update(self, step: int) -> None:
+        """teacher = m teacher + (1 - m) student, m from `ema[0]` to `ema[1]` along a cosine."""
+        self.update_teacher(ema_momentum(self.settings, step, self.steps))
 
     def _student_global(self, micro: MicroBatch, hidden: Hidden) -> tuple[Tensor, Tensor]:
         """CLS (n_global * b, d) and patch tokens (n_global * b, T, d) of the masked global views."""
