@@ -167,6 +167,12 @@ class PictureFeed:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def __enter__(self) -> PictureFeed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _start(self, draws: NDArray[np.int64]) -> _Making:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="pictures")

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from online_patching.resample import resize
 from pathfm.datasets.folder import MAX_PIXELS
@@ -92,6 +92,8 @@ def read_rgb(path: Path) -> Pixels:
         with Image.open(io.BytesIO(data)) as image:
             _refuse_large(*image.size)
             return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:  # its message has an address in memory
+        raise UnreadablePictureError(path, "of no kind that Pillow knows") from None
     except OSError as error:
         reason = error.strerror or one_line(error)
         if error.errno in _OF_THE_MACHINE:
