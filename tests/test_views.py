@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as tv
 from pathfm.views.params import ViewSpec, ViewTable, draw_views
 from pathfm.views.render import make_views
 from pathfm.views.render import render as render_groups
-from pathfm.views.resampling import Axis, Filter, Shape, blur_matrix, dense
+from pathfm.views.resampling import Axis, Filter, Shape, blur_matrix, dense, dense_numbers
 
 PLAIN = ViewSpec(size_px=48, flip=0, turn=0, jitter=0, gray=0, blur=0)
 EVERYTHING = ViewSpec(size_px=48, scale=(0.2, 0.9), solarize=0.5)
@@ -274,7 +274,7 @@ def test_bright_colours_are_clamped_before_they_are_normalised(patches, render):
 def test_every_row_of_a_resampling_is_an_average(bicubic):
     start, length, sharp = np.array([0.0, 50.2]), np.array([96.0, 45.8]), np.zeros(2)
     axis = Axis(start, length, np.zeros(2, bool), sharp, 96, 48, 96.0, filter=Filter(bicubic))
-    matrix = dense(axis, torch.device("cpu"))
+    matrix = dense(torch.from_numpy(dense_numbers(axis)), axis)
     torch.testing.assert_close(matrix.sum(2), torch.ones(2, 48))
     assert bicubic or (matrix >= 0).all()
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pathfm.views.colour import Finish
-from pathfm.views.resampling import Axis, dense, to_device
+from pathfm.views.resampling import Axis, blur_matrix, dense, dense_numbers
 from pathfm.views.stain import DARKEST
 
 
@@ -23,34 +25,52 @@ def dense_views(
     """
     batch, size_in, _, _ = patches.shape
     device, size, n = patches.device, down.size_out, len(down.start)
-    weights, rows = dense(across, device), patches.flatten(1, 2)
+    packed = np.concatenate([dense_numbers(across), dense_numbers(down), _packed(finish)], axis=1)
+    numbers = _to_device(packed, device)
+    both = dense(numbers[:, :4], across), dense(numbers[:, 4:8], down)
+    blurred = np.flatnonzero(down.sigma_px)
+    if len(blurred):
+        at = _to_device(blurred, device)
+        sigma = _to_device(down.sigma_px[blurred].astype(np.float32), device)
+        blur = blur_matrix(sigma, size)
+        for weights in both:
+            weights[at] = torch.bmm(blur, weights[at])
+    rows = patches.flatten(1, 2)
     wide = torch.empty(n, size_in * 3, size, device=device)
     for k in range(0, n, batch):
-        torch.bmm(rows, weights[k : k + batch].transpose(1, 2), out=wide[k : k + batch])
-    picture = torch.bmm(dense(down, device), wide.view(n, size_in, 3 * size))
-    numbers = to_device(_packed(finish), device)
-    levels = np.stack([finish.lowest, finish.highest, finish.middle, finish.twice_middle])
+        torch.bmm(rows, both[0][k : k + batch].transpose(1, 2), out=wide[k : k + batch])
+    picture = torch.bmm(both[1], wide.view(n, size_in, 3 * size))
     kinds = (down.filter.bicubic, bool(finish.restained.any()), bool(finish.solarize.any()))
     run = _compiled() if compiled else _finish
-    return run(picture.view(n, size, 3, size), numbers, to_device(levels, device), *kinds)
+    return run(picture.view(n, size, 3, size), numbers[:, 8:], *kinds)
 
 
-def _packed(finish: Finish) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """(n, 36): three flags, shift, offset, stain, matrix, grey, so that one copy takes them all."""
+def _to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy there that nothing waits for: from pinned memory where the device is a GPU."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _packed(finish: Finish) -> NDArray[np.float32]:
+    """(n, 48): three flags, shift, offset, four levels, stain, matrix, grey: one copy takes all."""
+    n = len(finish.transpose)
+    levels = (finish.lowest, finish.highest, finish.middle, finish.twice_middle)
     flags = np.stack([finish.transpose, finish.restained, finish.solarize], axis=1)
-    parts = (flags, finish.shift, finish.offset, finish.stain, finish.matrix, finish.grey)
-    packed = np.concatenate([part.reshape(len(flags), -1) for part in parts], axis=1)
-    return packed.astype(np.float32)
+    parts = (flags, finish.shift, finish.offset, *(np.tile(level, (n, 1)) for level in levels))
+    matrices = (finish.stain, finish.matrix, finish.grey)
+    return np.concatenate(
+        [*parts, *(matrix.reshape(n, 9) for matrix in matrices)], axis=1, dtype=np.float32
+    )
 
 
-def _finish(
-    picture: Tensor, numbers: Tensor, levels: Tensor, bicubic: bool, stains: bool, solar: bool
-) -> Tensor:
+def _finish(picture: Tensor, numbers: Tensor, bicubic: bool, stains: bool, solar: bool) -> Tensor:
     """Turns, stains, colour, clamp, solarise, normalise: (n, s, 3, s) to (n, 3, s, s)."""
-    flags, shift, offset = numbers[:, :3], numbers[:, 3:6], numbers[:, 6:9]
-    stain, matrix, grey = numbers[:, 9:].reshape(-1, 3, 3, 3).unbind(1)
+    flags, shift, offset, *levels = numbers[:, :21].reshape(-1, 7, 3).unbind(1)
+    stain, matrix, grey = numbers[:, 21:].reshape(-1, 3, 3, 3).unbind(1)
     transposed, restained, solarized = flags[:, :, None, None].bool().unbind(1)
-    lowest, highest, middle, twice_middle = levels[:, :, None].unbind(0)
+    lowest, highest, middle, twice_middle = (level[:, :, None] for level in levels)
     turned = picture.permute(0, 2, 3, 1), picture.permute(0, 2, 1, 3)
     planes = torch.where(transposed[..., None], *turned).contiguous()
     flat = planes.flatten(2)

@@ -98,13 +98,26 @@ def render(
 
     pixels: uint8, or float on 0..1. n is a multiple of B; row n of a table is a view of patch n % B.
     """
-    if engine == "banded" or (engine == "auto" and pixels.device.type == "cpu"):
-        return banded_views(pixels, groups, mean, std)
+    with torch.autocast(pixels.device.type, enabled=False):  # bf16 would cost half a grey level
+        if engine == "banded" or (engine == "auto" and pixels.device.type == "cpu"):
+            return banded_views(pixels, groups, mean, std)
+        return _dense(pixels, groups, mean, std, compiled=engine == "compiled")
+
+
+def _dense(
+    pixels: Tensor,
+    groups: Sequence[tuple[ViewTable, Shape]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    compiled: bool,
+) -> list[Tensor]:
+    """`render` by whole matrices."""
     patches = pixels.permute(0, 1, 3, 2)  # rows of channels, so that products need no copies
     patches = patches.to(torch.float32, memory_format=torch.contiguous_format)
     if not pixels.dtype.is_floating_point:
         patches = patches.div_(255.0)
-    size_in, compiled = pixels.shape[1], engine == "compiled"
+    size_in = pixels.shape[1]
     return [
         dense_views(
             patches, *axes(table, shape, size_in), finishing(table, mean, std), compiled=compiled

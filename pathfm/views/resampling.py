@@ -114,29 +114,28 @@ def axes(table: ViewTable, shape: Shape, size_in: int) -> tuple[Axis, Axis]:
     )
 
 
-def dense(axis: Axis, device: torch.device) -> Tensor:
-    """(n, size_out, size_in): each row an average of input pixels.
-
-    Taps beyond the picture are left out and the rest normalised to sum 1. Without blur this is PIL's
-    `resize(..., box=...)`, and for whole pictures
-    `torch.nn.functional.interpolate(..., antialias=True)`. The blur is a Gaussian over output
-    pixels with mirrored borders.
-    """
+def dense_numbers(axis: Axis) -> NDArray[np.float32]:
+    """(n, 4): start, step, the filter's unit, reversed or not: what `dense` wants on its device."""
     step = axis.length / axis.size_out
-    numbers = np.stack([axis.start, step, axis.filter.widths(step), axis.flipped], axis=1)
-    start, step_t, width, flipped = to_device(numbers, device)[:, :, None, None].unbind(1)
-    out = torch.arange(axis.size_out, device=device, dtype=torch.float32)[None, :, None]
-    taps = torch.arange(axis.size_in, device=device, dtype=torch.float32)[None, None, :]
+    columns = [axis.start, step, axis.filter.widths(step), axis.flipped]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def dense(numbers: Tensor, axis: Axis) -> Tensor:
+    """(n, size_out, size_in): each row an average of input pixels, without the blur.
+
+    numbers: what `dense_numbers` gave of the axis, on any device.
+    Taps beyond the picture are left out and the rest normalised to sum 1. This is PIL's
+    `resize(..., box=...)`, and for whole pictures
+    `torch.nn.functional.interpolate(..., antialias=True)`.
+    """
+    start, step, width, flipped = numbers[:, :, None, None].unbind(1)
+    out = torch.arange(axis.size_out, device=numbers.device, dtype=torch.float32)[None, :, None]
+    taps = torch.arange(axis.size_in, device=numbers.device, dtype=torch.float32)[None, None, :]
     out = torch.where(flipped > 0, axis.size_out - 1 - out, out)
-    centre = start + (out + 0.5) * step_t
+    centre = start + (out + 0.5) * step
     weights = axis.filter.weigh((taps + (0.5 - centre)).div_(width))
-    weights /= weights.sum(2, keepdim=True)
-    blurred = np.flatnonzero(axis.sigma_px)
-    if len(blurred):
-        rows = torch.from_numpy(blurred).to(device)
-        blur = blur_matrix(to_device(axis.sigma_px[blurred], device), axis.size_out)
-        weights[rows] = torch.bmm(blur, weights[rows])
-    return weights
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
 def blur_matrix(sigma_px: Tensor, size_px: int) -> Tensor:
@@ -181,7 +180,7 @@ class Block:
 
 
 def blocks(axis: Axis) -> list[list[Block]]:
-    """The matrices of `dense`, each as the blocks of rows that hold all that is not zero (CPU)."""
+    """The matrices of `dense`, blurred, as the blocks of rows that hold all that is not zero (CPU)."""
     found: list[list[Block]] = [[] for _ in range(len(axis.start))]
     blurred = axis.sigma_px > 0
     for which in (np.flatnonzero(blurred), np.flatnonzero(~blurred)):
@@ -241,8 +240,3 @@ def _gauss_rows(sigma_px: _Array, rows: int, reach: int) -> Tensor:
     padded = np.zeros((len(sigma_px), 2 * (rows - 1) + 2 * reach + 1), np.float32)
     padded[:, rows - 1 : rows + 2 * reach] = taps / taps.sum(axis=1, keepdims=True)
     return torch.from_numpy(padded).unfold(1, rows + 2 * reach, 1).flip(1)
-
-
-def to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
-    """float32 on the device, in one copy."""
-    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(device, non_blocking=True)
