@@ -9,7 +9,7 @@ import torch
 from pathfm.backbone import load_backbone
 from pathfm.checkpoint import Checkpoint, Computing, load_checkpoint, load_newest
 from pathfm.pretrain import PretrainConfig
-from pathfm.pretrain.feed import Feed
+from pathfm.pretrain.feed import Feed, refuse_other_classes
 from pathfm.pretrain.trainer import Progressed, initial_weights
 from pathfm.ranks import Ranks, gather_objects, together
 from pathfm.runtime import PathfmError, as_dict, make_folder
@@ -18,6 +18,7 @@ FREE_TO_CHANGE = (
     # where things are, how they are read, watched and recorded: none of it changes what is computed
     *("corpus", "out", "loader", "watch", "tracking", "checkpoint_every_steps", "keep_checkpoints"),
     *("stop_after_steps", "max_sampled_rows"),
+    *("labels.table", "labels.regions", "labels.patches"),  # compared by digest: they may move
     "weights",  # read at step 0 only: compared by digest, for files move, and may be gone by now
     # round differently, but a run must outlive its machines
     *("device", "parallel", "compile", "micro_batch_size"),
@@ -58,9 +59,10 @@ def restore_computing(checkpoint: Checkpoint, ranks: Ranks, device: torch.device
 
 
 def refuse_other_data(config: PretrainConfig, checkpoint: Checkpoint | None, feed: Feed) -> None:
-    """Raises PathfmError when the run was begun on another corpus or folder."""
+    """Raises PathfmError when the run was begun on another corpus or folder, or with other classes."""
     if checkpoint is None:
         return
+    refuse_other_classes(checkpoint.state["loader"], feed.class_names)
     saved = checkpoint.state["loader"]["corpus"]
     if saved != feed.digest:
         raise PathfmError(
@@ -75,7 +77,7 @@ def _refuse_another_run(config: PretrainConfig, checkpoint: Checkpoint | None) -
     saved, now = checkpoint.state["config"], as_dict(config)
     unused = {"dino", "dinov2", "simclr", "supcon", "supervised"} - {config.method}
     for name in sorted(saved.keys() | now.keys()):
-        if name.partition(".")[0] in {*FREE_TO_CHANGE, *unused}:
+        if {name, name.partition(".")[0]} & {*FREE_TO_CHANGE, *unused}:
             continue
         if saved.get(name) != now.get(name):
             raise PathfmError(
