@@ -23,7 +23,7 @@ from pathfm.tracking import TrackingConfig, open_run
 WEIGHTS = "weights.safetensors"
 _RULES = 2  # raised when the way from thumbnail to crop changes: older weights are made anew
 _NOT_OF_THE_WEIGHTS = {
-    "out", "tracking", "pictures", "templates", "validate_every_steps", "checkpoint_every_steps", "device",
+    "out", "tracking", "pictures", "templates", "start", "validate_every_steps", "checkpoint_every_steps", "device",
 }  # fmt: skip
 
 
@@ -55,7 +55,8 @@ def run(config: ForegroundTrainConfig) -> ForegroundTrainResult:
 
     torch.set_num_threads(config.threads)
     data = gather(config.pictures, config.templates)
-    key = _key(config, data.digest)
+    start = _sha256(config.start) if config.start else ""
+    key = _key(config, data.digest, start)
     weights = config.out / WEIGHTS
     earlier = _earlier(weights, key)
     if earlier is not None:
@@ -77,6 +78,7 @@ def run(config: ForegroundTrainConfig) -> ForegroundTrainResult:
             "key": key,
             "settings": config.model_dump(mode="json", exclude=_NOT_OF_THE_WEIGHTS),
             "trained_on": data.told(),
+            "started_from_sha256": start,
             "pasted": [template.name for template in data.templates],
             "validation": trainer.scores,
             "made_with": {k: tags[k] for k in ("git_commit", "python", "version.torch")},
@@ -87,10 +89,18 @@ def run(config: ForegroundTrainConfig) -> ForegroundTrainResult:
     return _told(weights, facts)
 
 
-def _key(config: ForegroundTrainConfig, data_digest: str) -> str:
+def _key(config: ForegroundTrainConfig, data_digest: str, start: str) -> str:
     """SHA-256 of everything the weights depend on."""
     settings = config.model_dump(mode="json", exclude=_NOT_OF_THE_WEIGHTS)
-    return hashlib.sha256(json.dumps([_RULES, settings, data_digest]).encode()).hexdigest()
+    whole = [_RULES, settings, data_digest, start]
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+
+def _sha256(weights: Path) -> str:
+    try:
+        return hashlib.sha256(weights.read_bytes()).hexdigest()
+    except OSError as error:
+        raise PathfmError(f"start {weights}: cannot be read ({error.strerror})") from error
 
 
 def _earlier(weights: Path, key: str) -> dict[str, Any] | None:

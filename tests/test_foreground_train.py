@@ -136,6 +136,26 @@ def test_a_picture_without_a_permitted_licence_is_never_trained_on(
     assert not (tmp_path / foreground_train.WEIGHTS).exists()
 
 
+def test_a_run_may_begin_with_weights_and_is_another_run_then(tmp_path: Path) -> None:
+    first = foreground_train.run(config(tmp_path / "first"))
+    began = config(tmp_path / "next", start=first.weights, lr=1e-12, steps=1, warmup_steps=0)
+    trainer = train.Trainer(began, training_data.DrawnData(), "key")
+    want = load_model(first.weights)[0].state_dict()
+    assert all(torch.equal(v, want[k]) for k, v in trainer.model.state_dict().items())
+    later = foreground_train.run(began)
+    assert len(later.facts["started_from_sha256"]) == 64
+    other = config(tmp_path / "other", start=later.weights, lr=1e-12, steps=1, warmup_steps=0)
+    assert foreground_train.run(other).facts["key"] != later.facts["key"]
+
+
+def test_weights_of_another_network_are_no_start(tmp_path: Path) -> None:
+    first = foreground_train.run(config(tmp_path / "first"))
+    with pytest.raises(PathfmError, match="holds another network than a unet_stem4"):
+        foreground_train.run(config(tmp_path / "next", start=first.weights, model="unet_stem4"))
+    with pytest.raises(PathfmError, match="nowhere: cannot be read"):
+        foreground_train.run(config(tmp_path / "next", start=tmp_path / "nowhere"))
+
+
 @pytest.mark.parametrize(
     ("licence", "may"),
     [

@@ -17,7 +17,7 @@ from PIL import Image
 from pathfm.runtime import PathfmError
 
 _LARGEST_PX = 50_000_000
-_OPAQUE = 0.45  # ink that lets less light through hides tissue
+_OPAQUE = 0.65  # ink that lets less light through hides tissue
 _LONG_SIDE = (0.7, 2.5)  # of a pasted template, in crops
 
 Pixels = NDArray[np.uint8]

@@ -18,7 +18,7 @@ from pathfm.runtime import PathfmError, autocast, pick_device, plan_precision, p
 from pathfm.schedules import warmup_cosine
 from pathfm.segmentation.crops import CropSettings, TrainingPicture, batches
 from pathfm.segmentation.losses import build_loss
-from pathfm.segmentation.models import build_model, init_weights
+from pathfm.segmentation.models import build_model, init_weights, load_model
 from pathfm.segmentation.predict import tissue_probability
 from pathfm.segmentation.scores import count
 from pathfm.segmentation.synthetic import Kind, draw_thumbnail
@@ -38,6 +38,8 @@ class Trainer:
         self.device = pick_device(config.device)
         self.model = build_model(config.model)
         init_weights(self.model, config.seed)
+        if config.start is not None:
+            start_from(self.model, config.start, config.model)
         self.model.to(self.device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(_groups(self.model, config.weight_decay))
         self.loss = build_loss(config.loss)
@@ -170,6 +172,17 @@ class Trainer:
         unpack_optimizer(self.optimizer, saved.tensors, saved.state["groups"])
         self.step, self.run_id = saved.step, saved.state["run_id"]
         self.scores = saved.state["scores"]
+
+
+def start_from(model: nn.Module, weights: Path, name: str) -> None:
+    """Gives `model`, a `name`, the weights of a file; ``PathfmError`` when they are another network's."""
+    state = load_model(weights)[0].state_dict()
+    wanted = model.state_dict()
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise PathfmError(
+            f"start {weights} holds another network than a {name}: give its own weights"
+        )
+    model.load_state_dict(state)
 
 
 def rare_kinds(picture: DrawnPicture) -> NDArray[np.uint8]:

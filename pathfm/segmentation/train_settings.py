@@ -20,6 +20,9 @@ class TrainSettings(BaseModel, frozen=True, extra="forbid"):
 
     out: Path = Field(Path("runs/foreground_unet"), description="folder of weights and metrics")
     model: ModelName = Field("unet", description="the network")
+    start: Path | None = Field(
+        None, description="weights of the same network to begin with; none: drawn from the seed"
+    )
     loss: list[LossTerm] = Field(
         [LossTerm(name="bce"), LossTerm(name="dice", smooth=1.0)],
         min_length=1,

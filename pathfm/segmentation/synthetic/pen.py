@@ -12,7 +12,7 @@ _INKS = f32([(20, 130, 95), (30, 70, 170), (25, 25, 28), (200, 25, 40), (0, 90, 
      (225, 70, 70), (30, 30, 80), (210, 40, 90), (90, 40, 120), (40, 35, 20), (15, 160, 140),
      (20, 40, 110), (235, 190, 40)])  # fmt: skip
 
-OPAQUE = 0.55
+OPAQUE = 0.35
 """Ink that hides more than this share of what lies under it is not tissue, even over tissue."""
 
 
@@ -54,7 +54,7 @@ def _ink_colour(c: Canvas) -> Array:
 
 def _ink(c: Canvas, ink: Array, points: Points, width_px: float, soft_px: float = 0.6) -> None:
     """One stroke laid on as dye: tissue shines through it as far as it is thin or streaky."""
-    opacity = c.between(0.75, 0.98) if c.chance(0.7) else c.between(0.3, 0.7)
+    opacity = c.between(0.75, 0.98) if c.chance(0.7) else c.between(0.15, 0.7)
     dry = c.chance(0.4) and width_px >= 3
     whole = stroke(c, points, width_px, soft_px)
     if dry:
