@@ -6,6 +6,7 @@ Pure rules over numbers of a run. Each names number, threshold and remedy; none 
     feature_std       spread of their directions against its start (Chen & He 2021, section 4.1)
     one_target        all samples of a batch get the same few targets: entropy of the mean target
     sharp_target      a target's own entropy is 0, where the method tells no entropy of the mean
+    no_information    targets differ no more between samples than within one, flat or sharp
     flat_target       every target is uniform: it says nothing (entropy log K)
     chance            the loss stays at chance after the warm-up
 """
@@ -22,12 +23,14 @@ from numpy.typing import NDArray
 
 from pathfm.pretrain.watch_settings import CollapseConfig
 
-_SEVERAL = ("one_target", "sharp_target", "flat_target", "chance")
+_SEVERAL = ("one_target", "sharp_target", "no_information", "flat_target", "chance")
 _REMEDY = {
     "rankme": "lower optim.lr or lengthen optim.warmup_steps, and look at pictures/curves.png",
     "feature_std": "lower optim.lr or lengthen optim.warmup_steps, and look at pictures/curves.png",
     "one_target": "lower the method's centre momentum, raise its teacher_temp or lower optim.lr",
     "sharp_target": "raise the method's teacher_temp or lower its centre momentum",
+    "no_information": "lower optim.lr, and see teacher_entropy: near 0 raise teacher_temp, near log K "
+    "lower it",
     "flat_target": "lower the method's teacher_temp (0.04 is usual) or lower optim.lr",
     "chance": "raise optim.lr, lower teacher_temp, or check that the views still show tissue",
 }
@@ -158,6 +161,13 @@ def _of_targets(
             holding["one_target"] = (
                 f"entropy of the mean target is {mean:.4g} nats, below {bound:.4g} = "
                 f"{config.marginal_entropy_share:g} x {reach:.4g}, what the batch can reach"
+            )
+    information = numbers.get("teacher_information")
+    if log_k is not None and information is not None and done > expected.warmup_steps:
+        bound = config.information_share * min(log_k, math.log(max(2, expected.n_targets)))
+        if information < bound:
+            holding["no_information"] = (
+                f"targets tell {information:.4g} nats about their sample, less than {bound:.4g}"
             )
     if log_k is not None and own is not None:
         bound = config.teacher_entropy_share * log_k

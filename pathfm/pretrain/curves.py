@@ -26,6 +26,7 @@ _PANELS = (
     ("patches/s", ("patches_per_s",), False),
     ("waiting for data, share", ("wait_share",), False),
 )
+_FROM_ZERO = ("learning rate", "patches/s", "waiting for data, share")
 _SELDOM = ("rankme", "feature_std", "probe_knn", "probe_logistic")
 _WANTED = {key for _, keys, _ in _PANELS for key in keys}
 
@@ -38,7 +39,7 @@ class Curves:
         self._stride = 1
 
     def add(self, step: int, row: Mapping[str, float]) -> None:
-        """The numbers of one step, in the order of steps."""
+        """The numbers of one step, in the order of steps; -1: of the weights a run began with."""
         kept = {key: float(value) for key, value in row.items() if key in _WANTED}
         if step % self._stride and not any(key in kept for key in _SELDOM):
             return
@@ -52,9 +53,15 @@ class Curves:
             ]
 
     def points(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one number; what is not finite is left out."""
+        """Steps and values of one number; what is not finite is left out.
+
+        A loss is of the weights before its step; what is measured seldom is of those after it.
+        """
+        after = 1 if key in _SELDOM else 0
         pairs = [
-            (step, row[key]) for step, row in self._rows if key in row and math.isfinite(row[key])
+            (step + after, row[key])
+            for step, row in self._rows
+            if key in row and math.isfinite(row[key])
         ]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
@@ -98,7 +105,9 @@ class Curves:
         for step in marks.values():
             axis.axvline(step, color="#d62728", lw=0.9, ls="--")
         axis.set_title(label, fontsize=9)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(which="both", labelsize=7)
+        if label in _FROM_ZERO:
+            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         if len(keys) > 1:
             axis.legend(fontsize=7)

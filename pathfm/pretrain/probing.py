@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pathfm import ranks as among_ranks
 from pathfm.datasets import LabelledFolder, scan_folder, stratified_split
 from pathfm.datasets.preparing import read_batches
 from pathfm.metrics import (
@@ -29,7 +30,7 @@ from pathfm.metrics import (
 )
 from pathfm.pretrain.embedding import Pixels, Watched, embed_shared, normalised, share_of
 from pathfm.pretrain.watch_settings import WatchConfig
-from pathfm.ranks import Ranks, gather_objects
+from pathfm.ranks import Ranks
 
 _VALIDATION_REPEAT = 1 << 20  # as in linear_probe: attempts from here on split a training half
 _THREADS = 2
@@ -104,11 +105,12 @@ class InTrainingProbe:
 
     def __init__(self, config: WatchConfig, ranks: Ranks) -> None:
         self._config, self._ranks = config, ranks
-        self.data = choose_pictures(config)
-        folder = self.data.folder
-        own = [folder.root / folder.paths[i] for i in share_of(len(folder), ranks)]
-        batches = read_batches(own, config.probe_px, config.batch_size, _THREADS)
-        self._pixels: Pixels = np.concatenate(list(batches))
+        with among_ranks.together():
+            self.data = choose_pictures(config)
+            folder = self.data.folder
+            own = [folder.root / folder.paths[i] for i in share_of(len(folder), ranks)]
+            batches = read_batches(own, config.probe_px, config.batch_size, _THREADS)
+            self._pixels: Pixels = np.concatenate(list(batches))
 
     def score(self, trainer: Watched) -> ProbeScores:
         """Embeds on all ranks, fits and scores on the first, tells all; call it on every rank."""
@@ -119,7 +121,7 @@ class InTrainingProbe:
         n, size = len(self.data.folder), self._config.batch_size
         features = embed_shared(trainer, n, self._ranks, views_of, size)
         scores = fit_and_score(features, self.data, self._config) if self._ranks.first else None
-        told = gather_objects(scores)[0]
+        told = among_ranks.gather_objects(scores)[0]
         assert isinstance(told, ProbeScores)
         return told
 

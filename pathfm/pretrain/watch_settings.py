@@ -26,6 +26,13 @@ class CollapseConfig(BaseModel, frozen=True, extra="forbid"):
     teacher_entropy_share: float = Field(
         0.001, ge=0, le=1, description="entropy of a target below this share of log K"
     )
+    information_share: float = Field(
+        0.005,
+        ge=0,
+        le=1,
+        description="what targets tell about their sample below this share of what the batch can "
+        "reach, after the warm-up",
+    )
     chance_share: float = Field(
         0.01, ge=0, le=1, description="loss within this share of chance (log K) after the warm-up"
     )

@@ -90,14 +90,16 @@ class Watch:
         """
         self._monitor, done = monitor, int(trainer.done.step)
         self._expected = Expected.of(trainer.config)
-        if self.ranks.first:
-            for row in read_metrics(self.folder):
-                self._curves.add(int(row["step"]), row)
         self._open_child(trainer, done)
         if done:
+            if self.ranks.first:
+                self._curves.add(-1, self._numbers["start"])
+                for row in read_metrics(self.folder):
+                    self._curves.add(int(row["step"]), row)
             return
         self._numbers["start"] = self._measure(trainer) | self._score(trainer, 0)
         self._numbers["last"] = dict(self._numbers["start"])
+        self._curves.add(-1, self._numbers["start"])
         if self._run is not None:
             pictures = self.folder / "pictures"
             config = trainer.config
