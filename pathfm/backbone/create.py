@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import nn
 
 from pathfm.backbone.keyed import KeyedDropPath

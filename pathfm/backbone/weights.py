@@ -7,6 +7,7 @@ of the backbone at its random start is refused: timm alone would train on in sil
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -214,8 +215,8 @@ def _check_fit(
     """
     with torch.device("meta"):
         wanted = create(name, None, pretrained=False, **architecture)
-    if "mask_token" in stored and hasattr(wanted, "patch_embed"):  # as DINOv2 names them
-        stored = checkpoint_filter_fn(dict(stored), cast(Any, wanted))
+    if "mask_token" in stored and hasattr(wanted, "patch_embed"):
+        stored = _renamed_from_dinov2(stored, name, architecture)
     shapes = {key: tuple(tensor.shape) for key, tensor in wanted.state_dict().items()}
     missing = [key for key in shapes if key not in stored]
     extra = [key for key in stored if key not in shapes and key not in _classifier_keys(wanted)]
@@ -239,6 +240,22 @@ def _check_fit(
         f"weights {path} do not fit {name}: {'; '.join(facts)}. "
         "Set backbone to the architecture the file was made for"
     )
+
+
+def _renamed_from_dinov2(
+    stored: Mapping[str, Tensor], name: str, architecture: Mapping[str, Any]
+) -> Mapping[str, Tensor]:
+    """Tensors as DINOv2's repository names them, by timm's names, at the size they have.
+
+    With registers timm adds the CLS token's position to the token itself.
+    """
+    places, projection = stored.get("pos_embed"), stored.get("patch_embed.proj.weight")
+    if places is None or projection is None or places.ndim != 3 or projection.ndim != 4:
+        return stored
+    side_px = math.isqrt(places.shape[1] - 1) * projection.shape[-1]
+    with torch.device("meta"):
+        same_size = create(name, side_px, pretrained=False, **architecture)
+    return dict(checkpoint_filter_fn(dict(stored), cast(Any, same_size)))
 
 
 def _resamples(key: str, stored: Mapping[str, Tensor], shape: tuple[int, ...]) -> bool:
