@@ -47,6 +47,7 @@ def _step(made, name, rank, world, count):
         loss = wrapped(micro)
         loss.backward()
         total += loss.detach()
+    made.before_update(3)
     made.after_update(3)
     dist.all_reduce(total)
     return {

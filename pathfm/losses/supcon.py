@@ -53,10 +53,9 @@ def supcon_loss(
         if kind == "out":
             likeness = logits.masked_fill(~positive, 0).sum(1) / count.clamp(min=1)
         else:
-            # rows without a positive take all of A(i): their gradient through an empty sum is NaN
-            kept = positive | (count == 0)[:, None]
-            likeness = torch.logsumexp(logits.masked_fill(~kept, -math.inf), dim=1)
+            likeness = torch.logsumexp(logits.masked_fill(~positive, -math.inf), dim=1)
             likeness = likeness - count.clamp(min=1).to(z.dtype).log()
+        # a row without a positive is masked: its value is infinite (in), its gradient 0
         total = (normaliser - likeness).masked_fill(count == 0, 0).sum()
         return total / n_anchors(labels).clamp(min=1) * (len(z) / len(count))
 

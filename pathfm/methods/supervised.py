@@ -86,9 +86,6 @@ class Supervised(nn.Module):
             return total / n_views / self._labelled[0].clamp(min=1) * ranks.world_size()
 
     def before_update(self, step: int) -> None:
-        """Nothing."""
-
-    def after_update(self, step: int) -> None:
         """Adds up what was right, over micro-batches and ranks."""
         correct = ranks.sum_over_ranks(torch.stack(self._correct).sum())
         labelled, samples = self._labelled.unbind()
@@ -96,6 +93,9 @@ class Supervised(nn.Module):
             "train_accuracy": correct / labelled,
             "labelled_share": labelled / samples,
         }
+
+    def after_update(self, step: int) -> None:
+        """Nothing: the optimizer owns all there is."""
 
     def diagnostics(self) -> Mapping[str, Tensor]:
         """Of the global batch, before the update: train_accuracy over views, 0..1 (NaN without a
