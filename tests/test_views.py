@@ -12,75 +12,136 @@ from PIL import Image
 from pydantic import ValidationError
 from torchvision.transforms.v2 import functional as tv
 
+from pathfm.runtime import PathfmError
 from pathfm.views.params import ViewSpec, ViewTable, draw_views
 from pathfm.views.render import make_views
 from pathfm.views.render import render as render_groups
 from pathfm.views.resampling import Axis, Filter, Shape, blur_matrix, dense, dense_numbers
+from tests.views import ONE, ZERO, planes, renderer, some_patches, table
 
 PLAIN = ViewSpec(size_px=48, flip=0, turn=0, jitter=0, gray=0, blur=0)
 EVERYTHING = ViewSpec(size_px=48, scale=(0.2, 0.9), solarize=0.5)
-ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+MIXED = [
+    EVERYTHING,
+    EVERYTHING.model_copy(update={"hed": 0.1, "restain": 0.6, "interpolation": "bicubic"}),
+    ViewSpec(size_px=24),
+    EVERYTHING.model_copy(update={"antialias": False, "hed": 0.05}),
+]
 DRAWS = np.arange(8) * 1_000_003
 
 
 @pytest.fixture(scope="module")
-def patches() -> torch.Tensor:
-    """Eight smooth-and-noisy uint8 patches (8, 96, 96, 3), not symmetric in anything."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(8, 3, 7, 7, generator=generator)
-    noise = 0.1 * torch.randn(8, 3, 96, 96, generator=generator)
-    picture = F.interpolate(coarse, 96, mode="bicubic") + noise
-    return (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def table(n: int = 1, size: float = 96.0, **changes) -> ViewTable:
-    """A table that changes nothing, with some of its fields changed."""
-    neutral = dict.fromkeys(("brightness", "contrast", "saturation"), np.ones(n))
-    neutral |= dict.fromkeys(("x", "y", "hue", "sigma_px"), np.zeros(n))
-    neutral |= {"width": np.full(n, size), "height": np.full(n, size)}
-    for name in ("flip_x", "flip_y", "transpose", "gray", "solarize"):
-        neutral[name] = np.zeros(n, bool)
-    neutral |= {"stain_scale": np.ones((n, 3)), "stain_shift": np.zeros((n, 3))}
-    return ViewTable(**(neutral | {name: np.array([value] * n) for name, value in changes.items()}))
+def patches():
+    return some_patches()
 
 
 @pytest.fixture(params=["banded", "dense"])
 def render(request):
-    """Views (n, 3, s, s) of float pictures (B, 3, S, S), by each of the two ways to make them."""
-
-    def made(image, drawn, size_px, mean, std, **shape):
-        patches = image.permute(0, 2, 3, 1)
-        groups = [(drawn, Shape(size_px, **shape))]
-        (views,) = render_groups(patches, groups, mean, std, request.param)
-        return views
-
-    return made
+    return renderer(request.param)
 
 
-def planes(patches: torch.Tensor) -> torch.Tensor:
-    return patches.permute(0, 3, 1, 2).float().div(255).contiguous()
-
-
-def views_of(patches, draws, specs, seed=3):
-    return make_views(patches, draws, specs, seed=seed, mean=ZERO, std=ONE)
+def views_of(patches, draws, specs, seed=3, engine="auto"):
+    return make_views(patches, draws, specs, seed=seed, mean=ZERO, std=ONE, engine=engine)
 
 
 def test_a_batch_of_eight_is_eight_batches_of_one(patches):
-    specs = [EVERYTHING, EVERYTHING, ViewSpec(size_px=24)]
-    together = views_of(patches, DRAWS, specs)
-    for row, draw in enumerate(DRAWS):
-        alone = views_of(patches[row : row + 1], DRAWS[row : row + 1], specs)
-        for view in range(3):
-            # another batch size may pick another BLAS kernel: rounding, no more (1/255 = 4e-3)
-            torch.testing.assert_close(together[view][row], alone[view][0], atol=1e-5, rtol=0)
-        assert draw == DRAWS[row]
+    together = views_of(patches, DRAWS, MIXED)
+    for row in range(8):
+        alone = views_of(patches[row : row + 1], DRAWS[row : row + 1], MIXED)
+        for view in range(len(MIXED)):
+            assert torch.equal(together[view][row], alone[view][0])  # on a CPU to the last bit
 
 
 def test_the_order_of_the_batch_does_not_matter(patches):
     order = [5, 2, 7, 0, 1, 6, 4, 3]
-    (straight,) = views_of(patches, DRAWS, [EVERYTHING])
-    (shuffled,) = views_of(patches[order], DRAWS[order], [EVERYTHING])
-    torch.testing.assert_close(shuffled, straight[order], atol=1e-5, rtol=0)
+    straight = views_of(patches, DRAWS, MIXED)
+    shuffled = views_of(patches[order], DRAWS[order], MIXED)
+    for view in range(len(MIXED)):
+        assert torch.equal(shuffled[view], straight[view][order])
+
+
+def test_two_ranks_of_two_micro_batches_make_what_one_rank_makes(patches):
+    """Nine patches on one rank (more than are done at a time); five and four, split again, on two."""
+    pixels, draws = patches[[*range(8), 0]], np.arange(9) + 77
+    whole = views_of(pixels, draws, MIXED)
+    parts = [views_of(pixels[a:b], draws[a:b], MIXED) for a, b in ((0, 3), (3, 5), (5, 7), (7, 9))]
+    for view in range(len(MIXED)):
+        assert torch.equal(torch.cat([part[view] for part in parts]), whole[view])
+
+
+@pytest.mark.parametrize("engine", ["dense", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_engines_agree_up_to_rounding(patches, engine):
+    banded = views_of(patches, DRAWS, MIXED)
+    other = views_of(patches, DRAWS, MIXED, engine=engine)
+    for one, two in zip(banded, other, strict=True):
+        close = torch.isclose(one, two, atol=1e-5, rtol=0)
+        # where a solarised value lies within rounding of 0.5, it may fall on either side
+        assert ((one - 0.5).abs()[~close] < 1e-4).all()
+        assert (~close).sum() <= 2
+
+
+def test_dense_views_of_another_batch_differ_by_rounding_only(patches):
+    specs = [EVERYTHING.model_copy(update={"solarize": 0.0}), ViewSpec(size_px=24, hed=0.1)]
+    together = views_of(patches, DRAWS, specs, engine="dense")
+    for row in range(8):
+        alone = views_of(patches[row : row + 1], DRAWS[row : row + 1], specs, engine="dense")
+        for view in range(2):
+            # another batch size may pick another BLAS kernel (1/255 = 4e-3)
+            torch.testing.assert_close(together[view][row], alone[view][0], atol=1e-5, rtol=0)
+
+
+def test_autocast_does_not_reach_views(patches):
+    """bf16 has eight bits: products in it would be off by up to half a grey level."""
+    for engine in ("banded", "dense"):
+        plain = views_of(patches, DRAWS, MIXED, engine=engine)
+        with torch.autocast("cpu", torch.bfloat16):
+            under = views_of(patches, DRAWS, MIXED, engine=engine)
+        for one, two in zip(plain, under, strict=True):
+            assert torch.equal(one, two)
+            assert two.dtype == torch.float32
+            assert not two.requires_grad
+
+
+def test_views_come_in_the_order_of_their_specs(patches):
+    """Specs of one size are made together, and given back where they stood."""
+    sizes = [24, 48, 24, 40, 48, 24]
+    specs = [ViewSpec(size_px=size, blur=1.0 - k / 5) for k, size in enumerate(sizes)]
+    views = views_of(patches, DRAWS, specs)
+    assert [tuple(view.shape) for view in views] == [(8, 3, s, s) for s in sizes]
+    for k, spec in enumerate(specs):
+        drawn = draw_views(spec, 3, DRAWS, k, 96)
+        groups = [(drawn, Shape.of(spec))]
+        (alone,) = render_groups(patches, groups, ZERO, ONE)
+        assert torch.equal(views[k], alone)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (torch.zeros(2, 96, 96, 3), "float32"),
+        (torch.zeros(2, 96, 80, 3, dtype=torch.uint8), "80"),
+        (torch.zeros(3, 96, 96, 3, dtype=torch.uint8), r"\(3, 96"),
+        (torch.zeros(2, 96, 96, 4, dtype=torch.uint8), "4"),
+        (torch.zeros(96, 96, 3, dtype=torch.uint8), "uint8"),
+        (torch.zeros(7, dtype=torch.uint8), "uint8"),
+    ],
+)
+def test_pixels_of_another_kind_are_refused_in_one_line(pixels, words):
+    with pytest.raises(PathfmError, match=words) as caught:
+        views_of(pixels, np.arange(2), [PLAIN])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("patch_px", [8, 17, 64])
+@pytest.mark.parametrize("size_px", [8, 33, 100])
+def test_any_sizes_go_together_and_both_engines_agree(patch_px, size_px):
+    """Also views larger than their patch, blurs wider than the view, sizes that blocks do not divide."""
+    pixels = some_patches(96)[:, :patch_px, :patch_px].contiguous()
+    spec = ViewSpec(size_px=size_px, scale=(0.3, 1.0), blur=0.7, blur_sigma_px=(0.5, 4.0))
+    (one,) = views_of(pixels, DRAWS, [spec])
+    (two,) = views_of(pixels, DRAWS, [spec], engine="dense")
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+    assert torch.isfinite(one).all()
 
 
 def test_the_number_of_threads_does_not_matter(patches):

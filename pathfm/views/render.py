@@ -52,7 +52,7 @@ def make_views(
     of the range 0..1). Views of one size are parts of one tensor. Raises PathfmError for pixels that
     are not square uint8 RGB, or not as many as draws.
     """
-    batch, patch_px = len(draws), pixels.shape[1]
+    batch, patch_px = len(draws), pixels.shape[-2] if pixels.ndim > 1 else 0
     if pixels.dtype != torch.uint8 or pixels.shape != (batch, patch_px, patch_px, 3):
         raise PathfmError(
             f"views are made of uint8 patches ({batch}, S, S, 3), one for each draw, not of "
