@@ -76,6 +76,27 @@ def small_indexes(small_slides: list[Path]) -> list[SlideIndex]:
 
 
 @pytest.fixture(scope="session")
+def small_corpus(small_indexes: list[SlideIndex], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three unequal synthetic slides, all of them tissue, as a corpus folder."""
+    from online_patching import Corpus, ForegroundMask
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for index in small_indexes:
+        index.save(folder / "slides" / f"{index.slide_id}.index")
+        ForegroundMask.everything(index).save(folder / "masks" / f"{index.slide_id}.png")
+    Corpus.build(folder)
+    return folder
+
+
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no curves, which cost more than all the rest of a tiny one."""
+    from pathfm.pretrain.curves import Curves
+
+    monkeypatch.setattr(Curves, "draw", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
 def s3_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudServer]:
     """An S3 server with an empty bucket; `s3_cloud.enter(monkeypatch)` makes it the one to be asked."""
     with s3_server(tmp_path_factory.mktemp("s3")) as server:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from online_patching import Corpus, ForegroundMask, PatchLoader, SlideIndex
+from online_patching import Corpus, ForegroundMask, PatchLoader
 from online_patching.errors import CorpusError
 from pathfm.backbone import export_backbone, load_backbone
 from pathfm.checkpoint import load_newest
@@ -23,48 +23,14 @@ from pathfm.pretrain.optim import parameter_groups, schedule
 from pathfm.pretrain.records import choose_for_mosaic, read_rows, sampling_facts
 from pathfm.pretrain.trainer import build_trainer
 from pathfm.runtime import PathfmError, save_config
+from tests.pretraining import TINY, assert_same_run, config, losses
 
-TINY: dict[str, Any] = {
-    "backbone": "test_vit",  # timm's own toy: 0.4 M parameters, patches of 16 px
-    "weights": "random:3",
-    "patch_px": 64,
-    "mpp": [0.5, 1.0],
-    "min_foreground": 0.0,
-    "batch_size": 4,
-    "steps": 6,
-    "checkpoint_every_steps": 2,
-    "monitor_patches": 8,
-    "precision": "fp32",
-    "optim": {"warmup_steps": 2, "lr": 1e-3},
-    "dino": {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16},
-    "views": {
-        "global_1": {"size_px": 32},
-        "global_2": {"size_px": 32},
-        "local": {"size_px": 16},
-        "n_local": 2,
-    },
-    "tracking": {"enabled": False},
-}
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 @pytest.fixture(scope="module")
-def corpus(small_indexes: list[SlideIndex], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three unequal synthetic slides, all of them tissue, as a corpus folder."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for index in small_indexes:
-        index.save(folder / "slides" / f"{index.slide_id}.index")
-        ForegroundMask.everything(index).save(folder / "masks" / f"{index.slide_id}.png")
-    Corpus.build(folder)
-    return folder
-
-
-def config(corpus: Path, out: Path, **changes: Any) -> PretrainConfig:
-    return PretrainConfig(**(TINY | {"corpus": corpus, "out": out} | changes))
-
-
-def losses(out: Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows]
+def corpus(small_corpus: Path) -> Path:
+    return small_corpus
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +39,6 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert run(config(corpus, out)).finished
     return out
-
-
-def assert_same_run(out: Path, undisturbed: Path) -> None:
-    """Losses, sampled patches and exported weights are equal to the last bit."""
-    assert losses(out) == losses(undisturbed)
-    assert (out / "sampled.jsonl").read_bytes() == (undisturbed / "sampled.jsonl").read_bytes()
-    ours, theirs = (load_backbone("", str(folder)).digest for folder in (out, undisturbed))
-    assert ours == theirs
 
 
 def test_a_run_leaves_everything_it_promises(undisturbed):

@@ -30,6 +30,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from pathfm.labels import LabelsConfig
 from pathfm.methods.settings import (
     DinoSettings,
+    Dinov2Settings,
     SimclrSettings,
     SupconSettings,
     SupervisedSettings,
@@ -66,7 +67,7 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
 
     corpus: Path = Field(Path("corpus"), description="folder that index and foreground made")
     out: Path = Field(Path("runs/pretrain"), description="run folder; an unfinished run goes on")
-    method: Literal["dino", "simclr", "supcon", "supervised"] = Field(
+    method: Literal["dino", "dinov2", "simclr", "supcon", "supervised"] = Field(
         "dino", description="objective; supcon and supervised learn from labels"
     )
     backbone: str = Field(
@@ -110,6 +111,7 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     steps: int = Field(10_000, ge=1, description="optimizer steps of the whole run")
     optim: OptimConfig = Field(OptimConfig(), description="optimizer")
     dino: DinoSettings = Field(DinoSettings(), description="method dino")
+    dinov2: Dinov2Settings = Field(Dinov2Settings(), description="method dinov2")
     simclr: SimclrSettings = Field(SimclrSettings(), description="method simclr")
     supcon: SupconSettings = Field(SupconSettings(), description="method supcon")
     supervised: SupervisedSettings = Field(SupervisedSettings(), description="method supervised")

@@ -106,7 +106,8 @@ def _shard(module: nn.Module, precision: str, ranks: Ranks, device: torch.device
     for block in _blocks(module):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     for part in _parts(module):
-        fully_shard(part, mesh=mesh)
+        # True, also at the root: a teacher has no backward pass that would shard it again
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
         for name in ("embed", "tokens"):
             if isinstance(part, Backbone):
                 register_fsdp_forward_method(part, name)

@@ -1,0 +1,211 @@
+"""Never lost: whatever ends a run, the same command goes on, and ends where the undisturbed one does."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from online_patching import Corpus, ForegroundMask, read_slide_index
+from pathfm.checkpoint import load_newest
+from pathfm.methods.dino import Dino
+from pathfm.pretrain import run
+from pathfm.pretrain.records import read_rows
+from pathfm.runtime import PathfmError, save_config
+from tests.lives import Nursery
+from tests.pretraining import assert_same_run, config, losses
+
+KILLS = 20
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as nursery:
+        yield nursery
+
+
+def rows(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_random_points_changes_nothing(small_corpus, tmp_path, nursery):
+    changes: dict[str, Any] = {"steps": 30, "checkpoint_every_steps": 2, "batch_size": 2}
+    whole = tmp_path / "whole"
+    began_s = time.monotonic()
+    pid = nursery.start(save_config(config(small_corpus, whole, **changes), tmp_path, "w.yaml"),
+                        tmp_path / "whole.log")  # fmt: skip
+    assert nursery.ended(pid) == 0, (tmp_path / "whole.log").read_text()
+    life_s = time.monotonic() - began_s
+    chance, kills, steps_at = random.Random(6), 0, []  # noqa: S311
+    for number in range(KILLS):
+        out, log = tmp_path / f"killed{number}", tmp_path / f"killed{number}.log"
+        given = save_config(config(small_corpus, out, **changes), tmp_path, f"{number}.yaml")
+        while True:
+            pid = nursery.start(given, log)
+            time.sleep(chance.uniform(0, 0.6 * life_s))
+            os.kill(pid, signal.SIGKILL)
+            code = nursery.ended(pid)
+            if code != -signal.SIGKILL:
+                break
+            kills += 1
+            steps_at.append(rows(out))
+        assert code == 0, log.read_text()
+        assert_same_run(out, whole)
+        if kills >= KILLS:
+            break
+    assert kills >= KILLS
+    assert len(set(steps_at)) > KILLS // 3  # they did come at many different steps
+
+
+def test_a_full_disk_stops_in_a_line_and_nothing_is_lost(small_corpus, tmp_path, monkeypatch):
+    """Every file of the run in turn is refused; each time the next life goes on."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    changes: dict[str, Any] = {"steps": 8, "checkpoint_every_steps": 2}
+    run(config(small_corpus, whole, **changes))
+    refused = []
+
+    def full(name: str) -> None:
+        def refuse(*arguments: object, **named: object) -> None:
+            refused.append(name)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(name, refuse)
+        with pytest.raises(PathfmError, match=r"No space left on device.*(Free space|free)"):
+            run(config(small_corpus, out, **changes))
+        monkeypatch.undo()
+
+    run(config(small_corpus, out, stop_after_steps=2, **changes))
+    for name in ("save_file", "_sync", "atomic_write_text"):
+        full(f"pathfm.checkpoint.{name}")
+        assert load_newest(out / "checkpoints") is not None
+    full("pathfm.pretrain.records.os.fsync")
+    assert len(refused) >= 4
+    assert run(config(small_corpus, out, **changes)).finished
+    assert_same_run(out, whole)
+
+
+@pytest.mark.slow
+def test_a_disk_that_really_is_full_stops_the_run_and_the_next_goes_on(
+    small_corpus, tmp_path, nursery
+):
+    """A tmpfs of 24 MB, filled up; freed, the run ends as the undisturbed one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=24m tmpfs {disk} 2>/dev/null"):  # noqa: S605
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        changes: dict[str, Any] = {"steps": 8, "checkpoint_every_steps": 2}
+        whole, out, log = tmp_path / "whole", disk / "run", tmp_path / "log"
+        run(config(small_corpus, whole, **changes))
+        run(config(small_corpus, out, stop_after_steps=4, **changes))
+        free = shutil.disk_usage(disk).free
+        (disk / "filler").write_bytes(bytes(free - 2**20))
+        given = save_config(config(small_corpus, out, **changes), tmp_path, "given.yaml")
+        assert nursery.ended(nursery.start(given, log)) == 2
+        (line,) = [row for row in log.read_text().splitlines() if row.startswith("error:")]
+        assert "No space left on device" in line
+        (disk / "filler").unlink()
+        assert nursery.ended(nursery.start(given, log)) == 0, log.read_text()
+        assert_same_run(out, whole)
+    finally:
+        os.system(f"umount {disk}")  # noqa: S605
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_step_saves_and_says_so_in_the_exit_code(
+    small_corpus, tmp_path, monkeypatch, number
+):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    run(config(small_corpus, whole))
+    true_loss = Dino.loss
+
+    def told_in_step_2(self, micro):
+        if micro.step == 2:
+            os.kill(os.getpid(), number)
+        return true_loss(self, micro)
+
+    monkeypatch.setattr(Dino, "loss", told_in_step_2)
+    before = signal.getsignal(number)
+    result = run(config(small_corpus, out, checkpoint_every_steps=100))
+    assert (result.finished, result.steps, result.exit_code) == (False, 3, 128 + number)
+    assert signal.getsignal(number) is before
+    saved = load_newest(out / "checkpoints")
+    assert saved is not None
+    assert (saved.step, len(losses(out))) == (3, 3)
+    monkeypatch.undo()
+    result = run(config(small_corpus, out, checkpoint_every_steps=100))
+    assert (result.finished, result.exit_code) == (True, 0)
+    assert_same_run(out, whole)
+
+
+def _corpus(folder: Path, slides: list[Path]) -> Path:
+    for path in slides:
+        index = read_slide_index(str(path))
+        index.save(folder / "slides" / f"{index.slide_id}.index")
+        ForegroundMask.everything(index).save(folder / "masks" / f"{index.slide_id}.png")
+    Corpus.build(folder)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["vanishes", "is replaced"])
+def test_a_slide_that_is_lost_in_mid_run_is_replaced_draw_by_draw_and_named(
+    small_slides, tmp_path, how, monkeypatch
+):
+    """Its draws take their next attempt, in the life that loses it as in one that never had it."""
+    from pathfm.pretrain import feed
+
+    monkeypatch.setattr(feed, "PatchLoader", _tolerant(feed.PatchLoader))
+    runs = {}
+    for name in ("once", "again"):
+        slides = [tmp_path / name / path.name for path in small_slides[:2]]
+        slides[0].parent.mkdir()
+        for slide, source in zip(slides, small_slides, strict=False):
+            shutil.copy2(source, slide)
+        corpus, out = _corpus(tmp_path / f"corpus_{name}", slides), tmp_path / f"run_{name}"
+        runs[name] = out
+        run(config(corpus, out, stop_after_steps=3))
+        lost = slides[1]
+        if how == "vanishes":
+            lost.unlink()
+        else:
+            shutil.copy2(small_slides[0], lost)  # another slide of that name, the index is the old
+        if name == "once":
+            assert run(config(corpus, out)).finished
+            continue
+        for stop in (4, 5, 6):  # stopped after every step: the ledger goes through checkpoints
+            run(config(corpus, out, stop_after_steps=stop))
+    assert_same_run(runs["once"], runs["again"])
+    failed = read_rows(runs["once"] / "failures.jsonl")
+    sampled = read_rows(runs["once"] / "sampled.jsonl")
+    lost_id = failed[0]["slide_id"]
+    assert {row["slide_id"] for row in failed} == {lost_id}
+    assert min(row["draw"] for row in failed) >= 12
+    assert lost_id in {row["slide_id"] for row in sampled[:12]}
+    assert lost_id not in {row["slide_id"] for row in sampled[12:]}
+    # every draw that would have been of the lost slide is named, and nothing else
+    whole = config(tmp_path / "corpus_once", tmp_path / "x")
+    sampler = feed.sampler_of(whole, Corpus.open(whole.corpus))
+    wanted = [draw for draw in range(12, 24) if sampler[draw].slide_id == lost_id]
+    assert sorted({row["draw"] for row in failed}) == wanted
+    assert json.loads((runs["once"] / "summary.json").read_text())["replaced_draws"] == len(failed)
+
+
+def _tolerant(loader: Any) -> Any:
+    """The loader with a budget that a third of the slides does not use up."""
+
+    def make(*given: Any, **named: Any) -> Any:
+        return loader(*given, **named, max_failed_fraction=1.0)
+
+    return make
