@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,6 +22,7 @@ from pathfm.tracking import (
     ui_command,
 )
 from pathfm.tracking.journal import METRICS, Journal
+from tests.mlflow_server import free_port, kill, start_server
 from tests.mlflow_store import new_store
 
 quiet_mlflow = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -270,33 +266,3 @@ def test_the_command_for_the_ui_names_the_store_without_secrets() -> None:
 def test_the_state_file_is_small_json(tmp_path: Path) -> None:
     Journal(tmp_path)
     assert json.loads((tmp_path / "tracking.json").read_text())["metrics_bytes"] == 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start_server(uri: str, port: int, folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", uri, "--workers", "1"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "NO_PROXY": "127.0.0.1"}
-    with (folder / "server.log").open("ab") as log:
-        server = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=folder
-        )
-    for _ in range(600):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return server
-        time.sleep(0.1)
-    raise RuntimeError((folder / "server.log").read_text())
-
-
-def kill(server: subprocess.Popen[bytes]) -> None:
-    """The server and its workers, which are in a session of their own."""
-    if server.poll() is None:
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait(10)
