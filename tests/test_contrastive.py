@@ -12,6 +12,7 @@ from pathfm.backbone import load_backbone
 from pathfm.losses.supcon import supcon_loss
 from pathfm.methods import MicroBatch, build_method
 from pathfm.methods.caching import JointLoss
+from pathfm.methods.embedding import embed_views
 from pathfm.methods.settings import SimclrSettings, SupconSettings, SupervisedSettings
 from pathfm.runtime import PathfmError
 from tests.rank_threads import run_ranks
@@ -258,19 +259,35 @@ def test_gradient_caching_embeds_once_more_only_when_it_must():
 
 
 def test_cached_gradients_are_the_losss_by_hand():
-    # loss (sum of all rows)^2 of 1, 2 and 3, 4: its gradient is 20 for each, its value 100
-    joint = JointLoss(lambda rows: rows.sum().square())
+    # loss (1a + 2b + 3c + 4d)^2 of rows 1, 2, 3, 4: value 30^2, gradient 60 times 1, 2, 3, 4
+    weights = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    joint = JointLoss(lambda rows: (weights * rows).sum().square())
     parts = micros(pictures(batch=4), slice(None), 2, labels=None)
     values = {0: torch.tensor([[1.0], [2.0]]), 1: torch.tensor([[3.0], [4.0]])}
-    for micro in reversed(parts):
+    for micro in reversed(parts):  # their index says where they belong
         joint.look(micro, lambda m: values[m.index])
     joint.settle()
     for micro in parts:
         rows = values[micro.index].clone().requires_grad_()
         loss = joint.loss(micro, rows)
         loss.backward()
-        assert loss.item() == pytest.approx(50)
-        assert torch.equal(rows.grad, torch.full((2, 1), 20.0))
+        assert loss.item() == pytest.approx(450)
+        assert torch.equal(rows.grad, 60 * values[micro.index])
+
+
+def test_stochastic_depth_is_drawn_for_each_view_and_again_the_same():
+    made = method("simclr", drop_path=0.9)
+    (picture,) = pictures(1, batch=32)
+    (micro,) = micros([picture, picture], slice(None), 1, labels=None)
+    with torch.no_grad():
+        features = embed_views(made.exported, micro)
+        again = embed_views(made.exported, micro)
+        made.exported.eval()
+        undropped = embed_views(made.exported, micro)
+    first, second = features.chunk(2)
+    assert torch.equal(features, again)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(*undropped.chunk(2))
 
 
 # --- the supervised baseline ----------------------------------------------------------------------
