@@ -83,7 +83,9 @@ def test_other_splits_can_be_asked_for(corpus, tmp_path):
     folder = parquet(tmp_path, label=list("xyxyx"), split=["a", "a", "b", "b", "c"])
     rows = slide_labels(LabelsConfig(column="label", splits=("a", "b")), corpus, folder)
     assert labels_of(rows) == ["x", "y", "x", "y", ""]
-    with pytest.raises(PathfmError, match=r"in the split train; there: a, b, c\. Set labels\.splits"):
+    with pytest.raises(
+        PathfmError, match=r"in the split train; there: a, b, c\. Set labels\.splits"
+    ):
         slide_labels(LabelsConfig(column="label"), corpus, folder)
 
 
@@ -295,13 +297,25 @@ def test_a_damaged_annotation_file_is_named(corpus, tmp_path):
         ({"column": "a", "balanced": False}, "balanced false is for a folder"),
         ({"column": "a", "classes": ("x", "x")}, "named twice"),
         ({"column": "a", "classes": ("x", "")}, "empty name"),
-        ({"column": "a", "class_weights": {"x": 0}}, "no whole number from 1 to 1024"),
+        (
+            {"column": "a", "class_weights": {"x": 0}},
+            "'x=0' is not NAME=N, N a whole number from 1 to",
+        ),
+        ({"column": "a", "class_weights": ["x=1025"]}, "'x=1025' is not NAME=N"),
+        ({"column": "a", "class_weights": ["x"]}, "'x' is not NAME=N"),
+        ({"column": "a", "class_weights": ["x=1", "x=2"]}, "named twice"),
         ({"min_region": 0}, "greater than 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(given, told):
     with pytest.raises(ValidationError, match=told):
         LabelsConfig(**given)
+
+
+def test_weights_may_be_a_mapping_or_words():
+    words = LabelsConfig(column="a", class_weights=["x=2", "a=b=3"])
+    assert words == LabelsConfig(column="a", class_weights={"x": 2, "a=b": 3})
+    assert words.weights == {"x": 2, "a=b": 3}
 
 
 def test_where_labels_come_from():

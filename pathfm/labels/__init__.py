@@ -11,6 +11,7 @@ picture_feed.py   such patches as a stream: read ahead, resumable, split between
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -48,8 +49,8 @@ class LabelsConfig(BaseModel, frozen=True, extra="forbid"):
     classes: tuple[str, ...] = Field(
         (), description="classes used, in this order; unset: all there are, by name"
     )
-    class_weights: dict[str, int] = Field(
-        {}, description="class -> how many draws of each block it gets; 1 where not said"
+    class_weights: tuple[str, ...] = Field(
+        (), description="draws that a class gets of each block, 1 where not said: NAME=3 OTHER=2"
     )
     balanced: bool | None = Field(
         None,
@@ -83,6 +84,12 @@ class LabelsConfig(BaseModel, frozen=True, extra="forbid"):
         given = [name for name in SOURCES[1:] if getattr(self, name) is not None]
         return given[0] if given else "column" if self.column else None
 
+    @property
+    def weights(self) -> dict[str, int]:
+        """Class -> draws of each block, of the classes that `class_weights` names."""
+        pairs = (item.rpartition("=") for item in self.class_weights)
+        return {name: int(weight) for name, _, weight in pairs}
+
     @field_validator("classes")
     @classmethod
     def _classes_differ(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -92,13 +99,23 @@ class LabelsConfig(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("a class has an empty name")
         return classes
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _a_mapping_is_a_list_too(cls, value: object) -> object:
+        if isinstance(value, Mapping):
+            return tuple(f"{name}={weight}" for name, weight in value.items())
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("class_weights")
     @classmethod
-    def _weights_are_counts(cls, weights: dict[str, int]) -> dict[str, int]:
-        wrong = [name for name, weight in weights.items() if not 1 <= weight <= 1024]
-        if wrong:
-            raise ValueError(f"{wrong[0]}: {weights[wrong[0]]} is no whole number from 1 to 1024")
-        return weights
+    def _weights_are_counts(cls, items: tuple[str, ...]) -> tuple[str, ...]:
+        for item in items:
+            name, _, weight = item.rpartition("=")
+            if not name or not weight.isdecimal() or not 1 <= int(weight[:5]) <= 1024:
+                raise ValueError(f"{item!r} is not NAME=N, N a whole number from 1 to 1024")
+        if len({item.rpartition("=")[0] for item in items}) < len(items):
+            raise ValueError("a class is named twice")
+        return items
 
     @model_validator(mode="after")
     def _one_source(self) -> LabelsConfig:

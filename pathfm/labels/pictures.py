@@ -146,7 +146,7 @@ class PictureSampler:
         self.folder, self.seed, self.balanced = folder, seed, balanced
         self.class_names = folder.class_names
         classes = max(1, len(self.class_names)) if balanced else 1
-        weights = weights_of(config.class_weights, self.class_names) if balanced else [1]
+        weights = weights_of(config.weights, self.class_names) if balanced else [1]
         self.order = ClassOrder(weights, seed)
         of = folder.labels if balanced else np.zeros(len(folder), np.int64)
         self._members = np.argsort(of, kind="stable")

@@ -39,7 +39,7 @@ class LabelledRows:
                 f"labels.unlabelled {unlabelled}: every slide of the corpus that may be drawn has a class. "
                 "Set it to 0"
             )
-        weights = weights_of(config.class_weights, self.class_names)
+        weights = weights_of(config.weights, self.class_names)
         return BalancedSampler(
             self.slides,
             self.labels,
