@@ -42,6 +42,9 @@ VERBS = {
     "embed": Verb("backbone + labelled patches -> frozen features"),
     "probe": Verb("backbones + labelled patches -> linear probe and kNN, mean and sd"),
     "compare": Verb("runs of an MLflow experiment, side by side"),
+    "export": Verb(
+        "a run -> a folder others can use: weights, model card, kaiko-eva configs", ("run",)
+    ),
     "report": Verb("a folder of results -> report.html, one page to look at", ("folder",)),
     "erf": Verb("the effective receptive field of U-Net, SegFormer and ViT, as a picture"),
     "doctor": Verb("what is installed, what is missing, what to do about it"),

@@ -1,0 +1,394 @@
+"""A run goes out as a folder that timm loads, with a card that tells no more than the run knew."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import timm
+import torch
+import yaml
+
+from pathfm.backbone import export_backbone, load_backbone
+from pathfm.checkpoint import save_checkpoint
+from pathfm.cli import main
+from pathfm.export import ExportConfig, run, without_places
+from pathfm.export.eva import TASKS
+from pathfm.runtime import PathfmError
+
+NAME = "vit_tiny_patch16_224"
+TINY: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+FILES = "README.md config.json export.json model.safetensors recipe.yaml".split()
+
+
+def backbone(seed=1, side_px=32):
+    made = load_backbone(NAME, f"random:{seed}", side_px, **TINY)
+    made.mean, made.std = (0.7, 0.6, 0.5), (0.1, 0.2, 0.3)
+    return made
+
+
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    """A run folder as pretrain leaves it."""
+    folder = tmp_path / "runs" / "mine"
+    made = backbone()
+    export_backbone(made, folder / "backbone")
+    settings = {
+        "corpus": "/secret/hospital/corpus",
+        "out": "/secret/runs/mine",
+        "method": "dino",
+        "backbone": NAME,
+        "weights": "/secret/weights/first.safetensors",
+        "patch_px": 64,
+        "mpp": [0.5, 1.0],
+        "batch_size": 8,
+        "steps": 1200,
+        "dino": {"out_dim": 64},
+        "dinov2": {"out_dim": 99},
+        "tracking": {"uri": "https://mlflow.secret.org"},
+        "seed": 7,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    summary = {
+        "steps": 1200,
+        "patches_seen": 9600,
+        "distinct_patches": 9000,
+        "slides_seen": 3,
+        "loss_first": 4.2,
+        "loss_last": 3.9,
+        "rankme_start": 10.0,
+        "rankme_end": 12.5,
+        "init": "weights from /secret/weights/first, 30 of 30 tensors",
+        "precision": "fp32",
+        "device": "cpu",
+        "backbone_digest": made.digest,
+        "corpus_digest": "c0ffee" * 10,
+        "slide_share": {"PATIENT-0815": 1.0},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def probe_file(path: Path, digest: str, input_px: int = 32, name: str = "mine|<b>") -> Path:
+    def row(name, digest, mean):
+        scores = {"mean": mean, "sd": 0.011, "values": [mean], "recall": [], "confusion": []}
+        return {
+            "name": name,
+            "backbone": NAME,
+            "backbone_digest": digest,
+            "weights_note": "weights from /secret/place, all tensors",
+            "dim": 24,
+            "precision": "fp32",
+            "rankme": 11.1,
+            "probes": {"logistic": scores, "knn": scores},
+        }
+
+    probe = {
+        "data": "colorectal5",
+        "data_digest": "d1d1d1d1d1d1d1d1",
+        "input_px": input_px,
+        "classes": ["a", "b"],
+        "n": 200,
+        "n_train": 140,
+        "n_test": 60,
+        "n_seeds": 5,
+        "k": 20,
+        "backbones": [row("init", "0" * 64, 0.789), row(name, digest, 0.851)],
+        "caveats": ["No slide ids."],
+    }
+    path.write_text(json.dumps(probe))
+    return path
+
+
+def test_timm_loads_the_folder_and_computes_the_same(finished, tmp_path):
+    out = tmp_path / "release"
+    assert not run(ExportConfig(run=finished, out=out)).skipped
+    assert sorted(p.name for p in out.iterdir()) == sorted([*FILES, "eva"])
+    theirs: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(theirs(x), backbone().embed(x))
+        assert theirs(torch.zeros(1, 3, 224, 224)).shape == (1, 24)  # other sizes too
+    data = cast(Any, timm.data).resolve_model_data_config(theirs)
+    assert tuple(data["mean"]) == (0.7, 0.6, 0.5)
+    assert tuple(data["std"]) == (0.1, 0.2, 0.3)
+    assert tuple(data["input_size"]) == (3, 32, 32)
+    assert list((tmp_path).glob(".unfinished*")) == []
+
+
+def test_the_card_tells_data_recipe_and_facts(finished, tmp_path):
+    run(ExportConfig(run=finished, out=tmp_path / "x", name="tiny-one", licence="apache-2.0"))
+    card = (tmp_path / "x" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["license"] == "apache-2.0"
+    assert head["library_name"] == "timm"
+    for row in (
+        "# tiny-one",
+        "| method | dino |",
+        "| optimizer steps | 1,200 |",
+        "| patches seen | 9,600 |",
+        "| slides seen | 3 |",
+        "| µm/px drawn from | 0.5, 1.0 |",
+        f"| data digest | {'c0ffee' * 10} |",
+        f"| backbone digest | {backbone().digest} |",
+        "| RankMe, start and end | 10 → 12.5 |",
+        "mean 0.7, 0.6, 0.5 and standard deviation 0.1, 0.2, 0.3",
+        "No probe was run",
+    ):
+        assert row in card, row
+    recipe = yaml.safe_load((tmp_path / "x" / "recipe.yaml").read_text())
+    assert recipe["dino"] == {"out_dim": 64}
+    assert recipe["weights"] == "first.safetensors"
+    assert "dinov2" not in recipe  # its settings did nothing
+
+
+def test_no_place_and_no_slide_gets_out(finished, tmp_path):
+    probe = probe_file(tmp_path / "probe.json", backbone().digest)
+    run(ExportConfig(run=finished, out=tmp_path / "x", probes=[probe]))
+    texts = [
+        p.read_text()
+        for p in (tmp_path / "x").rglob("*")
+        if p.suffix != ".safetensors" and p.is_file()
+    ]
+    for word in ("secret", "PATIENT", "mlflow", str(tmp_path)):
+        assert not any(word in text for text in texts), word
+
+
+def test_an_owner_who_states_no_licence_is_reminded(finished, tmp_path, capsys):
+    run(ExportConfig(run=finished, out=tmp_path / "x"))
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "license: unknown" in card
+    assert "not stated by the owner yet" in card
+    assert "--licence" in capsys.readouterr().out
+
+
+def test_probes_of_this_model_are_in_the_card(finished, tmp_path):
+    probe = probe_file(tmp_path / "probe.json", backbone().digest)
+    run(ExportConfig(run=finished, out=tmp_path / "x", probes=[probe]))
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "| init | 78.9 ± 1.1 | 78.9 ± 1.1 | 11.1 |" in card
+    assert r"| **mine\|&lt;b>** (this model) | 85.1 ± 1.1 | 85.1 ± 1.1 | 11.1 |" in card
+    assert "- No slide ids." in card
+    assert "colorectal5 (digest d1d1d1d1d1d1): 200 pictures, 2 classes, input 32 px" in card
+
+
+def test_a_probe_at_another_input_size_is_known_by_the_resampled_backbone(finished, tmp_path):
+    at_64 = load_backbone(NAME, str(finished), 64).digest
+    assert at_64 != backbone().digest
+    probe = probe_file(tmp_path / "probe.json", at_64, input_px=64)
+    run(ExportConfig(run=finished, out=tmp_path / "x", probes=[probe]))
+    assert "(this model)" in (tmp_path / "x" / "README.md").read_text()
+
+
+def test_the_same_export_again_is_skipped_and_another_is_refused(finished, tmp_path):
+    config = ExportConfig(run=finished, out=tmp_path / "x")
+    assert not run(config).skipped
+    assert run(config).skipped
+    before = (tmp_path / "x" / "README.md").read_bytes()
+    with pytest.raises(PathfmError, match="exists and is not this export"):
+        run(config.model_copy(update={"licence": "mit"}))
+    assert (tmp_path / "x" / "README.md").read_bytes() == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    with pytest.raises(PathfmError, match="exists and is not this export"):
+        run(config.model_copy(update={"out": tmp_path / "notes"}))
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "keep"
+
+
+def test_an_empty_folder_is_filled(finished, tmp_path):
+    (tmp_path / "x").mkdir()
+    run(ExportConfig(run=finished, out=tmp_path / "x"))
+    assert (tmp_path / "x" / "model.safetensors").is_file()
+
+
+def test_an_export_cut_short_leaves_nothing(finished, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathfm.export._sync", full)
+    with pytest.raises(PathfmError, match="No space left"):
+        run(ExportConfig(run=finished, out=tmp_path / "x"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
+    monkeypatch.undo()
+    (tmp_path / ".unfinished-x").mkdir()  # as a kill leaves it
+    (tmp_path / ".unfinished-x" / "README.md").write_text("half")
+    run(ExportConfig(run=finished, out=tmp_path / "x"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["runs", "x"]
+
+
+def no_run(folder):
+    shutil.rmtree(folder)
+
+
+def no_settings(folder):
+    (folder / "config.yaml").unlink()
+
+
+def other_tensors(folder):
+    shutil.rmtree(folder / "backbone")
+    export_backbone(backbone(2), folder / "backbone")
+
+
+def torn_settings(folder):
+    (folder / "config.yaml").write_text("a: [1")
+
+
+def torn_summary(folder):
+    path = folder / "summary.json"
+    path.write_text(path.read_text()[:-9])
+
+
+def torn_weights(folder):
+    path = folder / "backbone" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def unfinished(folder):
+    (folder / "summary.json").unlink()
+
+
+def no_steps(folder):
+    path = folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": "many"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (no_run, "is no run of pretrain"),
+        (no_settings, "is no run of pretrain"),
+        (torn_settings, r"config\.yaml: damaged"),
+        (other_tensors, "not what the run ended with"),
+        (torn_summary, r"summary\.json: damaged"),
+        (torn_weights, "not a whole .safetensors file"),
+        (unfinished, "0 of 1200 steps are saved.*no checkpoint"),
+        (no_steps, "it tells no steps"),
+    ],
+)
+def test_a_run_that_is_none_or_damaged_is_one_clear_line(finished, tmp_path, damage, words):
+    damage(finished)
+    with pytest.raises(PathfmError, match=words) as caught:
+        run(ExportConfig(run=finished, out=tmp_path / "x"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_line_says_so_with_exit_code_2(finished, tmp_path, capsys):
+    unfinished(finished)
+    assert main(["export", str(finished), "--out", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_checkpoint_of_an_unfinished_run_goes_out_when_asked_for(finished, tmp_path):
+    unfinished(finished)
+    shutil.rmtree(finished / "backbone")
+    for step, seed in ((300, 3), (600, 4)):
+        save_checkpoint(
+            finished / "checkpoints",
+            step,
+            {"x": torch.zeros(1)},
+            {},
+            keep_last=2,
+            write_more=lambda folder, seed=seed: export_backbone(
+                backbone(seed), folder / "backbone"
+            ),
+        )
+    config = ExportConfig(run=finished, out=tmp_path / "x")
+    with pytest.raises(PathfmError, match=r"600 of 1200 steps.*--unfinished true"):
+        run(config)
+    run(config.model_copy(update={"unfinished": True}))
+    assert load_backbone("", str(tmp_path / "x")).digest == backbone(4).digest
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "600 of 1200: the run had not finished" in card
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: probe_file(p, "f" * 64), "measures other backbones"),
+        (lambda p: p.write_text("{}"), "no probe.json of pathfm"),
+        (lambda p: None, "cannot be read"),
+    ],
+)
+def test_a_probe_that_does_not_belong_is_refused(finished, tmp_path, make, words):
+    make(tmp_path / "probe.json")
+    with pytest.raises(PathfmError, match=words):
+        run(ExportConfig(run=finished, out=tmp_path / "x", probes=[tmp_path / "probe.json"]))
+    assert not (tmp_path / "x").exists()
+
+
+def test_places_are_cut_to_their_last_part():
+    given = {"a": ["/x/y/z.csv", "s3://bucket/key/"], "b": 3, "c": "from /x/run, 30 of 30"}
+    assert without_places(given) == {"a": ["z.csv", "key"], "b": 3, "c": "from run 30 of 30"}
+
+
+# --- kaiko-eva ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eva_folder(finished, tmp_path) -> Path:
+    run(ExportConfig(run=finished, out=tmp_path / "tiny"))
+    return tmp_path / "tiny" / "eva"
+
+
+def class_paths(part: Any) -> set[str]:
+    if isinstance(part, dict):
+        own = {part["class_path"]} if "class_path" in part else set()
+        return own.union(*(class_paths(value) for value in part.values()))
+    return set().union(*map(class_paths, part)) if isinstance(part, list) else set()
+
+
+def test_there_is_a_config_for_each_task_of_the_protocol(eva_folder):
+    assert sorted(p.stem for p in eva_folder.iterdir()) == sorted(TASKS)
+    for task, known in TASKS.items():
+        config = yaml.safe_load((eva_folder / f"{task}.yaml").read_text())
+        head = config["model"]["init_args"]["head"]["init_args"]
+        assert head == {
+            "in_features": 24,
+            "out_features": 1 if known.n_classes == 2 else known.n_classes,
+        }
+        predict = config["data"]["init_args"]["datasets"]["predict"]
+        assert [part["init_args"]["split"] for part in predict] == list(known.splits)
+        transforms = predict[0]["init_args"]["transforms"]["init_args"]
+        assert transforms["mean"] == [0.7, 0.6, 0.5]
+        assert transforms["size"] == "${oc.env:RESIZE_DIM, 224}"
+        writer = config["trainer"]["init_args"]["callbacks"][-1]["init_args"]
+        assert writer["dataloader_idx_map"] == dict(enumerate(known.splits))
+        assert writer["backbone"]["init_args"]["model_name"] == "local-dir:${oc.env:MODEL_DIR, .}"
+
+
+EVA_PATHS = set(
+    """eva.DataModule eva.HeadModule eva.Trainer eva.callbacks.ClassificationEmbeddingsWriter
+    eva.callbacks.ConfigurationLogger eva.datasets.EmbeddingsClassificationDataset
+    eva.metrics.AverageLoss eva.metrics.BinaryClassificationMetrics
+    eva.metrics.MulticlassClassificationMetrics eva.vision.data.transforms.common.ResizeAndCrop
+    eva.vision.datasets.BACH eva.vision.datasets.BRACS eva.vision.datasets.BreaKHis
+    eva.vision.datasets.CRC eva.vision.datasets.GleasonArvaniti eva.vision.datasets.MHIST
+    eva.vision.datasets.PatchCamelyon eva.vision.datasets.UniToPatho eva.vision.models.TimmModel""".split()
+)
+"""Every one was imported from kaiko-eva 0.4.5."""
+
+
+def test_the_class_paths_are_those_that_eva_has(eva_folder):
+    found = set().union(*(class_paths(yaml.safe_load(p.read_text())) for p in eva_folder.iterdir()))
+    assert {path for path in found if path.startswith("eva.")} == EVA_PATHS
+    others = {path for path in found if not path.startswith(("eva.", "lightning."))}
+    assert others == {"torch.nn.Linear", "torch.optim.AdamW", "torchvision.transforms.v2.ToDtype"}
+
+
+def test_the_backbone_part_loads_what_was_exported(eva_folder):
+    """As eva's TimmModel calls timm: from inside the folder, with its own empty settings."""
+    config = yaml.safe_load((eva_folder / "bach.yaml").read_text())
+    told = config["trainer"]["init_args"]["callbacks"][-1]["init_args"]["backbone"]["init_args"]
+    name = told["model_name"].replace("${oc.env:MODEL_DIR, .}", str(eva_folder.parent))
+    model: Any = timm.create_model(
+        model_name=name,
+        pretrained=told["pretrained"],
+        pretrained_cfg={},
+        out_indices=None,
+        features_only=False,
+    )
+    x = torch.zeros(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), backbone().embed(x))
