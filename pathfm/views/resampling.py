@@ -46,9 +46,14 @@ class Filter:
         away = away.abs_()
         if not self.bicubic:
             return away.neg_().add_(1.0).clamp_(min=0.0)
-        near = (1.5 * away - 2.5) * away * away + 1.0  # Keys 1981, a = -0.5
-        far = ((2.5 - 0.5 * away) * away - 4.0) * away + 2.0
-        return torch.where(away < 1.0, near, torch.where(away < 2.0, far, 0.0))
+        # Keys 1981 with a = -0.5, which is (m² (2 m + 1) - u² (u + 1) / 2) with m and u the
+        # distances above 1 and 2, cut off at 0: half the passes of three cases
+        above = (away - 1.0).clamp_(max=0.0)
+        near = above * above
+        near.mul_(above.mul_(2.0).add_(1.0))
+        above = away.sub_(2.0).clamp_(max=0.0)
+        far = above * above
+        return near.addcmul_(far, above.add_(1.0), value=-0.5)
 
 
 BILINEAR = Filter()
