@@ -298,6 +298,7 @@ def test_a_damaged_picture_is_replaced_within_its_class_counted_and_listed(folde
             7,
         )  # one of b's three, in 20 draws
         assert one.stats.failures == {"UnreadablePictureError": len(failures)}
+        assert one.stats.told() == f"read 60 pictures, {len(failures)} replaced"
         assert one.state_dict()["failed"] == {"b/1.jpg": len(failures)}
         for batch in batches:
             assert np.bincount(batch.labels).tolist() == [2, 2, 2]
@@ -422,3 +423,17 @@ def test_useless_folders_are_told_in_one_line(tmp_path, files, options, told):
 def test_a_missing_folder_is_told(tmp_path):
     with pytest.raises(PathfmError, match=r"nowhere: no such folder; wanted .*/nowhere/<class>"):
         open_patches(LabelsConfig(patches=tmp_path / "nowhere"), with_classes=True)
+
+
+def test_real_patches_come_balanced_and_pixel_for_pixel(shared_data):
+    root = shared_data / "patches" / "colorectal5"
+    config = LabelsConfig(patches=root, patches_mpp=0.5)
+    of = PictureSampler(open_patches(config, with_classes=True), config, 0, balanced=True)
+    with PictureFeed(of, 40, size_px=224, mpp=0.5) as one:
+        batch = one.next_batch()
+    assert of.class_names == ("AC", "H", "S", "T", "V")
+    assert np.bincount(batch.labels).tolist() == [8] * 5
+    for pixels, ref, label in zip(batch.pixels, batch.refs, batch.labels.tolist(), strict=True):
+        assert ref.slide_id.startswith(f"{of.class_names[label]}/")
+        assert np.array_equal(pixels, np.asarray(read_picture(root / ref.slide_id)))
+        assert ref.mpp == 0.5

@@ -28,6 +28,15 @@ _CHUNK = 8
 """Pictures a thread takes at once: each task has a cost of its own."""
 
 
+class PictureStats(Stats):
+    """Counters of a stream of pictures, which has no tiles and makes no requests."""
+
+    def told(self) -> str:
+        """One line for people."""
+        now = self.as_dict()
+        return f"read {now['patches']:,} pictures, {sum(now['failures'].values()):,} replaced"
+
+
 @dataclass(frozen=True, eq=False)
 class PictureBatch:
     """`pixels` uint8 (b, S, S, 3); `draws`, `labels` int64 (b,), -1 for no class; `refs` whose `slide_id` is
@@ -75,7 +84,7 @@ class PictureFeed:
         max_failed_fraction: float = 0.05,
     ) -> None:
         self.sampler, self.batch_size, self.size_px = sampler, batch_size, size_px
-        self.fit, self.mpp, self.stats = fit, mpp, Stats()
+        self.fit, self.mpp, self.stats = fit, mpp, PictureStats()
         self._rank, self._world_size, self._gather = rank, world_size, gather
         self._threads, self._ahead = threads, prefetch
         self._max_failed = max_failed_fraction
@@ -221,18 +230,22 @@ class PictureFeed:
         )
 
     def _account(self, failures: list[Failure]) -> None:
+        """Counts a batch's failures; FailureBudgetError, with nothing changed, when they are too many."""
         failures.sort()
+        pending = self._pending.copy()
         for failure in failures:
-            name = failure.slide_id if len(self._pending) < _NAMED else "(others)"
-            self._pending[name] += 1
-            self.stats.fail(failure.kind)
-        # Alone or not, a rank judges by what it has seen: its own since, and all until, an agreement.
-        failed = self._failed.total() + self._pending.total() * self._world_size
+            known = failure.slide_id in pending or len(pending) < _NAMED
+            pending[failure.slide_id if known else "(others)"] += 1
+        # A rank judges by all until the last agreement and by its own since.
+        failed = self._failed.total() + pending.total() * self._world_size
         draws = max(self.next_draw, _PROBATION_DRAWS)
         if failed > self._max_failed * draws:
-            worst = (self._failed + self._pending).most_common(3)
+            worst = (self._failed + pending).most_common(3)
             listed = ", ".join(f"{path} ({n} x)" for path, n in worst)
             raise FailureBudgetError(
-                f"{failed:,} pictures of {draws:,} draws could not be read, more than {self._max_failed:.0%}: "
-                f"{listed}, ... Remove what is damaged from {self.sampler.folder.root}"
+                f"{failed:,} pictures of {draws:,} draws could not be read, more than {self._max_failed:.1%}: "
+                f"{listed}. Remove what is damaged from {self.sampler.folder.root}"
             )
+        self._pending = pending
+        for failure in failures:
+            self.stats.fail(failure.kind)
