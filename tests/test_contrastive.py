@@ -315,6 +315,8 @@ def test_cross_entropy_is_its_sum_over_labelled_samples(views, smoothing):
     assert done.loss == pytest.approx(total / n, rel=1e-5)
     assert done.told["train_accuracy"] == pytest.approx(right / n)
     assert done.told["labelled_share"] == pytest.approx(7 / 8)
+    # nothing of one step is left in the next
+    assert take_step(made, micros(crops, slice(None), 1)).told == pytest.approx(done.told)
 
 
 def test_a_classifier_of_unknown_width_is_refused():
