@@ -63,6 +63,7 @@ def test_one_label_a_sample_is_lightlys_nt_xent(temperature):
         assert got == pytest.approx(want, rel=1e-12)
 
 
+@pytest.mark.slow  # its import
 def test_l_out_is_that_of_pytorch_metric_learning():
     from pytorch_metric_learning.losses import SupConLoss
 
