@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from online_patching.stores.local import atomic_write_bytes, atomic_write_text
-from pathfm.runtime import PathfmError, make_folder
+from pathfm.runtime import PathfmError, make_folder, scrubbed
 
 METRICS = "metrics.jsonl"
 REPLACED = "metrics_replaced.jsonl"
@@ -238,7 +238,7 @@ def unfinished_run(folder: Path, params: Mapping[str, Any], free: Sequence[str] 
     ends = [task["status"] for task in tasks if task["do"] == "end"]
     if not told or "FINISHED" in ends:
         return None
-    now = {key: str(value) for key, value in params.items()}
+    now = scrubbed({key: str(value) for key, value in params.items()})
     if any(
         told[-1].get(key) != now.get(key)
         for key in told[-1].keys() | now.keys()
