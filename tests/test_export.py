@@ -59,7 +59,7 @@ def finished(tmp_path) -> Path:
         "loss_last": 3.9,
         "rankme_start": 10.0,
         "rankme_end": 12.5,
-        "init": "weights from /secret/weights/first, 30 of 30 tensors",
+        "init": "weights from /secret secret/first/backbone, 30 of 30 tensors",
         "precision": "fp32",
         "device": "cpu",
         "backbone_digest": made.digest,
@@ -129,6 +129,7 @@ def test_the_card_tells_data_recipe_and_facts(finished, tmp_path):
         "| optimizer steps | 1,200 |",
         "| patches seen | 9,600 |",
         "| slides seen | 3 |",
+        "| initial weights | weights from first, 30 of 30 tensors |",
         "| µm/px drawn from | 0.5, 1.0 |",
         f"| data digest | {'c0ffee' * 10} |",
         f"| backbone digest | {backbone().digest} |",
@@ -319,8 +320,20 @@ def test_a_probe_that_does_not_belong_is_refused(finished, tmp_path, make, words
 
 
 def test_places_are_cut_to_their_last_part():
-    given = {"a": ["/x/y/z.csv", "s3://bucket/key/"], "b": 3, "c": "from /x/run, 30 of 30"}
-    assert without_places(given) == {"a": ["z.csv", "key"], "b": 3, "c": "from run 30 of 30"}
+    given = {
+        "a": ["/x y/z.csv", "s3://bucket/key/", "../up/there", "~/mine"],
+        "b": 3,
+        "c": "from /x/run, 30 of 30",
+        "d": "/",
+        "e": 0.5,
+    }
+    assert without_places(given) == {
+        "a": ["z.csv", "key", "there", "mine"],
+        "b": 3,
+        "c": "from run, 30 of 30",
+        "d": "",
+        "e": 0.5,
+    }
 
 
 # --- kaiko-eva ------------------------------------------------------------------------------------

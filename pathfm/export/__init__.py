@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ __all__ = ["ExportConfig", "ExportResult", "run"]
 
 _LEFT_BEHIND = {"corpus", "out", "tracking", "loader", "device", "watch", "stop_after_steps"}
 _MAX_JSON_BYTES = 64 << 20
+_PLACE = re.compile(r"(/|~|\.{0,2}/|\w+:/)")  # how a value that is a path or URI begins
+_WORD = re.compile(r"\S*/[^\s,]*")  # a path or URI among words
 
 
 class ExportConfig(BaseModel, frozen=True, extra="forbid"):
@@ -190,9 +193,14 @@ def without_places(value: Any) -> Any:
         return {key: without_places(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [without_places(inner) for inner in value]
-    if isinstance(value, str) and "/" in value:
-        return " ".join(word.rstrip("/,").rpartition("/")[2] for word in value.split())
-    return value
+    if not isinstance(value, str):
+        return value
+    return last_part(value) if _PLACE.match(value) else _WORD.sub(lambda m: last_part(m[0]), value)
+
+
+def last_part(place: str) -> str:
+    """The name at the end of a path or URI."""
+    return place.rstrip("/").rpartition("/")[2]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from pathfm.export import Source, without_places
+from pathfm.export import Source, last_part, without_places
 from pathfm.runtime import PathfmError
 
 
@@ -123,7 +124,7 @@ def training_facts(source: Source) -> list[tuple[str, str]]:
     rows: list[tuple[str, object]] = [
         ("method", method),
         ("architecture", backbone.name),
-        ("initial weights", without_places(summary.get("init"))),
+        ("initial weights", _init(summary)),
         ("optimizer steps", _steps(source)),
         ("patches in a step", recipe.get("batch_size")),
         ("patches seen", summary.get("patches_seen")),
@@ -140,6 +141,15 @@ def training_facts(source: Source) -> list[tuple[str, str]]:
         ("RankMe, start and end", _pair(summary, "rankme_start", "rankme_end")),
     ]
     return [(fact, _number(value)) for fact, value in rows if value not in (None, "")]
+
+
+def _init(summary: Mapping[str, Any]) -> str:
+    """What a run says of its initial weights; a run's folder is told by its name."""
+    note = str(summary.get("init") or "")
+    found = re.fullmatch(r"weights from (.+), (\d+ of \d+ .*)", note)
+    if found is None:
+        return str(without_places(note))
+    return f"weights from {last_part(found[1].removesuffix('/backbone'))}, {found[2]}"
 
 
 def _steps(source: Source) -> str:
