@@ -1,7 +1,7 @@
 """pathfm: patches in, a measured model out.
 
 Read in this order: ``cli`` (the verbs and how a command line becomes a config), ``index``,
-``foreground``, ``pretrain``, ``embed``, ``probe``, ``compare`` (the verbs; none imports another),
+``foreground``, ``pretrain``, ``embed``, ``probe``, ``compare``, ``export`` (the verbs; none imports another),
 then what they share: ``backbone``, ``views``, ``methods``, ``checkpoint``, ``embeddings``,
 ``metrics``, ``tracking``, ``runtime``. ``demo``, ``report`` and ``doctor`` compose them.
 

@@ -58,7 +58,7 @@ class EmbedConfig(BaseModel, frozen=True, extra="forbid"):
 
     data: Path = Field(description="labelled folder: DATA/<class>/*.png|jpg|tif")
     weights: str = Field(
-        description="random[:SEED] | imagenet | a .safetensors file | a pretrain run's folder"
+        description="random[:SEED] | imagenet | dinov2 | a .safetensors file | a pretrain run's folder"
     )
     backbone: str = Field("vit_tiny_patch16_224", description="timm name of the backbone")
     name: str = Field(

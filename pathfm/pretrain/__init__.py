@@ -76,7 +76,7 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     weights: str = Field(
         "imagenet",
         min_length=1,
-        description="imagenet (timm's download) | a .safetensors file | a run's folder | "
+        description="imagenet or dinov2 (timm's downloads) | a .safetensors file | a run's folder | "
         "random[:SEED]",
     )
     input_px: int | None = Field(
