@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from online_patching import Corpus
 from pathfm.cli import VERBS
@@ -39,7 +40,7 @@ def test_the_example_runs(tmp_path, monkeypatch):
     Corpus.build(folder)
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(example, names)  # our own page
     labels = names["sampler"].labels(names["np"].arange(8))
     assert sorted(labels.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1]

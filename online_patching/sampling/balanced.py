@@ -190,8 +190,8 @@ class _ByClass(PatchSampler):
             raise SamplerError(
                 f"draw {first[0]}, class {self._names[of]!r}, found no patch in {MAX_ATTEMPTS} attempts of "
                 f"{MAX_TRIES} positions with {self.min_foreground:.0%} foreground on the class's "
-                f"{self.supply[of].servable} row(s); {len(barred or {})} row(s) of all classes are in quarantine. Lower "
-                "the threshold, loosen the filters, or leave the class out."
+                f"{self.supply[of].servable} row(s); {len(barred or {})} row(s) of all classes are in quarantine. "
+                "Lower the threshold, loosen the filters, or leave the class out."
             )
 
 
