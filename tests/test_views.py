@@ -14,20 +14,21 @@ from torchvision.transforms.v2 import functional as tv
 
 from pathfm.runtime import PathfmError
 from pathfm.views.params import ViewSpec, ViewTable, draw_views
-from pathfm.views.render import make_views
 from pathfm.views.render import render as render_groups
 from pathfm.views.resampling import Axis, Filter, Shape, blur_matrix, dense, dense_numbers
-from tests.views import ONE, ZERO, planes, renderer, some_patches, table
-
-PLAIN = ViewSpec(size_px=48, flip=0, turn=0, jitter=0, gray=0, blur=0)
-EVERYTHING = ViewSpec(size_px=48, scale=(0.2, 0.9), solarize=0.5)
-MIXED = [
+from tests.views import (
+    DRAWS,
     EVERYTHING,
-    EVERYTHING.model_copy(update={"hed": 0.1, "restain": 0.6, "interpolation": "bicubic"}),
-    ViewSpec(size_px=24),
-    EVERYTHING.model_copy(update={"antialias": False, "hed": 0.05}),
-]
-DRAWS = np.arange(8) * 1_000_003
+    MIXED,
+    ONE,
+    PLAIN,
+    ZERO,
+    planes,
+    renderer,
+    some_patches,
+    table,
+    views_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,6 @@ def patches():
 @pytest.fixture(params=["banded", "dense"])
 def render(request):
     return renderer(request.param)
-
-
-def views_of(patches, draws, specs, seed=3, engine="auto"):
-    return make_views(patches, draws, specs, seed=seed, mean=ZERO, std=ONE, engine=engine)
 
 
 def test_a_batch_of_eight_is_eight_batches_of_one(patches):
@@ -67,39 +64,6 @@ def test_two_ranks_of_two_micro_batches_make_what_one_rank_makes(patches):
     parts = [views_of(pixels[a:b], draws[a:b], MIXED) for a, b in ((0, 3), (3, 5), (5, 7), (7, 9))]
     for view in range(len(MIXED)):
         assert torch.equal(torch.cat([part[view] for part in parts]), whole[view])
-
-
-@pytest.mark.parametrize("engine", ["dense", pytest.param("compiled", marks=pytest.mark.slow)])
-def test_engines_agree_up_to_rounding(patches, engine):
-    banded = views_of(patches, DRAWS, MIXED)
-    other = views_of(patches, DRAWS, MIXED, engine=engine)
-    for one, two in zip(banded, other, strict=True):
-        close = torch.isclose(one, two, atol=1e-5, rtol=0)
-        # where a solarised value lies within rounding of 0.5, it may fall on either side
-        assert ((one - 0.5).abs()[~close] < 1e-4).all()
-        assert (~close).sum() <= 2
-
-
-def test_dense_views_of_another_batch_differ_by_rounding_only(patches):
-    specs = [EVERYTHING.model_copy(update={"solarize": 0.0}), ViewSpec(size_px=24, hed=0.1)]
-    together = views_of(patches, DRAWS, specs, engine="dense")
-    for row in range(8):
-        alone = views_of(patches[row : row + 1], DRAWS[row : row + 1], specs, engine="dense")
-        for view in range(2):
-            # another batch size may pick another BLAS kernel (1/255 = 4e-3)
-            torch.testing.assert_close(together[view][row], alone[view][0], atol=1e-5, rtol=0)
-
-
-def test_autocast_does_not_reach_views(patches):
-    """bf16 has eight bits: products in it would be off by up to half a grey level."""
-    for engine in ("banded", "dense"):
-        plain = views_of(patches, DRAWS, MIXED, engine=engine)
-        with torch.autocast("cpu", torch.bfloat16):
-            under = views_of(patches, DRAWS, MIXED, engine=engine)
-        for one, two in zip(plain, under, strict=True):
-            assert torch.equal(one, two)
-            assert two.dtype == torch.float32
-            assert not two.requires_grad
 
 
 def test_views_come_in_the_order_of_their_specs(patches):
@@ -130,18 +94,6 @@ def test_pixels_of_another_kind_are_refused_in_one_line(pixels, words):
     with pytest.raises(PathfmError, match=words) as caught:
         views_of(pixels, np.arange(2), [PLAIN])
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("patch_px", [8, 17, 64])
-@pytest.mark.parametrize("size_px", [8, 33, 100])
-def test_any_sizes_go_together_and_both_engines_agree(patch_px, size_px):
-    """Also views larger than their patch, blurs wider than the view, sizes that blocks do not divide."""
-    pixels = some_patches(96)[:, :patch_px, :patch_px].contiguous()
-    spec = ViewSpec(size_px=size_px, scale=(0.3, 1.0), blur=0.7, blur_sigma_px=(0.5, 4.0))
-    (one,) = views_of(pixels, DRAWS, [spec])
-    (two,) = views_of(pixels, DRAWS, [spec], engine="dense")
-    torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
-    assert torch.isfinite(one).all()
 
 
 def test_the_number_of_threads_does_not_matter(patches):

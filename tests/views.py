@@ -7,11 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pathfm.views.params import ViewTable
-from pathfm.views.render import render
+from pathfm.views.params import ViewSpec, ViewTable
+from pathfm.views.render import make_views, render
 from pathfm.views.resampling import Shape
 
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+PLAIN = ViewSpec(size_px=48, flip=0, turn=0, jitter=0, gray=0, blur=0)
+EVERYTHING = ViewSpec(size_px=48, scale=(0.2, 0.9), solarize=0.5)
+MIXED = [
+    EVERYTHING,
+    EVERYTHING.model_copy(update={"hed": 0.1, "restain": 0.6, "interpolation": "bicubic"}),
+    ViewSpec(size_px=24),
+    EVERYTHING.model_copy(update={"antialias": False, "hed": 0.05}),
+]
+DRAWS = np.arange(8) * 1_000_003
 
 
 def some_patches(size_px: int = 96) -> Tensor:
@@ -48,3 +57,7 @@ def renderer(engine: str) -> Callable[..., Tensor]:
         return views
 
     return made
+
+
+def views_of(patches, draws, specs, seed=3, engine="auto"):
+    return make_views(patches, draws, specs, seed=seed, mean=ZERO, std=ONE, engine=engine)

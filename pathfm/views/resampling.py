@@ -18,7 +18,7 @@ from torch import Tensor
 from pathfm.views.params import MAX_BLUR_SIGMA_PX, ViewSpec, ViewTable
 
 BLOCK_ROWS = 32
-"""Rows a block: measured best of 16 to 112 on one core (`benchmarks/views_speed.py --blocks`)."""
+"""Rows a block: 24 to 48 are alike, fewer and more slower (`benchmarks/views_speed.py`)."""
 
 _SIGMAS = 6.0  # the blur's taps end there: below 1e-8 of the middle one
 
