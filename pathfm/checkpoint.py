@@ -173,7 +173,7 @@ class Computing:
     """What decides the last bit of a sum: processor, torch build, threads, device, ranks."""
 
     cpu: str
-    torch: str
+    build: str
     threads: int
     device: str
     ranks: int
@@ -198,7 +198,7 @@ def cpu_type() -> str:
     """The processor's name and the widest instructions torch uses of it."""
     name = platform.processor() or platform.machine()
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         name = found[1].strip() if found else name
     except OSError:
         pass

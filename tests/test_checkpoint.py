@@ -158,3 +158,76 @@ def test_retention_keeps_the_one_just_written_and_counts_no_damaged_ones(tmp_pat
     kept = {path.name for path in tmp_path.glob("step_*")}
     assert kept == {"step_00000003", "step_00000002"}
     assert load_newest(tmp_path).step == 3
+
+
+class Killed(BaseException):
+    """What `kill -9` looks like from inside: nothing is caught, nothing is cleaned up."""
+
+
+def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """Every write, sync, rename and deletion of a save is in turn the last that happens."""
+    import os
+    import shutil
+    from pathlib import Path
+
+    from pathfm import checkpoint
+
+    left = [0]
+    calls = (
+        (checkpoint, "save_file"),
+        (checkpoint, "_sync"),
+        (checkpoint, "atomic_write_text"),
+        (shutil, "rmtree"),
+        (Path, "write_text"),
+        (Path, "mkdir"),
+        (Path, "rename"),
+        (os, "rmdir"),
+    )
+
+    def until_killed(true):
+        def call(*given, **named):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return true(*given, **named)
+
+        return call
+
+    kills = 0
+    for after in range(1, 200):
+        root = tmp_path / str(after)
+        for step in (1, 2, 3):
+            save(root, step, keep_last=2)
+        left[0] = after
+        with monkeypatch.context() as patched:
+            for owner, name in calls:
+                patched.setattr(owner, name, until_killed(getattr(owner, name)))
+            try:
+                save(root, 4, keep_last=2)
+            except Killed:
+                kills += 1
+            else:
+                break
+        found = load_newest(root)
+        assert found is not None
+        assert found.step in (3, 4)
+        assert torch.equal(found.tensors["student.w"], torch.full((2, 3), float(found.step)))
+        save(root, 4, keep_last=2)  # the next life gets there too
+        assert load_newest(root).step == 4
+        assert sorted(p.name for p in root.iterdir()) == ["last", "step_00000003", "step_00000004"]
+    assert kills > 12
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "checksums.json"])
+def test_a_file_torn_at_any_byte_is_noticed(tmp_path, name):
+    save(tmp_path, 1)
+    torn = save(tmp_path, 2) / name
+    data = torn.read_bytes()
+    for size in sorted({0, 1, 7, len(data) // 2, len(data) - 1}):
+        torn.write_bytes(data[:size])
+        assert load_newest(tmp_path).step == 1, size
+        zeroed = data[:size] + bytes(len(data) - size)  # what a power cut may leave of a file's end
+        torn.write_bytes(zeroed)
+        assert zeroed == data or load_newest(tmp_path).step == 1, size
+    torn.write_bytes(data)
+    assert load_newest(tmp_path).step == 2

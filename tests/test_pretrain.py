@@ -16,10 +16,10 @@ import yaml
 from online_patching import Corpus, ForegroundMask, PatchLoader
 from online_patching.errors import CorpusError
 from pathfm.backbone import export_backbone, load_backbone
-from pathfm.checkpoint import load_newest
+from pathfm.checkpoint import Computing, load_newest
 from pathfm.methods.dino import Dino
 from pathfm.pretrain import OptimConfig, PretrainConfig, ViewsConfig, run
-from pathfm.pretrain.optim import parameter_groups, schedule
+from pathfm.pretrain.optim import parameter_groups, schedule, set_schedule
 from pathfm.pretrain.records import choose_for_mosaic, read_rows, sampling_facts
 from pathfm.pretrain.trainer import build_trainer
 from pathfm.runtime import PathfmError, save_config
@@ -215,27 +215,67 @@ def test_a_killed_process_restarts_and_ends_with_the_same_losses(corpus, tmp_pat
     assert_same_run(out, whole)
 
 
+RECIPES = sorted(Path(__file__).parents[1].glob("configs/*_vits16.yaml"))
+
+
+def recipe_of(path: Path) -> PretrainConfig:
+    return PretrainConfig(**yaml.safe_load(path.read_text()))
+
+
+def test_there_is_a_recipe_for_every_method():
+    assert sorted(recipe_of(path).method for path in RECIPES) == [
+        *("dino", "dinov2", "simclr", "supcon", "supervised"),
+    ]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_line_of_a_recipe_names_its_source_and_what_is_left_out_is_the_default(path):
+    given = yaml.safe_load(path.read_text())
+    recipe = recipe_of(path)
+    assert recipe.out == Path("runs") / path.stem
+    assert recipe.batch_size * recipe.steps == 25_600_000  # so that recipes can be compared
+    said = {"corpus", "out", "method", "seed", "views", "optim", "labels", recipe.method}
+    bare = [
+        line
+        for line in path.read_text().splitlines()
+        if line.strip() and not line.startswith("#") and "#" not in line
+    ]
+    for line in bare:
+        name = line.strip().partition(":")[0]
+        assert name in {*said, "global_1", "global_2", "local", "n_local", "keep_checkpoints",
+                        "checkpoint_every_steps"}, line  # fmt: skip
+    assert set(given) <= set(PretrainConfig.model_fields)
+
+
 @pytest.mark.slow
-def test_the_shipped_gpu_recipe_runs_shrunken(corpus, tmp_path):
-    path = Path(__file__).parents[1] / "configs" / "dino_vits16.yaml"
-    recipe = PretrainConfig(**yaml.safe_load(path.read_text()))
-    assert recipe.views.n_local == 8
-    assert recipe.batch_size == 256
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_runs_shrunken(corpus, tmp_path, path):
+    recipe = recipe_of(path)
+    own: dict[str, Any] = {}
+    if recipe.labels.source:
+        table = tmp_path / "classes.csv"
+        table.write_text("slide_id,label\nycbcr,a\nrgb,b\nthird,a\n")
+        own["labels"] = {"table": str(table)}
+    head = getattr(recipe, recipe.method)
+    if hasattr(head, "out_dim"):
+        own[recipe.method] = head.model_copy(update={"out_dim": 64})
     small = recipe.model_copy(
         update={
             "corpus": corpus,
             "out": tmp_path / "run",
             "weights": "random",
             "steps": 2,
-            "batch_size": 2,
+            "batch_size": 4,
+            "micro_batch_size": 2 if recipe.micro_batch_size else None,
             "monitor_patches": 8,
             "optim": recipe.optim.model_copy(update={"warmup_steps": 1}),
-            "dino": recipe.dino.model_copy(update={"out_dim": 64}),
             "loader": recipe.loader.model_copy(update={"workers": 0}),
             "tracking": recipe.tracking.model_copy(update={"enabled": False}),
         }
     )
+    small = PretrainConfig(**(small.model_dump() | own))
     assert run(small).finished
+    assert len(losses(small.out)) == 2
 
 
 def test_the_loader_is_asked_for_the_stream_the_sampler_names(corpus, tmp_path, undisturbed):
@@ -293,11 +333,21 @@ def test_a_size_in_the_yaml_keeps_the_rest_of_a_global_view():
         {"optim": {"weight_decay": [0.1, float("inf")]}},
         {"dino": {"ema": [0.9, 1.1]}},
         {"nonsense": 1},
+        {"method": "byol"},
+        {"method": "simclr"},  # with the local crops that TINY asks for
+        {"micro_batch_size": 5},
+        {"micro_batch_size": 0},
+        {"drop_path": 1.0},
+        {"parallel": "tensor"},
+        {"optim": {"layer_decay": 0}},
+        {"optim": {"lr": 1e-6, "min_lr": 1e-5}},
+        {"views": {"n_global": 1}},
     ],
 )
 def test_a_config_that_makes_no_sense_cannot_be_built(bad):
     with pytest.raises(
-        ValueError, match=r"0\.05 to 8|exceeds|equal|greater|less|finite|not permitted"
+        ValueError,
+        match=r"0\.05 to 8|exceeds|equal|greater|less|finite|not permitted|takes|should be",
     ):
         PretrainConfig(**(TINY | bad))
 
@@ -317,3 +367,114 @@ def test_the_mosaic_has_a_column_a_slide_and_rows_by_magnification():
 
     refs: Any = [Ref("b", 1.0), Ref("a", 0.5), Ref("a", 1.0), Ref("a", 1.0), Ref("a", 1.0)]
     assert choose_for_mosaic(refs) == ([1, None, 2, 0, 3, None], 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "n_views", "n_global", "scale", "blur"),
+    [
+        ("dino", 10, 2, (0.4, 1.0), 1.0),
+        ("dinov2", 10, 2, (0.32, 1.0), 1.0),
+        ("simclr", 2, 2, (0.2, 1.0), 0.5),
+        ("supcon", 2, 2, (0.2, 1.0), 0.5),
+        ("supervised", 1, 1, (0.2, 1.0), 0.5),
+    ],
+)
+def test_each_method_has_views_of_its_own_under_those_that_are_given(
+    method, n_views, n_global, scale, blur
+):
+    given = PretrainConfig(
+        method=method, views={"global_1": {"size_px": 64}, "global_2": {"size_px": 64}}
+    )
+    assert (len(given.views.specs), given.views.n_global) == (n_views, n_global)
+    first = given.views.specs[0]
+    assert (first.size_px, first.scale, first.blur) == (64, scale, blur)
+    again = PretrainConfig(**yaml.safe_load(yaml.safe_dump(given.model_dump(mode="json"))))
+    assert again == given
+
+
+def test_learning_rates_fall_towards_the_input_by_hand(corpus, tmp_path):
+    """rate = lr x decay ^ (n + 1 - layer): the last norm and the head 1, embeddings decay ^ (n + 1)."""
+    optim = TINY["optim"] | {"layer_decay": 0.5, "patch_embed_lr": 0.1}
+    dino = TINY["dino"] | {"freeze_patch_embed": False}
+    trainer = build_trainer(config(corpus, tmp_path, optim=optim, dino=dino), None)
+    n = len(trainer.method.exported.blocks)
+    factor = {
+        id(p): group["lr_factor"]
+        for group in trainer.optimizer.param_groups
+        for p in group["params"]
+    }
+    found = {
+        name: factor[id(p)]
+        for name, p in trainer.method.trained().named_parameters()
+        if id(p) in factor
+    }
+    prefix = "backbone.network."
+    assert found[f"{prefix}patch_embed.proj.weight"] == pytest.approx(0.1 * 0.5 ** (n + 1))
+    assert found[f"{prefix}cls_token"] == pytest.approx(0.5 ** (n + 1))
+    assert found[f"{prefix}blocks.0.attn.qkv.weight"] == pytest.approx(0.5**n)
+    assert found[f"{prefix}blocks.{n - 1}.attn.qkv.bias"] == pytest.approx(0.5)
+    assert found[f"{prefix}norm.weight"] == 1
+    assert {found[name] for name in found if name.startswith("head.")} == {1}
+    lr = set_schedule(trainer.optimizer.param_groups, trainer.config, 2)
+    assert lr == 1e-3
+    for group in trainer.optimizer.param_groups:
+        assert group["lr"] == pytest.approx(1e-3 * group["lr_factor"])
+        assert (group["weight_decay"] > 0) == group["decays"]
+
+
+def test_gradients_are_clipped_and_what_is_logged_is_the_norm_before(corpus, tmp_path, monkeypatch):
+    seen = []
+    true_step = torch.optim.AdamW.step
+
+    def step(self, *given):
+        grads = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        seen.append(float(torch.sqrt(sum(g.double().square().sum() for g in grads))))
+        return true_step(self, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    out = tmp_path / "run"
+    run(config(corpus, out, steps=2, optim=TINY["optim"] | {"clip_grad_norm": 0.01}))
+    logged = [
+        json.loads(line)["grad_norm"] for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert min(logged) > 0.01
+    assert seen == pytest.approx([0.01] * 2, rel=1e-3)
+
+
+def test_threads_are_restored_and_another_machine_is_told_of(corpus, tmp_path, capsys):
+    out, before = tmp_path / "run", torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        run(config(corpus, out, stop_after_steps=2))
+        torch.set_num_threads(1)
+        run(config(corpus, out, stop_after_steps=3))
+        assert torch.get_num_threads() == 2
+        assert "bit for bit" not in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(before)
+    saved = load_newest(out / "checkpoints")
+    assert saved is not None
+    facts = saved.state["computing"]
+    assert facts["threads"] == 2
+    assert facts["build"].startswith(torch.__version__)
+    assert facts["cpu"]
+    assert (facts["device"], facts["ranks"]) == ("cpu", 1)
+    elsewhere = Computing(**(facts | {"cpu": "Another, AVX2", "threads": before}))
+    (told,) = elsewhere.restore(1, torch.device("cpu"))
+    assert told.startswith("cpu Another, AVX2, now ")
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(corpus, tmp_path):
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    run(config(corpus, plain, steps=2))
+    run(config(corpus, compiled, steps=2, compile=True))
+    for (_, ours), (_, theirs) in zip(losses(compiled), losses(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    one, two = (load_newest(out / "checkpoints") for out in (plain, compiled))
+    assert one is not None
+    assert two is not None
+    assert one.tensors.keys() == two.tensors.keys()

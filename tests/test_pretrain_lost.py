@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from online_patching import Corpus, ForegroundMask, read_slide_index
+from online_patching import Corpus, ForegroundMask, PatchLoader, read_slide_index
 from pathfm.checkpoint import load_newest
 from pathfm.methods.dino import Dino
 from pathfm.pretrain import run
@@ -48,7 +48,7 @@ def test_kill_9_at_twenty_random_points_changes_nothing(small_corpus, tmp_path, 
                         tmp_path / "whole.log")  # fmt: skip
     assert nursery.ended(pid) == 0, (tmp_path / "whole.log").read_text()
     life_s = time.monotonic() - began_s
-    chance, kills, steps_at = random.Random(6), 0, []  # noqa: S311
+    chance, kills, steps_at = random.Random(6), 0, []
     for number in range(KILLS):
         out, log = tmp_path / f"killed{number}", tmp_path / f"killed{number}.log"
         given = save_config(config(small_corpus, out, **changes), tmp_path, f"{number}.yaml")
@@ -103,7 +103,7 @@ def test_a_disk_that_really_is_full_stops_the_run_and_the_next_goes_on(
     """A tmpfs of 24 MB, filled up; freed, the run ends as the undisturbed one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.system(f"mount -t tmpfs -o size=24m tmpfs {disk} 2>/dev/null"):  # noqa: S605
+    if os.system(f"mount -t tmpfs -o size=24m tmpfs {disk} 2>/dev/null"):
         pytest.skip("no tmpfs can be mounted here")
     try:
         changes: dict[str, Any] = {"steps": 8, "checkpoint_every_steps": 2}
@@ -120,7 +120,7 @@ def test_a_disk_that_really_is_full_stops_the_run_and_the_next_goes_on(
         assert nursery.ended(nursery.start(given, log)) == 0, log.read_text()
         assert_same_run(out, whole)
     finally:
-        os.system(f"umount {disk}")  # noqa: S605
+        os.system(f"umount {disk}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -166,7 +166,7 @@ def test_a_slide_that_is_lost_in_mid_run_is_replaced_draw_by_draw_and_named(
     """Its draws take their next attempt, in the life that loses it as in one that never had it."""
     from pathfm.pretrain import feed
 
-    monkeypatch.setattr(feed, "PatchLoader", _tolerant(feed.PatchLoader))
+    monkeypatch.setattr(feed, "PatchLoader", _tolerant(PatchLoader))
     runs = {}
     for name in ("once", "again"):
         slides = [tmp_path / name / path.name for path in small_slides[:2]]

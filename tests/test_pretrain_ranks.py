@@ -221,7 +221,7 @@ def test_torchrun_trains_and_ends_when_a_rank_is_killed(small_corpus, tmp_path):
     yaml = save_config(given, tmp_path, "given.yaml")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     with subprocess.Popen(
-        [*torchrun, "--master-port", "0", "-m", "pathfm", "pretrain", str(yaml)],
+        [*torchrun, "--standalone", "-m", "pathfm", "pretrain", str(yaml)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

@@ -79,7 +79,7 @@ class _SumOverRanks(torch.autograd.Function):
 def _converted(norm: _BatchNorm, device: torch.device) -> nn.Module:
     after = {name: part for name in ("drop", "act") if (part := getattr(norm, name, None))}
     if device.type == "cuda" and not after:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+        return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(norm))  # type: ignore[no-untyped-call]
     own = RanksBatchNorm(
         norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
     )

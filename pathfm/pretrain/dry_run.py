@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
-from online_patching import Corpus, PatchLoader, PatchSampler
+from online_patching import Corpus, PatchLoader
 from online_patching.errors import redact
-from online_patching.loading.batch import LoaderOptions
+from online_patching.loading.batch import DrawSource, LoaderOptions
 from pathfm.pretrain import PretrainConfig
 from pathfm.pretrain.feed import sampler_of
 from pathfm.pretrain.forecast import Reads, corpus_bytes, forecast, store_of
@@ -60,7 +60,7 @@ class DryRun:
         return count * self.total / self.draws
 
 
-def dry_run(config: PretrainConfig, sampler: PatchSampler) -> DryRun:
+def dry_run(config: PretrainConfig, sampler: DrawSource) -> DryRun:
     """Counts what the first draws of a run ask for. No pixel is read."""
     corpus, total = sampler.corpus, config.steps * config.batch_size
     wanted = min(config.estimate.draws, total)
@@ -93,7 +93,7 @@ def _add(table: NDArray[np.int64], rows: NDArray[np.int64], reads: Reads) -> Non
         np.add.at(table[:, column], rows, getattr(reads, name))
 
 
-def time_reading(config: PretrainConfig, sampler: PatchSampler) -> tuple[int, float]:
+def time_reading(config: PretrainConfig, sampler: DrawSource) -> tuple[int, float]:
     """(patches, patches a second) of a loader that really reads some, after its first batch."""
     batch = min(_TIMED_BATCH, config.batch_size)
     batches = max(2, config.estimate.time_patches // batch + 1)
@@ -172,9 +172,7 @@ def _cells(found: DryRun, tally: Tally) -> list[str]:
     ]
 
 
-def _told(
-    config: PretrainConfig, found: DryRun, corpus: Corpus, sampler: PatchSampler
-) -> list[str]:
+def _told(config: PretrainConfig, found: DryRun, corpus: Corpus, sampler: DrawSource) -> list[str]:
     """What no table says: slides touched, bytes beyond, time and money."""
     whole = found.whole
     size, read = corpus_bytes(corpus), found.in_the_run(whole.bytes_read)
@@ -193,7 +191,7 @@ def _told(
     return lines + _hours(config, found, sampler) + _money(config, found)
 
 
-def _hours(config: PretrainConfig, found: DryRun, sampler: PatchSampler) -> list[str]:
+def _hours(config: PretrainConfig, found: DryRun, sampler: DrawSource) -> list[str]:
     lines, rates = [], {}
     if config.estimate.time_patches:
         patches, rate = time_reading(config, sampler)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from online_patching import Corpus, PatchSampler
+from online_patching import Corpus
 from online_patching.batch_plan import BatchPlan, can_plan, plan_batch
 from online_patching.batch_plan.runs import Piece, merge, pieces_of, size_of
+from online_patching.loading.batch import DrawSource
 from online_patching.sampling.draws import Draws
 from online_patching.stores import is_remote
 
@@ -51,7 +52,7 @@ class Reads:
         return cls(place, slide, tiles, requests, wanted, read, exact.astype(bool))
 
 
-def forecast(sampler: PatchSampler, n_draws: int, gap_bytes: int) -> Iterator[tuple[Draws, Reads]]:
+def forecast(sampler: DrawSource, n_draws: int, gap_bytes: int) -> Iterator[tuple[Draws, Reads]]:
     """The first draws of a sampler and how each is read, some thousands at a time."""
     step = _AT_ONCE // sampler.patches_per_read * sampler.patches_per_read
     for first in range(0, n_draws, step):
@@ -60,7 +61,7 @@ def forecast(sampler: PatchSampler, n_draws: int, gap_bytes: int) -> Iterator[tu
         yield draws, _reads(sampler, draws, gap_bytes)
 
 
-def _reads(sampler: PatchSampler, draws: Draws, gap_bytes: int) -> Reads:
+def _reads(sampler: DrawSource, draws: Draws, gap_bytes: int) -> Reads:
     corpus = sampler.corpus
     away = {row: is_remote(corpus.uri(row)) for row in np.unique(draws.slide).tolist()}
     remote = np.asarray([away[row] for row in draws.slide.tolist()], bool)
@@ -78,7 +79,7 @@ def _reads(sampler: PatchSampler, draws: Draws, gap_bytes: int) -> Reads:
 
 
 def _planned(
-    sampler: PatchSampler, draws: Draws, places: Ints, gap_bytes: int, remote: bool
+    sampler: DrawSource, draws: Draws, places: Ints, gap_bytes: int, remote: bool
 ) -> Reads:
     """Reads of slides that are planned as arrays: one a canvas."""
     views = 1 + len(sampler.context)
@@ -114,7 +115,7 @@ def _counts(
     return len(pieces), len(runs), wanted, size_of(plan, canvas, runs), exact
 
 
-def _singles(sampler: PatchSampler, draws: Draws, places: Ints) -> Reads:
+def _singles(sampler: DrawSource, draws: Draws, places: Ints) -> Reads:
     """Reads of slides that another library reads: only its patches are known."""
     views = 1 + len(sampler.context)
     rows = []

@@ -11,8 +11,10 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pathfm.checkpoint import Checkpoint
@@ -138,16 +140,18 @@ def take(trainer: Trainer, feed: Feed) -> Taken:
     with together():
         batch = feed.next_batch()
     wait_s = time.perf_counter() - began_s
-    labels = None if batch.labels is None else torch.from_numpy(batch.labels)
-    on_cuda = trainer.device.type == "cuda"
-    pixels, labels = (
-        t.pin_memory() if t is not None and on_cuda else t
-        for t in (torch.from_numpy(batch.pixels), labels)
+    return Taken(
+        batch,
+        _on_its_way(batch.pixels, trainer.device),
+        None if batch.labels is None else _on_its_way(batch.labels, trainer.device),
+        wait_s,
     )
-    pixels = pixels.to(trainer.device, non_blocking=True)
-    if labels is not None:
-        labels = labels.to(trainer.device, non_blocking=True)
-    return Taken(batch, pixels, labels, wait_s)
+
+
+def _on_its_way(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on the device; the copy to a GPU runs beside what it works on."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def micro_batches(trainer: Trainer, given: Taken) -> list[MicroBatch]:

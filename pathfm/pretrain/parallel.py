@@ -43,7 +43,7 @@ def prepare(
     if compiled:
         for block in _blocks(module):
             # not block.compile(): hooks (sharding's among them) then stay outside of the graph
-            block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward, dynamic=False)
     if how == "fsdp" and ranks.world > 1:
         _shard(module, precision, ranks, device)
 

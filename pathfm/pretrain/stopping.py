@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from pathfm.pretrain.feed import FeedBatch
@@ -81,7 +83,7 @@ def _keep(
 ) -> Path:
     """nonfinite_step_N/rank_R.safetensors (pixels, draws, labels) and .json (numbers, places)."""
     folder = make_folder(out / f"nonfinite_step_{step}")
-    arrays = {"pixels": batch.pixels, "draws": batch.draws}
+    arrays: dict[str, NDArray[Any]] = {"pixels": batch.pixels, "draws": batch.draws}
     if batch.labels is not None:
         arrays["labels"] = batch.labels
     facts = {

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,7 +94,7 @@ class Trainer:
 def build_trainer(
     config: PretrainConfig,
     checkpoint: Checkpoint | None,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks | None = None,
     class_names: tuple[str, ...] = (),
 ) -> Trainer:
     """Method and optimizer on their device: new ones, or as the checkpoint left them.
@@ -103,6 +102,7 @@ def build_trainer(
     Raises PathfmError for what does not go together: batch and ranks, views and backbone, BatchNorm
     and micro-batches.
     """
+    ranks = ranks or Ranks()
     micro_size, n_micros = split_batch(config, ranks)
     device = device_of(config, ranks)
     precision = plan_precision(config.precision, device)
