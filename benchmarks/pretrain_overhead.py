@@ -211,10 +211,14 @@ def seldom(
         records.flush()
         save(trainer, feed, records, watch.state)
 
+    def curves() -> None:
+        watch._curves_stale = True
+        watch._draw()
+
     things: list[tuple[str, Callable[[], object], int]] = [
         ("checkpoint", checkpoint, int(own["checkpoint_every_steps"].default)),
         (f"RankMe, std, {args.monitor}", lambda: watch._measure(trainer), default.every_steps),
-        ("curves.png", lambda: watch._draw(trainer), default.every_steps),
+        ("curves.png", curves, default.pictures_every_steps),
         (f"probe, {args.pictures}", lambda: watch._score(trainer, 0), default.probe_every_steps),
         (
             "mosaic and views",

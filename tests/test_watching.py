@@ -94,6 +94,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def watch_config(labelled: Path | None = None, **changes: Any) -> WatchConfig:
     small = {"every_steps": 3, "pictures_every_steps": 6, "probe_every_steps": 4, "probe_px": 32}
+    small["curves"] = False
     return WatchConfig(**(small | {"probe_folder": labelled, "batch_size": 5} | changes))
 
 
@@ -339,7 +340,7 @@ def test_what_is_expected_follows_from_the_config():
 def test_a_run_leaves_numbers_pictures_and_a_child_run(labelled, tmp_path):
     given = trainer()
     with open_run(given.config.tracking, tmp_path, {}) as run:
-        watch = Watch(watch_config(labelled), tmp_path, run, Ranks())
+        watch = Watch(watch_config(labelled, curves=True), tmp_path, run, Ranks())
         with watch:
             watch.begin(given, batch(9))
             added = drive(watch, given, run, 0, 12)

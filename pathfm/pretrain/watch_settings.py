@@ -54,6 +54,9 @@ class WatchConfig(BaseModel, frozen=True, extra="forbid"):
         ge=1,
         description="optimizer steps between pictures of sampled patches and their views",
     )
+    curves: bool = Field(
+        True, description="draw pictures/curves.png with those pictures, and at the end"
+    )
     probe_folder: Path | None = Field(
         None, description="labelled folder FOLDER/<class>/*.png|jpg|tif to probe; unset: no probe"
     )

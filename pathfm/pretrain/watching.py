@@ -66,7 +66,7 @@ class Watch:
         self._best: dict[str, float] = dict(given.get("best", {})) if same_probe else {}
         self._collapse = CollapseWatch(config.collapse, given.get("collapse"))
         self._child: Run | None = None
-        self._curves = Curves()
+        self._curves, self._curves_stale, self._title = Curves(), False, ""
         self._monitor: Patches | None = None
         self._gpu_gb = math.nan
         self._expected = Expected()
@@ -89,7 +89,9 @@ class Watch:
         measures nothing again. The tracked run has been cut back to its checkpoint before.
         """
         self._monitor, done = monitor, int(trainer.done.step)
-        self._expected = Expected.of(trainer.config)
+        config = trainer.config
+        self._expected = Expected.of(config)
+        self._title = f"{config.method}, {config.backbone}: {self.folder.resolve().name}"
         self._open_child(trainer, done)
         if done:
             if self.ranks.first:
@@ -102,7 +104,6 @@ class Watch:
         self._curves.add(-1, self._numbers["start"])
         if self._run is not None:
             pictures = self.folder / "pictures"
-            config = trainer.config
             if any(ref.mpp for ref in monitor.refs):
                 save_mosaic(pictures / "mosaic.jpg", monitor)  # type: ignore[arg-type]
             else:  # of a folder of patches: no slides to make columns of
@@ -141,10 +142,10 @@ class Watch:
                 self._run.tag(f"collapse.{finding.rule}", f"step {done}: {finding.words}")
             if new:
                 self._run.tag("collapsed_at_step", self._collapse.first_step)
+            self._curves_stale = True
             if done % config.pictures_every_steps == 0:
                 self._show(done, trainer, batch)
-            if found or new or last:
-                self._draw(trainer)
+                self._draw()
         return found | memory
 
     def facts(self) -> dict[str, str]:
@@ -165,9 +166,7 @@ class Watch:
     def end(self, trainer: Watched) -> dict[str, Any]:
         """After the run's last step, on every rank: its start, its end, its best, its collapse."""
         start, last = self._numbers["start"], self._numbers["last"]
-        if self._run is not None:
-            self._draw(trainer)
-            self._run.picture(self.folder / "pictures" / "curves.png")
+        self._draw()
         return {
             **{f"{key}_start": value for key, value in start.items()},
             **{f"{key}_end": value for key, value in last.items()},
@@ -176,7 +175,8 @@ class Watch:
         }
 
     def close(self, status: str = "FINISHED") -> None:
-        """Ends the probe's child run and ships what is left of it; again: nothing."""
+        """Draws the curves, ends the probe's child run and ships what is left of it; again: nothing."""
+        self._draw()
         if self._child is not None:
             self._probe_run_id = self._child.run_id
             self._child.close(status)
@@ -251,10 +251,14 @@ class Watch:
         for kind in ("mosaic", "views"):
             self._run.picture(folder / f"{kind}_{done:08d}.jpg")
 
-    def _draw(self, trainer: Watched) -> None:
-        config = trainer.config
-        title = f"{config.method}, {config.backbone}: {self.folder.resolve().name}"
-        self._curves.draw(self.folder / "pictures" / "curves.png", title, self._collapse.found)
+    def _draw(self) -> None:
+        """curves.png, where steps have been done since it was drawn: it costs half a second."""
+        if self._run is None or not self._curves_stale or not self.config.curves:
+            return
+        path = self.folder / "pictures" / "curves.png"
+        self._curves.draw(path, self._title, self._collapse.found)
+        self._run.picture(path)
+        self._curves_stale = False
 
 
 def gpu_memory(device: torch.device) -> dict[str, float]:
