@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from online_patching import Corpus, ForegroundMask, PatchLoader, read_slide_index
+from online_patching.errors import StoreError
 from pathfm.checkpoint import load_newest
 from pathfm.methods.dino import Dino
 from pathfm.pretrain import run
@@ -209,3 +210,28 @@ def _tolerant(loader: Any) -> Any:
         return loader(*given, **named, max_failed_fraction=1.0)
 
     return make
+
+
+def test_a_store_that_goes_away_stops_the_run_after_the_step_it_was_in(
+    small_corpus, tmp_path, monkeypatch
+):
+    """What was learnt is saved, although no checkpoint was due; the next life goes on from there."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    run(config(small_corpus, whole))
+    true_next = PatchLoader.next_batch
+
+    def gone(self: PatchLoader) -> Any:
+        if self.batch_size == 4 and self.next_draw == 12:
+            self.close()
+            raise StoreError("s3://bucket/a.svs", "no answer after 5 tries")
+        return true_next(self)
+
+    monkeypatch.setattr(PatchLoader, "next_batch", gone)
+    with pytest.raises(StoreError, match="no answer"):
+        run(config(small_corpus, out, checkpoint_every_steps=100))
+    saved = load_newest(out / "checkpoints")
+    assert saved is not None
+    assert saved.step == 3
+    monkeypatch.undo()
+    run(config(small_corpus, out, checkpoint_every_steps=100))
+    assert_same_run(out, whole)

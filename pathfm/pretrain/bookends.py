@@ -106,10 +106,17 @@ def _last_words(
     if "rankme_start" in watched and "rankme_end" in watched:
         rankme = f"; RankMe {watched['rankme_start']:.1f} -> {watched['rankme_end']:.1f}"
     return [
-        f"{numbers['patches_seen']:,} patches, {numbers['distinct_patches']:,} distinct, "
-        f"{numbers['patches_per_s']:.1f} patches/s, {100 * numbers['wait_share']:.1f} % waiting for data",
-        f"loss {numbers['loss_first']:.3f} at first, {numbers['loss_highest']:.3f} at most (step "
-        f"{numbers['loss_highest_step']:,}), {numbers['loss_last']:.3f} at last{entropy}{rankme}",
-        f"next: pathfm embed --backbone {trainer.method.exported.name} --weights "
-        f"{shlex.quote(str(trainer.config.out))} --data LABELLED_PATCHES --name mine",
+        (
+            f"{numbers['patches_seen']:,} patches, {numbers['distinct_patches']:,} distinct, "
+            f"{numbers['patches_per_s']:.1f} patches/s, {100 * numbers['wait_share']:.1f} % waiting "
+            "for data"
+        ),
+        (
+            f"loss {numbers['loss_first']:.3f} at first, {numbers['loss_highest']:.3f} at most (step "
+            f"{numbers['loss_highest_step']:,}), {numbers['loss_last']:.3f} at last{entropy}{rankme}"
+        ),
+        (
+            f"next: pathfm embed --backbone {trainer.method.exported.name} --weights "
+            f"{shlex.quote(str(trainer.config.out))} --data LABELLED_PATCHES --name mine"
+        ),
     ]

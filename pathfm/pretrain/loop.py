@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from online_patching.errors import PatchingError
 from pathfm.checkpoint import Checkpoint
 from pathfm.methods import MicroBatch
 from pathfm.pretrain import PretrainConfig, PretrainResult
@@ -108,7 +109,8 @@ def _steps(trainer: Trainer, feed: Feed, records: Records, watch: Watch, told: T
         last = bool(stopped_by) or done.step + 1 == until
         saves = last or (done.step + 1) % config.checkpoint_every_steps == 0
         # while the device works, the next batch is read; but not past what a checkpoint speaks of
-        ahead = None if saves else take(trainer, feed)
+        ahead, failed = (None, None) if saves else take_or_fail(trainer, feed)
+        saves = saves or failed is not None
         metrics = update(trainer, given, loss)
         step_s = time.perf_counter() - began_s
         metrics["patches_per_s"] = config.batch_size / step_s
@@ -121,6 +123,8 @@ def _steps(trainer: Trainer, feed: Feed, records: Records, watch: Watch, told: T
         if saves:
             records.flush()
             save(trainer, feed, records, watch.state)
+        if failed is not None:
+            raise failed
     return stopped_by
 
 
@@ -146,6 +150,20 @@ def take(trainer: Trainer, feed: Feed) -> Taken:
         None if batch.labels is None else _on_its_way(batch.labels, trainer.device),
         wait_s,
     )
+
+
+def take_or_fail(trainer: Trainer, feed: Feed) -> tuple[Taken | None, PatchingError | None]:
+    """The next batch, or why there is none: then the step under way is finished and saved first.
+
+    Of several ranks some have got theirs, so that their streams stand at different draws: there the
+    error is raised at once, and the last checkpoint holds.
+    """
+    try:
+        return take(trainer, feed), None
+    except PatchingError as error:
+        if trainer.ranks.world > 1:
+            raise
+        return None, error
 
 
 def _on_its_way(array: NDArray[Any], device: torch.device) -> Tensor:

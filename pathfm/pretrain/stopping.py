@@ -102,5 +102,7 @@ def _keep(
 
 def device_numbers(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Scalars on a device as floats: the one moment of a step that waits for it."""
-    stacked = torch.stack([value.detach().float().reshape(()) for value in values.values()])
+    device = next(iter(values.values())).device
+    scalars = [value.detach().to(device, torch.float32).reshape(()) for value in values.values()]
+    stacked = torch.stack(scalars)
     return dict(zip(values, stacked.tolist(), strict=True))

@@ -153,11 +153,8 @@ def save(trainer: Trainer, feed: Feed, records: Records, watched: Mapping[str, A
     """
     config, done, ranks = trainer.config, trainer.done, trainer.ranks
     reading = feed.state_dict()
-    weights = {
-        f"{_METHOD}{name}": whole(t).detach().cpu()
-        for name, t in trainer.method.state_dict().items()
-    }
-    moments, groups = pack_optimizer(trainer.optimizer, whole)
+    weights = _gathered(trainer)
+    moments, groups = pack_optimizer(trainer.optimizer, whole if trainer.sharded else _itself)
     done.run_id = records.run_id
     state = {
         "config": as_dict(config),
@@ -187,10 +184,7 @@ def whole_backbone(trainer: Trainer) -> Backbone | None:
     """The backbone to keep, all of it, on rank 0; every rank must ask where weights are sharded."""
     if not trainer.sharded:
         return trainer.method.exported if trainer.ranks.first else None
-    weights = {
-        f"{_METHOD}{name}": whole(t).detach().cpu()
-        for name, t in trainer.method.state_dict().items()
-    }
+    weights = _gathered(trainer)
     return _exported(trainer, weights) if trainer.ranks.first else None
 
 
@@ -276,6 +270,20 @@ def _of_method(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if name.startswith(_METHOD)
     }
+
+
+def _gathered(trainer: Trainer) -> dict[str, Tensor]:
+    """Every tensor of the method, whole and on the CPU, on rank 0; {} elsewhere."""
+    found = {}
+    for name, tensor in trainer.method.state_dict().items():
+        one = whole(tensor)  # of shards: every rank takes part
+        if trainer.ranks.first:
+            found[f"{_METHOD}{name}"] = one.detach().cpu()
+    return found
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _exported(trainer: Trainer, weights: Mapping[str, Tensor]) -> Backbone:
