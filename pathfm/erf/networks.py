@@ -72,9 +72,8 @@ def outputs_of(model: nn.Module) -> Outputs:
 
         def tokens(rgb: Tensor) -> dict[str, tuple[Tensor, int, float]]:
             mean, sd = (torch.tensor(v)[:, None, None] for v in (model.mean, model.std))
-            side = rgb.shape[-1] // model.patch_size
-            patches = model((rgb - mean) / sd)[:, -(side**2) :]
-            grid = patches.transpose(1, 2).reshape(1, -1, side, side)
+            _, patches = model.tokens((rgb - mean) / sd)
+            grid = patches.transpose(1, 2).reshape(1, -1, *model.grid(rgb.shape[-1]))
             return {"tokens": (grid, model.patch_size, model.patch_size / 2)}
 
         return tokens
