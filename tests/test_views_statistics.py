@@ -125,7 +125,7 @@ def test_the_numbers_of_stored_runs_stay_as_they_were():
     """Golden: drawn before stain jitter was there. Words may only be appended."""
     spec = ViewSpec(size_px=48, scale=(0.2, 0.9), solarize=0.5)
     drawn = draw_views(spec, 7, np.array([0, 1_000_003, 2**40]), 3, 256)
-    golden = {
+    golden: dict[str, list[float]] = {
         "x": [7.868674616992042, 83.21724390856963, 22.728001652332797],
         "y": [5.762654117525363, 16.2681901603346, 12.810543006505107],
         "width": [246.74448927747932, 139.54987473253806, 164.448762392322],
