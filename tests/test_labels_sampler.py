@@ -226,6 +226,33 @@ def test_a_view_shares_tiles_and_levels_with_its_corpus():
     assert view.digest != view.base.digest
 
 
+def test_another_region_is_another_view_and_another_stream():
+    corpus, (_, b, _) = three_corpus(), three_slides()[0]
+    shapes = islands(), islands()
+    shapes[1][5, 8] = False  # one cell of 880
+    views = [CorpusView(corpus, [1], [mask_of(b, tissue)]) for tissue in shapes]
+    assert views[0].digest != views[1].digest
+    one, other = (BalancedSampler(view, [0], ["a"], **COMMON).digest for view in views)
+    assert one != other
+
+
+def test_what_a_region_can_serve_follows_from_the_region_not_from_its_slide():
+    """A spot of 4 x 4 cells, 52 µm across: room for 32 µm of tissue in a patch, not for 128 µm."""
+    corpus, (_, b, _) = three_corpus(), three_slides()[0]
+    spot = np.zeros((62, 100), bool)
+    spot[10:14, 10:14] = True
+    view = CorpusView(corpus, [1, 1], [mask_of(b, spot), mask_of(b, islands())])
+    sampler = BalancedSampler(view, [0, 1], ["spot", "all"], size_px=128, mpp=[0.25, 1.0], seed=1)
+    draws = np.arange(400)
+    mpp, label = sampler.draw_batch(draws).mpp, sampler.labels(draws)
+    assert set(mpp[label == 0].tolist()) == {0.25}
+    assert set(mpp[label == 1].tolist()) == {0.25, 1.0}
+    with pytest.raises(
+        errors.SamplerError, match=r"class 'spot': 0 of 1 row\(s\), 0.0027 mm² together"
+    ):
+        BalancedSampler(view, [0, 1], ["spot", "all"], size_px=128, mpp=1.0)
+
+
 def test_quarantine_of_a_slide_holds_for_all_its_regions():
     sampler = BalancedSampler(two_islands(), [0, 1, 0], ["a", "b"], **COMMON)
     with pytest.raises(errors.SamplerError, match="class 'b'"):
