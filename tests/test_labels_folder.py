@@ -304,7 +304,12 @@ def test_a_damaged_picture_is_replaced_within_its_class_counted_and_listed(folde
             assert np.bincount(batch.labels).tolist() == [2, 2, 2]
             assert all(ref.slide_id != "b/1.jpg" for ref in batch.refs)
     with feed(root, threads=1) as other:
-        assert_same(take(other, 10), batches)
+        assert_same(take(other, 4), batches[:4])
+        state = other.state_dict()
+    with feed(root) as resumed:
+        resumed.load_state_dict(state)
+        assert_same(take(resumed, 6), batches[4:])
+        assert resumed.state_dict()["failed"] == {"b/1.jpg": len(failures)}  # of both lives
 
 
 def test_too_many_damaged_pictures_stop_the_stream_with_a_list(folder, tmp_path):
