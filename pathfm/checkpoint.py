@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from online_patching.errors import StoreError
 from online_patching.stores.local import atomic_write_text
 from pathfm.runtime import PathfmError, make_folder
 
@@ -83,13 +84,13 @@ def save_checkpoint(
             target.rename(root / f"{_UNFINISHED}old-{target.name}")
         work.rename(target)
         _sync(root)
-    except (OSError, SafetensorError) as error:
+        atomic_write_text(root / LAST, target.name + "\n")
+    except (OSError, SafetensorError, StoreError) as error:
         shutil.rmtree(work, ignore_errors=True)
         raise PathfmError(
             f"checkpoint {target} cannot be written: {error}. Free space; the run resumes from "
-            "the one before"
+            "the newest whole one"
         ) from error
-    atomic_write_text(root / LAST, target.name + "\n")
     others = (old for old in _folders(root) if old != target and not _damage(old))
     kept = {target, *islice(others, keep_last - 1)}
     for old in set(_folders(root)) - kept:
@@ -198,7 +199,9 @@ def cpu_type() -> str:
     """The processor's name and the widest instructions torch uses of it."""
     name = platform.processor() or platform.machine()
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
         name = found[1].strip() if found else name
     except OSError:
         pass

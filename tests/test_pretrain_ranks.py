@@ -220,19 +220,23 @@ def test_torchrun_trains_and_ends_when_a_rank_is_killed(small_corpus, tmp_path):
     given = config(small_corpus, tmp_path / "run", steps=10_000, checkpoint_every_steps=2)
     yaml = save_config(given, tmp_path, "given.yaml")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    with subprocess.Popen(
+    process = subprocess.Popen(
         [*torchrun, "--standalone", "-m", "pathfm", "pretrain", str(yaml)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-    ) as process:
+    )
+    try:
         wait_for_rows(given.out, 3, 200)
         ranks = subprocess.run(
             ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
         ).stdout.split()
         os.kill(int(ranks[-1]), signal.SIGKILL)
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=90)
+    finally:
+        process.terminate()  # it ends its ranks
+        process.communicate()
     assert process.returncode != 0, said
     saved = load_newest(given.out / "checkpoints")
     assert saved is not None

@@ -1,0 +1,116 @@
+"""Ranks: alone everything is the identity; two processes of gloo compute what one would."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pathfm import ranks
+from pathfm.runtime import PathfmError
+
+
+def test_alone_everything_is_the_identity(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    rows = torch.ones(2, 3, requires_grad=True)
+    with ranks.open_ranks("cpu") as us:
+        assert (us, us.first) == (ranks.Ranks(0, 1, 0), True)
+        assert ranks.gather_rows(rows, grad=True) is rows
+        assert not ranks.gather_rows(rows).requires_grad
+        assert torch.equal(ranks.sum_over_ranks(rows), rows)
+        assert ranks.gather_objects({"a": 1}) == [{"a": 1}]
+        assert ranks.agree([3, 0]) == [3, 0]
+        with pytest.raises(KeyError), ranks.together():
+            raise KeyError
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is ''"),
+        ({"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0"}, "RANK is 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "RANK 2 is not below WORLD_SIZE 2"),
+    ],
+)
+def test_variables_that_make_no_sense_are_told(monkeypatch, variables, words):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PathfmError, match=words), ranks.open_ranks("cpu"):
+        pass
+
+
+SCRIPT = """
+import sys
+import torch
+from pathfm import ranks
+
+with ranks.open_ranks("cpu") as us:
+    everything = torch.arange(12.0, dtype=torch.float64).reshape(4, 3) / 7
+    weights = torch.linspace(-1, 2, 16, dtype=torch.float64).reshape(4, 4)
+
+    def objective(rows):  # every pair of rows matters
+        return ((rows @ rows.T) * weights).square().sum()
+
+    ours = everything[2 * us.rank : 2 * us.rank + 2].clone().requires_grad_()
+    everybody = ranks.gather_rows(ours, grad=True)
+    assert torch.equal(everybody, everything)
+    # each rank's loss is the whole objective: their mean is it too, and so must the mean gradient be
+    objective(everybody).backward()
+    whole = everything.clone().requires_grad_()
+    objective(whole).backward()
+    torch.testing.assert_close(ours.grad / 2, whole.grad[2 * us.rank : 2 * us.rank + 2])
+
+    uneven = ranks.gather_rows(everything[: us.rank + 1])
+    assert torch.equal(uneven, torch.cat([everything[:1], everything[:2]]))
+    assert torch.equal(ranks.sum_over_ranks(torch.tensor([1.0, us.rank])), torch.tensor([2.0, 1.0]))
+    assert ranks.gather_objects(us.rank * 10) == [0, 10]
+    assert ranks.agree([us.rank, 5 - us.rank]) == [1, 5]
+    with ranks.together():
+        pass
+    try:
+        with ranks.together():
+            if us.rank == 1:
+                raise ValueError("no such slide")
+    except ranks.PeerError as error:
+        assert us.rank == 0 and "rank 1 failed: no such slide" in str(error), error
+    except ValueError:
+        assert us.rank == 1
+    else:
+        raise AssertionError("both must fail")
+    assert ranks.gather_objects(us.rank) == [0, 1]  # and still in step
+    print("fine")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_gather_sum_agree_and_fail_together():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out) == (0, "fine\n"), err
