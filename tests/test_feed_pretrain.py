@@ -321,3 +321,13 @@ def test_a_run_on_labelled_patches_goes_on_bit_for_bit_and_keeps_its_classes(
     (moved / "q").rename(moved / "z")
     with pytest.raises(errors.StateMismatchError, match="classes p, q, r; now there are p, r, z"):
         run(parts.model_copy(update={"labels": labels, "steps": 4, "stop_after_steps": None}))
+
+
+def test_ranks_agree_on_failures_and_one_alone_asks_nobody(data):
+    for ranks, asks in ((Ranks(0, 2, 0), True), (Ranks(), False)):
+        with (
+            opened(config(data, "none"), ranks) as slides,
+            opened(config(data, "patches"), ranks) as pictures,
+        ):
+            assert (slides._loader.gather is not None) == asks
+            assert (pictures._pictures._gather is not None) == asks
