@@ -88,14 +88,6 @@ def small_corpus(small_indexes: list[SlideIndex], tmp_path_factory: pytest.TempP
     return folder
 
 
-@pytest.fixture
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw no curves, which cost more than all the rest of a tiny one."""
-    from pathfm.pretrain.curves import Curves
-
-    monkeypatch.setattr(Curves, "draw", lambda *_: None)
-
-
 @pytest.fixture(scope="session")
 def s3_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudServer]:
     """An S3 server with an empty bucket; `s3_cloud.enter(monkeypatch)` makes it the one to be asked."""

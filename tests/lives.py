@@ -131,9 +131,7 @@ def serve() -> None:
 
     import pathfm.methods.dino
     import pathfm.pretrain.loop  # noqa: F401
-    from pathfm.pretrain.curves import Curves
 
-    Curves.draw = lambda *_: None  # type: ignore[method-assign]  # dearer than all of a tiny run
     torch.set_num_threads(1)
     for line in sys.stdin:
         question = json.loads(line)

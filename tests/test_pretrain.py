@@ -25,8 +25,6 @@ from pathfm.pretrain.trainer import build_trainer
 from pathfm.runtime import PathfmError, save_config
 from tests.pretraining import TINY, assert_same_run, config, losses
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 
 @pytest.fixture(scope="module")
 def corpus(small_corpus: Path) -> Path:

@@ -27,7 +27,6 @@ from tests.lives import Nursery
 from tests.pretraining import assert_same_run, config, losses
 
 KILLS = 20
-pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,6 @@ from pathfm.runtime import PathfmError, save_config
 from tests.lives import Nursery
 from tests.pretraining import TINY, assert_same_run, config, losses
 
-pytestmark = pytest.mark.usefixtures("no_curves")
 
 GLOBALS = {"global_1": {"size_px": 32}, "global_2": {"size_px": 32}}
 SMALL_HEAD = {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16}
