@@ -14,91 +14,15 @@ from pathfm.backbone import export_backbone, load_backbone
 from pathfm.checkpoint import save_checkpoint
 from pathfm.cli import main
 from pathfm.export import ExportConfig, run, without_places
-from pathfm.export.eva import TASKS
 from pathfm.runtime import PathfmError
+from tests.exporting import NAME, backbone, finished_run, probe_file
 
-NAME = "vit_tiny_patch16_224"
-TINY: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 FILES = "README.md config.json export.json model.safetensors recipe.yaml".split()
-
-
-def backbone(seed=1, side_px=32):
-    made = load_backbone(NAME, f"random:{seed}", side_px, **TINY)
-    made.mean, made.std = (0.7, 0.6, 0.5), (0.1, 0.2, 0.3)
-    return made
 
 
 @pytest.fixture
 def finished(tmp_path) -> Path:
-    """A run folder as pretrain leaves it."""
-    folder = tmp_path / "runs" / "mine"
-    made = backbone()
-    export_backbone(made, folder / "backbone")
-    settings = {
-        "corpus": "/secret/hospital/corpus",
-        "out": "/secret/runs/mine",
-        "method": "dino",
-        "backbone": NAME,
-        "weights": "/secret/weights/first.safetensors",
-        "patch_px": 64,
-        "mpp": [0.5, 1.0],
-        "batch_size": 8,
-        "steps": 1200,
-        "dino": {"out_dim": 64},
-        "dinov2": {"out_dim": 99},
-        "tracking": {"uri": "https://mlflow.secret.org"},
-        "seed": 7,
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    summary = {
-        "steps": 1200,
-        "patches_seen": 9600,
-        "distinct_patches": 9000,
-        "slides_seen": 3,
-        "loss_first": 4.2,
-        "loss_last": 3.9,
-        "rankme_start": 10.0,
-        "rankme_end": 12.5,
-        "init": "weights from /secret secret/first/backbone, 30 of 30 tensors",
-        "precision": "fp32",
-        "device": "cpu",
-        "backbone_digest": made.digest,
-        "corpus_digest": "c0ffee" * 10,
-        "slide_share": {"PATIENT-0815": 1.0},
-    }
-    (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
-
-
-def probe_file(path: Path, digest: str, input_px: int = 32, name: str = "mine|<b>") -> Path:
-    def row(name, digest, mean):
-        scores = {"mean": mean, "sd": 0.011, "values": [mean], "recall": [], "confusion": []}
-        return {
-            "name": name,
-            "backbone": NAME,
-            "backbone_digest": digest,
-            "weights_note": "weights from /secret/place, all tensors",
-            "dim": 24,
-            "precision": "fp32",
-            "rankme": 11.1,
-            "probes": {"logistic": scores, "knn": scores},
-        }
-
-    probe = {
-        "data": "colorectal5",
-        "data_digest": "d1d1d1d1d1d1d1d1",
-        "input_px": input_px,
-        "classes": ["a", "b"],
-        "n": 200,
-        "n_train": 140,
-        "n_test": 60,
-        "n_seeds": 5,
-        "k": 20,
-        "backbones": [row("init", "0" * 64, 0.789), row(name, digest, 0.851)],
-        "caveats": ["No slide ids."],
-    }
-    path.write_text(json.dumps(probe))
-    return path
+    return finished_run(tmp_path / "runs" / "mine")
 
 
 def test_timm_loads_the_folder_and_computes_the_same(finished, tmp_path):
@@ -334,74 +258,3 @@ def test_places_are_cut_to_their_last_part():
         "d": "",
         "e": 0.5,
     }
-
-
-# --- kaiko-eva ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def eva_folder(finished, tmp_path) -> Path:
-    run(ExportConfig(run=finished, out=tmp_path / "tiny"))
-    return tmp_path / "tiny" / "eva"
-
-
-def class_paths(part: Any) -> set[str]:
-    if isinstance(part, dict):
-        own = {part["class_path"]} if "class_path" in part else set()
-        return own.union(*(class_paths(value) for value in part.values()))
-    return set().union(*map(class_paths, part)) if isinstance(part, list) else set()
-
-
-def test_there_is_a_config_for_each_task_of_the_protocol(eva_folder):
-    assert sorted(p.stem for p in eva_folder.iterdir()) == sorted(TASKS)
-    for task, known in TASKS.items():
-        config = yaml.safe_load((eva_folder / f"{task}.yaml").read_text())
-        head = config["model"]["init_args"]["head"]["init_args"]
-        assert head == {
-            "in_features": 24,
-            "out_features": 1 if known.n_classes == 2 else known.n_classes,
-        }
-        predict = config["data"]["init_args"]["datasets"]["predict"]
-        assert [part["init_args"]["split"] for part in predict] == list(known.splits)
-        transforms = predict[0]["init_args"]["transforms"]["init_args"]
-        assert transforms["mean"] == [0.7, 0.6, 0.5]
-        assert transforms["size"] == "${oc.env:RESIZE_DIM, 224}"
-        writer = config["trainer"]["init_args"]["callbacks"][-1]["init_args"]
-        assert writer["dataloader_idx_map"] == dict(enumerate(known.splits))
-        assert writer["backbone"]["init_args"]["model_name"] == "local-dir:${oc.env:MODEL_DIR, .}"
-
-
-EVA_PATHS = set(
-    """eva.DataModule eva.HeadModule eva.Trainer eva.callbacks.ClassificationEmbeddingsWriter
-    eva.callbacks.ConfigurationLogger eva.datasets.EmbeddingsClassificationDataset
-    eva.metrics.AverageLoss eva.metrics.BinaryClassificationMetrics
-    eva.metrics.MulticlassClassificationMetrics eva.vision.data.transforms.common.ResizeAndCrop
-    eva.vision.datasets.BACH eva.vision.datasets.BRACS eva.vision.datasets.BreaKHis
-    eva.vision.datasets.CRC eva.vision.datasets.GleasonArvaniti eva.vision.datasets.MHIST
-    eva.vision.datasets.PatchCamelyon eva.vision.datasets.UniToPatho eva.vision.models.TimmModel""".split()
-)
-"""Every one was imported from kaiko-eva 0.4.5."""
-
-
-def test_the_class_paths_are_those_that_eva_has(eva_folder):
-    found = set().union(*(class_paths(yaml.safe_load(p.read_text())) for p in eva_folder.iterdir()))
-    assert {path for path in found if path.startswith("eva.")} == EVA_PATHS
-    others = {path for path in found if not path.startswith(("eva.", "lightning."))}
-    assert others == {"torch.nn.Linear", "torch.optim.AdamW", "torchvision.transforms.v2.ToDtype"}
-
-
-def test_the_backbone_part_loads_what_was_exported(eva_folder):
-    """As eva's TimmModel calls timm: from inside the folder, with its own empty settings."""
-    config = yaml.safe_load((eva_folder / "bach.yaml").read_text())
-    told = config["trainer"]["init_args"]["callbacks"][-1]["init_args"]["backbone"]["init_args"]
-    name = told["model_name"].replace("${oc.env:MODEL_DIR, .}", str(eva_folder.parent))
-    model: Any = timm.create_model(
-        model_name=name,
-        pretrained=told["pretrained"],
-        pretrained_cfg={},
-        out_indices=None,
-        features_only=False,
-    )
-    x = torch.zeros(1, 3, 224, 224)
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), backbone().embed(x))
