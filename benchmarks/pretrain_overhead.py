@@ -154,7 +154,7 @@ def every_step(
             _settled(run)  # what the thread still ships is this block's
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()
-        return (clock() - began) / args.steps
+        return (clock() - began) / int(args.steps)
 
     block(whole=True)  # warm-up: threads, caches, MLflow's tables
     pairs = [(block(whole=False), block(whole=True)) for _ in range(args.blocks)]
@@ -168,7 +168,7 @@ def every_step(
         f"what is told at every step, alone (300 steps without training): {1000 * alone:.2f} ms, "
         f"{100 * alone / bare:.3f} % of this step; 1 % of a step of {100 * alone:.2f} s"
     )
-    return bare
+    return float(bare)
 
 
 def _cost_of_telling(
@@ -254,6 +254,7 @@ def seldom(
 def _settled(run: Run) -> None:
     """Waits, without work, until MLflow has everything that was told."""
     while run._journal.pending_rows:
+        assert run._shipper is not None
         run._shipper._wake.set()
         time.sleep(1.0)
 

@@ -185,13 +185,14 @@ def test_modes_are_put_back_also_when_embedding_fails():
 
 
 def test_the_test_part_of_the_folder_is_never_opened(labelled, monkeypatch):
-    import pathfm.datasets.preparing as preparing
+    from pathfm.datasets import folder as reading
+    from pathfm.datasets import preparing
     from pathfm.pretrain.probing import InTrainingProbe
 
     folder = scan_folder(labelled)
     outer = stratified_split(folder.labels, 0.3, 0, 0, folder.groups)
     opened: list[Path] = []
-    real: Callable[..., Any] = preparing.read_picture
+    real: Callable[..., Any] = reading.read_picture
     monkeypatch.setattr(
         preparing, "read_picture", lambda path: (opened.append(path), real(path))[1]
     )
@@ -397,8 +398,10 @@ def test_a_resumed_run_measures_what_the_uninterrupted_one_did(labelled, tmp_pat
 
 
 def test_ranks_measure_the_same_as_one(labelled, tmp_path, monkeypatch):
+    trainers = [trainer() for _ in range(4)]  # not in threads: weights come from a global generator
+
     def life(rank: int, world: int) -> list[dict[str, float]]:
-        given = trainer()
+        given = trainers[rank if world == 3 else 3]
         folder = tmp_path / f"{world}" / f"{rank}"
         run = open_run(given.config.tracking, folder, {}) if rank == 0 else None
         watch = Watch(watch_config(labelled), folder, run, Ranks(rank, world, rank))
@@ -442,6 +445,26 @@ def test_a_probe_folder_that_cannot_be_used_is_refused_in_one_line(
     with pytest.raises(PathfmError, match=said) as caught:
         Watch(watch_config(labelled, **changes), tmp_path, None, Ranks())
     assert "\n" not in str(caught.value)
+
+
+def test_a_disk_that_refuses_a_picture_costs_the_picture_only(
+    labelled, tmp_path, capsys, monkeypatch
+):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    given = trainer(steps=6)
+    run = open_run(given.config.tracking, tmp_path, {})
+    monkeypatch.setattr("pathfm.pretrain.showing.atomic_write_bytes", full)
+    monkeypatch.setattr("pathfm.pretrain.curves.atomic_write_bytes", full)
+    with Watch(watch_config(labelled, curves=True), tmp_path, run, Ranks()) as watch:
+        watch.begin(given, batch(9))
+        added = drive(watch, given, run, 0, 6)
+        assert watch.end(given)["rankme_end"] == added[5]["rankme"]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert len(warnings) == 4  # views, two of step 6, curves
+    assert all("No space left" in line for line in warnings)
+    assert "mosaic_00000006" not in (tmp_path / "tracking_tasks.jsonl").read_text()
 
 
 def test_curves_of_a_million_steps_stay_small_and_keep_what_is_seldom(tmp_path):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ from pathfm.pretrain.records import save_mosaic
 from pathfm.pretrain.showing import save_batch, save_view_rows
 from pathfm.pretrain.watch_settings import WatchConfig
 from pathfm.ranks import Ranks
+from pathfm.runtime import PathfmError, one_line
 from pathfm.tracking import Run, open_run, read_metrics, unfinished_run
 
 PROBE_FOLDER = "probe"
@@ -103,16 +104,11 @@ class Watch:
         self._numbers["last"] = dict(self._numbers["start"])
         self._curves.add(-1, self._numbers["start"])
         if self._run is not None:
-            pictures = self.folder / "pictures"
-            if any(ref.mpp for ref in monitor.refs):
-                save_mosaic(pictures / "mosaic.jpg", monitor)  # type: ignore[arg-type]
-            else:  # of a folder of patches: no slides to make columns of
-                save_batch(pictures / "mosaic.jpg", monitor)
-            save_view_rows(pictures / "views.jpg", monitor, config.views.specs, config.seed)
-            for name in ("mosaic.jpg", "views.jpg"):
-                self._run.picture(pictures / name)
             start = self._numbers["start"]
             self._run.summary(**{f"{key}_start": value for key, value in start.items()})
+        self._keep(
+            {"mosaic.jpg": self._save_monitor, "views.jpg": self._save_views(monitor, config)}
+        )
 
     def after_step(
         self, step: int, trainer: Watched, batch: Patches, metrics: Mapping[str, float]
@@ -242,22 +238,45 @@ class Watch:
         self._child.cohort(data.folder.root.name, data.digest, "evaluation")
         print(f"pretrain: probe every {self.config.probe_every_steps:,} steps: {data.words}")
 
+    def _save_monitor(self, path: Path) -> None:
+        monitor = self._monitor
+        assert monitor is not None
+        if any(ref.mpp for ref in monitor.refs):
+            save_mosaic(path, monitor)  # type: ignore[arg-type]
+        else:  # of a folder of patches: no slides to make columns of
+            save_batch(path, monitor)
+
+    def _save_views(self, batch: Patches, config: Any) -> Callable[[Path], None]:
+        return lambda path: save_view_rows(path, batch, config.views.specs, config.seed)
+
     def _show(self, done: int, trainer: Watched, batch: Patches) -> None:
         """Patches and views of this step's batch (the first rank's part), kept by step."""
-        assert self._run is not None
-        folder, config = self.folder / "pictures" / "steps", trainer.config
-        save_batch(folder / f"mosaic_{done:08d}.jpg", batch)
-        save_view_rows(folder / f"views_{done:08d}.jpg", batch, config.views.specs, config.seed)
-        for kind in ("mosaic", "views"):
-            self._run.picture(folder / f"{kind}_{done:08d}.jpg")
+        self._keep(
+            {
+                f"steps/mosaic_{done:08d}.jpg": lambda path: save_batch(path, batch),
+                f"steps/views_{done:08d}.jpg": self._save_views(batch, trainer.config),
+            }
+        )
+
+    def _keep(self, pictures: Mapping[str, Callable[[Path], None]]) -> None:
+        """Draws under `pictures/` and tells MLflow; a disk that refuses costs the picture only."""
+        if self._run is None:
+            return
+        for name, save in pictures.items():
+            path = self.folder / "pictures" / name
+            try:
+                save(path)
+            except (OSError, PathfmError) as error:
+                print(f"pretrain: WARNING {path} could not be drawn: {one_line(error)}", flush=True)
+            else:
+                self._run.picture(path)
 
     def _draw(self) -> None:
         """curves.png, where steps have been done since it was drawn: it costs half a second."""
         if self._run is None or not self._curves_stale or not self.config.curves:
             return
-        path = self.folder / "pictures" / "curves.png"
-        self._curves.draw(path, self._title, self._collapse.found)
-        self._run.picture(path)
+        found, title = self._collapse.found, self._title
+        self._keep({"curves.png": lambda path: self._curves.draw(path, title, found)})
         self._curves_stale = False
 
 
