@@ -325,9 +325,9 @@ def test_a_run_on_labelled_patches_goes_on_bit_for_bit_and_keeps_its_classes(
 
 def test_ranks_agree_on_failures_and_one_alone_asks_nobody(data):
     for ranks, asks in ((Ranks(0, 2, 0), True), (Ranks(), False)):
-        with (
-            opened(config(data, "none"), ranks) as slides,
-            opened(config(data, "patches"), ranks) as pictures,
+        for kind, inner, gather in (
+            ("none", "_loader", "gather"),
+            ("patches", "_pictures", "_gather"),
         ):
-            assert (slides._loader.gather is not None) == asks
-            assert (pictures._pictures._gather is not None) == asks
+            with opened(config(data, kind), ranks) as feed:
+                assert (getattr(getattr(feed, inner), gather) is not None) == asks
