@@ -21,7 +21,7 @@ from pathfm.segmentation.train_settings import TrainSettings
 from pathfm.tracking import TrackingConfig, open_run
 
 WEIGHTS = "weights.safetensors"
-_RULES = 2  # raised when the way from thumbnail to crop changes: older weights are made anew
+_RULES = 3  # raised when the way from thumbnail to crop changes: older weights are made anew
 _NOT_OF_THE_WEIGHTS = {
     "out", "tracking", "pictures", "templates", "start", "validate_every_steps", "checkpoint_every_steps", "device",
 }  # fmt: skip

@@ -13,7 +13,10 @@ _GLASS = f32([(246, 246, 246), (252, 252, 252), (241, 241, 242), (240, 238, 250)
 
 def lay_glass(c: Canvas) -> None:
     """Glass of some tint, with uneven light, grime, stains and seams."""
-    c.rgb[:] = np.minimum(_GLASS[c.rng.integers(len(_GLASS))] + f32(c.rng.normal(0, 3, 3)), 255)
+    tone = _GLASS[c.rng.integers(len(_GLASS))] + f32(c.rng.normal(0, 3, 3))
+    if c.chance(0.2):  # any tint, as strong as old mountant or a badly balanced camera make it
+        tone = f32(c.between(225, 255) - c.rng.uniform(0, 34, 3))
+    c.rgb[:] = np.clip(tone, 0, 255)
     if c.chance(0.5):  # uneven light
         c.rgb += (c.noise(c.size / 2, 1) * c.between(0.5, 4))[..., None]
     if c.chance(0.3):  # a gradient across the slide

@@ -1,4 +1,4 @@
-"""Marker on the slide: strokes, rings, dots, letters; wet and opaque, or dry and streaky."""
+"""Marker on the slide: strokes, rings, loops, dots, letters; wet and opaque, or dry and streaky."""
 
 from __future__ import annotations
 
@@ -22,11 +22,18 @@ def lay_pen(c: Canvas) -> None:
         return
     for _ in range(2 if c.chance(0.15) else 1):
         ink = _ink_colour(c)
-        style = c.pick("strokes", "ring", "dots", "letters", p=(0.5, 0.25, 0.12, 0.13))
+        style = c.pick("strokes", "ring", "loops", "dots", "letters", p=(0.4, 0.2, 0.18, 0.1, 0.12))
         width = c.span(3, 30)
         if style == "ring":
             points = ring(c, c.size * c.between(0.2, 0.52), c.between(0, 0.5), c.between(0.6, 1.1))
             _ink(c, ink, points, min(width, 14))
+        elif style == "loops":  # around what a pathologist wants cut out, mostly on tissue
+            spots = np.argwhere(c.tissue)[:, ::-1]
+            for _ in range(int(c.between(2, 13))):
+                loop = ring(c, c.span(0.02, 0.09) * c.size, c.between(0, 0.6), c.between(0.8, 1.2))
+                on = len(spots) and c.chance(0.8)
+                to = spots[c.rng.integers(len(spots))] if on else c.rng.uniform(0, c.size, 2)
+                _ink(c, ink, loop - loop.mean(axis=0) + to, c.span(2.5, 10))
         elif style == "dots":
             for _ in range(int(c.between(1, 7))):
                 at = c.rng.uniform(0, c.size, 2)

@@ -49,7 +49,7 @@ _TABLE = (
 
 
 def draw_stain(c: Canvas) -> Stain:
-    """A stain of random kind, tone and strength: a fifth pale, a tenth very dark."""
+    """A stain of random kind, tone and strength: a fifth pale, a sixth very dark."""
     chances = np.array([row[0] for row in _TABLE])
     number = int(c.rng.choice(len(_TABLE), p=chances / chances.sum()))
     _, name, matrix, nuclei, target, most, spread = _TABLE[number]
@@ -58,7 +58,7 @@ def draw_stain(c: Canvas) -> Stain:
         f32(od) * (together * (1 + c.rng.uniform(-spread, spread, 3) / 2)).astype(np.float32)
         for od in (matrix, nuclei, target)
     ]
-    kind = int(np.searchsorted((0.2, 0.9), c.between(0, 1), side="right"))
+    kind = int(np.searchsorted((0.2, 0.83), c.between(0, 1), side="right"))
     strength = c.span(*((0.18, 0.45), (0.5, 1.3), (1.3, 2.8))[kind])
     if number in (2, 3) and c.chance(0.35):  # IHC without a positive cell
         most = 0.0
