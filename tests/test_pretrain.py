@@ -466,6 +466,7 @@ def test_threads_are_restored_and_another_machine_is_told_of(corpus, tmp_path, c
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # inside the compiler
 def test_compiled_blocks_learn_the_same(corpus, tmp_path):
     plain, compiled = tmp_path / "plain", tmp_path / "compiled"
     run(config(corpus, plain, steps=2))

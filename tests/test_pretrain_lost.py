@@ -44,18 +44,21 @@ def rows(out: Path) -> int:
 def test_kill_9_at_twenty_random_points_changes_nothing(small_corpus, tmp_path, nursery):
     changes: dict[str, Any] = {"steps": 30, "checkpoint_every_steps": 2, "batch_size": 2}
     whole = tmp_path / "whole"
-    began_s = time.monotonic()
-    pid = nursery.start(save_config(config(small_corpus, whole, **changes), tmp_path, "w.yaml"),
-                        tmp_path / "whole.log")  # fmt: skip
-    assert nursery.ended(pid) == 0, (tmp_path / "whole.log").read_text()
-    life_s = time.monotonic() - began_s
+    log = tmp_path / "whole.log"
+    given = save_config(config(small_corpus, whole, **changes), tmp_path, "whole.yaml")
+    assert nursery.ended(nursery.start(given, log)) == 0, log.read_text()
+    times_ms = [row["time_ms"] for row in read_rows(whole / "metrics.jsonl")]
+    step_s = (times_ms[-1] - times_ms[0]) / 1000 / len(times_ms)  # checkpoints among it
     chance, kills, steps_at = random.Random(6), 0, []
     for number in range(KILLS):
         out, log = tmp_path / f"killed{number}", tmp_path / f"killed{number}.log"
         given = save_config(config(small_corpus, out, **changes), tmp_path, f"{number}.yaml")
         while True:
-            pid = nursery.start(given, log)
-            time.sleep(chance.uniform(0, 0.6 * life_s))
+            # some steps further than the life before came (0: while it starts), and anywhere in one
+            pid, until = nursery.start(given, log), rows(out) + chance.randint(0, 4)
+            while rows(out) < until and not (out / "summary.json").exists():
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 3 * step_s))
             os.kill(pid, signal.SIGKILL)
             code = nursery.ended(pid)
             if code != -signal.SIGKILL:

@@ -26,7 +26,6 @@ from pathfm.runtime import PathfmError, save_config
 from tests.lives import Nursery
 from tests.pretraining import TINY, assert_same_run, config, losses
 
-
 GLOBALS = {"global_1": {"size_px": 32}, "global_2": {"size_px": 32}}
 SMALL_HEAD = {"out_dim": 64, "hidden_dim": 32, "bottleneck_dim": 16}
 METHODS: dict[str, dict[str, Any]] = {
