@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ class Journal:
                 return Slice(name, [], [], self._rewinds)
             with path.open("rb") as file:
                 file.seek(start)
-                lines = [file.readline() for _ in range(limit)]
+                lines = list(islice(file, limit))
         lines = [line for line in lines if line.endswith(b"\n")]
         ends = [start + size for size in accumulate(map(len, lines))]
         return Slice(name, [json.loads(line) for line in lines], ends, self._rewinds)
