@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -133,10 +135,18 @@ def serve() -> None:
     import pathfm.pretrain.loop  # noqa: F401
 
     torch.set_num_threads(1)
+    born: list[int] = []
     for line in sys.stdin:
         question = json.loads(line)
         waits = "wait" in question
-        print(_waited(**question) if waits else _born(question), flush=True)
+        answer = _waited(**question) if waits else _born(question)
+        if not waits:
+            born.append(int(answer))
+        print(answer, flush=True)
+    for pid in born:  # whoever asked is gone: no run outlives its test
+        with suppress(ChildProcessError):  # ended and asked about
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
