@@ -35,6 +35,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "supcon": {"method": "supcon", "views": GLOBALS},
     "supervised": {"method": "supervised", "views": {"global_1": {"size_px": 32}}},
 }
+RESNET: dict[str, Any] = {
+    "backbone": "test_resnet",
+    "views": TINY["views"] | {"local": {"size_px": 32}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +155,34 @@ def test_batchnorm_sees_the_batch_of_all_ranks(small_corpus, tmp_path, nursery):
         torch.testing.assert_close(two.tensors[name], one.tensors[name], rtol=1e-3, atol=1e-5)
     with pytest.raises(PathfmError, match=r"BatchNorm \(\d+ layers\) needs the whole batch"):
         run(config(small_corpus, tmp_path / "no", **changes, micro_batch_size=2))
+
+
+@pytest.mark.slow
+def test_a_sharded_teacher_averages_running_statistics_too(small_corpus, tmp_path, nursery):
+    """DINO with BatchNorm under FSDP, against whole weights: teacher, student and their buffers."""
+    lives = Lives(nursery, small_corpus, tmp_path, **RESNET, steps=2)
+    whole, gradient = lives.run("ddp", 2)
+    out, ours = lives.run("fsdp", 2, parallel="fsdp")
+    assert_close(ours, gradient)
+    one, two = (load_newest(folder / "checkpoints") for folder in (whole, out))
+    assert one is not None
+    assert two is not None
+    means = [n for n in one.tensors if n.startswith("method.teacher") and "running_" in n]
+    assert len(means) > 4
+    for name in one.tensors:
+        if name.startswith("method."):
+            torch.testing.assert_close(two.tensors[name], one.tensors[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [{}, RESNET], ids=["test_vit", "test_resnet"])
+def test_a_sharded_run_trains_in_bf16(small_corpus, tmp_path, nursery, network):
+    """Two processes on a CPU: losses as with whole weights, within what eight bits leave."""
+    lives = Lives(nursery, small_corpus, tmp_path, **network, steps=2, precision="bf16")
+    whole, _ = lives.run("ddp", 2)
+    out, _ = lives.run("fsdp", 2, parallel="fsdp")
+    for (_, ours), (_, theirs) in zip(losses(out), losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-2)
 
 
 def started(nursery: Nursery, given: PretrainConfig, folder: Path, name: str, **env: str) -> Any:

@@ -71,14 +71,18 @@ class StudentTeacher(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher = m teacher + (1 - m) student, the running statistics of a BatchNorm too."""
-        pairs = list(zip(self.teacher.parameters(), self.student.parameters(), strict=True))
+        share, running = 1.0 - momentum, []
         for theirs, ours in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
             if theirs.is_floating_point():
-                pairs.append((cast(nn.Parameter, theirs), cast(nn.Parameter, ours)))
+                running.append((theirs, ours))
             else:
                 theirs.copy_(ours)  # counts of batches
-        teacher, student = zip(*pairs, strict=True)
-        torch._foreach_lerp_(list(teacher), list(student), 1.0 - momentum)
+        weights = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        # two lists: under FSDP weights lie in shards and buffers do not
+        for pairs in (list(weights), running):
+            if pairs:
+                teacher, student = zip(*pairs, strict=True)
+                torch._foreach_lerp_(list(teacher), list(student), share)
 
     def diagnostics(self) -> Mapping[str, Tensor]:
         """What tells a collapse from learning, of the last step, over all its samples."""

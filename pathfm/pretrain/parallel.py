@@ -100,9 +100,13 @@ def refuse_split_batchnorm(method: Method, count: int) -> None:
 def _shard(module: nn.Module, precision: str, ranks: Ranks, device: torch.device) -> None:
     """Shards the backbones block by block, and every other part that has weights of its own."""
     mesh = init_device_mesh(device.type, (ranks.world,))
-    # the residual stream stays fp32; only the weights of the blocks travel and multiply in bf16
+    # the residual stream stays fp32; only the weights of the blocks travel and multiply in bf16.
+    # Not on a CPU, whose norms want weights of their input's type, nor with BatchNorm, whose running
+    # statistics are fp32: there autocast alone
     bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = bf16 if precision == "bf16" else MixedPrecisionPolicy()
+    batchnorm = any(isinstance(m, _BatchNorm) for m in module.modules())
+    narrow = precision == "bf16" and device.type == "cuda" and not batchnorm
+    policy = bf16 if narrow else MixedPrecisionPolicy()
     for block in _blocks(module):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     for part in _parts(module):
