@@ -124,8 +124,13 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]
 def explain(model: type[BaseModel], error: ValidationError) -> str:
     """The first mistake pydantic found, as one line: field, value, bound, remedy."""
     first, *others = error.errors()
-    names = [name for name, _ in fields(model)]
+    known = dict(fields(model))
+    names = list(known)
     key = _trim(first["loc"], names)
+    given = first["input"]
+    counted = first["type"] in ("missing", "too_long") and isinstance(given, (list, tuple))
+    if counted and (wanted := _lengths(known.get(key))):
+        return f"{key} = {', '.join(map(str, given))}: wants {wanted} values, {len(given)} given"
     if first["type"] == "missing":
         return f"{key} is required: give --{key} VALUE, or {key.rpartition('.')[2]}: in the YAML"
     if first["type"] == "extra_forbidden":
@@ -135,8 +140,9 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     what = " or ".join(dict.fromkeys(_reword(message) for message in said))
     if not key:
         return what
-    value = first["input"]
-    return f"{key} = {value if isinstance(value, (int, float)) else repr(value)}: {what}"
+    if key not in known and isinstance(given, Mapping):  # of a whole group: its reason says enough
+        return f"{key}: {what}"
+    return f"{key} = {given if isinstance(given, (int, float)) else repr(given)}: {what}"
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
@@ -182,6 +188,12 @@ def _takes_many(annotation: Any) -> bool:
         get_origin(part) in (list, tuple, set, frozenset, Sequence)
         for part in _alternatives(annotation)
     )
+
+
+def _lengths(annotation: Any) -> str:
+    """How many values a field takes ("2", "2 or 3"); empty where any number will do."""
+    tuples = [get_args(part) for part in _alternatives(annotation) if get_origin(part) is tuple]
+    return " or ".join(str(len(items)) for items in tuples if Ellipsis not in items)
 
 
 def _is_flag(annotation: Any) -> bool:

@@ -132,3 +132,35 @@ def test_merging_twice_is_merging_once(base: dict[str, object], over: dict[str, 
     once = repr(base)
     merge(base, over)
     assert repr(base) == once
+
+
+class Pair(BaseModel, frozen=True, extra="forbid"):
+    decay: tuple[float, float] = Field((0.04, 0.4), description="at the start and at the end")
+    scale: tuple[float, float] | None = Field(None, description="from, to")
+
+    @model_validator(mode="after")
+    def _rises(self) -> "Pair":
+        if self.decay[0] > self.decay[1]:
+            raise ValueError("decay must not fall")
+        return self
+
+
+class Grouped(BaseModel, frozen=True, extra="forbid"):
+    optim: Pair = Field(Pair(), description="the optimizer")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--optim.decay", "0.1"], "optim.decay = 0.1: wants 2 values, 1 given"),
+        (["--optim.decay", "1", "2", "3"], "optim.decay = 1, 2, 3: wants 2 values, 3 given"),
+        (["--optim.scale", "0.4"], "optim.scale = 0.4: wants 2 values, 1 given"),
+        (["--optim.decay", "0.4", "0.1"], "optim: decay must not fall"),
+    ],
+)
+def test_a_pair_says_how_many_it_wants_and_a_group_is_not_printed_whole(
+    words: list[str], says: str
+) -> None:
+    with pytest.raises(PathfmError) as told:
+        load_config(Grouped, None, words)
+    assert str(told.value) == says
