@@ -219,12 +219,12 @@ def test_losses_can_be_named_on_the_command_line() -> None:
     assert [term.name for term in made.loss] == ["bce", "mcc"]
 
 
-@pytest.mark.parametrize("name", ["foreground_unet", "foreground_segformer_b0"])
+@pytest.mark.parametrize("name", ["foreground_unet", "foreground_unet_again", "foreground_segformer_b0"])
 def test_the_shipped_configs_are_understood(name: str) -> None:
     from pathfm.config import load_config
 
     made = load_config(ForegroundTrainConfig, Path("configs") / f"{name}.yaml")
-    assert made.model.startswith(name.removeprefix("foreground_"))
+    assert made.model.startswith(name.removeprefix("foreground_").removesuffix("_again"))
 
 
 def test_the_help_shows_losses_as_the_command_line_takes_them() -> None:
