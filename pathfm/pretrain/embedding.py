@@ -80,12 +80,12 @@ def embed_shared(
     """Features (n, D), float32, of n pictures, `share_of` them from this rank; call it on all.
 
     views_of gives rows of this rank's share as normalised input (b, 3, s, s) on the device. The
-    backbone is in eval mode meanwhile, without gradient; afterwards as it was.
+    backbone is in eval mode meanwhile, without gradient and uncompiled; afterwards as it was.
     """
     backbone = trainer.method.exported
     own = len(share_of(n, ranks))
     parts = []
-    with torch.no_grad(), evaluating(backbone):
+    with torch.no_grad(), evaluating(backbone), uncompiled(backbone.blocks):
         for start in range(0, own, batch_size):
             view = views_of(slice(start, min(start + batch_size, own)))
             with autocast(trainer.device, trainer.precision):
@@ -146,3 +146,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in flags:
             part.training = training
+
+
+@contextmanager
+def uncompiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Blocks as they are written for a while: batches of other sizes are not compiled for.
+
+    Each size would be compiled anew, and take from the number of forms that torch keeps at all.
+    """
+    compiled = [(b, b.__dict__.pop("forward")) for b in blocks if "forward" in b.__dict__]
+    try:
+        yield
+    finally:
+        for block, forward in compiled:
+            block.forward = forward

@@ -41,6 +41,7 @@ def prepare(
     if ranks.world > 1:
         over_ranks(module, device)
     if compiled:
+        _make_room(len(_blocks(module)))
         for block in _blocks(module):
             # not block.compile(): hooks (sharding's among them) then stay outside of the graph
             block.forward = torch.compile(block.forward, dynamic=False)
@@ -95,6 +96,19 @@ def refuse_split_batchnorm(method: Method, count: int) -> None:
             f"BatchNorm ({len(norms)} layers) needs the whole batch at once, micro_batch_size makes "
             f"{count} parts of a rank's: leave it unset, use more ranks, or a backbone with LayerNorm"
         )
+
+
+def _make_room(n_blocks: int) -> None:
+    """Lets torch keep what all blocks compile to: past its limit it runs the rest uncompiled, unsaid.
+
+    It counts by the source of `forward`, which blocks share: each has up to five forms (teacher,
+    student on global and on local views, both also without gradient), and a few to spare.
+    """
+    import torch._dynamo.config as limits
+
+    wanted = 8 * n_blocks
+    limits.recompile_limit = max(limits.recompile_limit, wanted)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, wanted)
 
 
 def _shard(module: nn.Module, precision: str, ranks: Ranks, device: torch.device) -> None:
