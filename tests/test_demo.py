@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from pathfm.demo import DemoConfig
 from pathfm.demo.inputs import find_inputs
 from pathfm.demo.stages import run_stages
 from pathfm.runtime import PathfmError
-from pathfm.tracking import read_runs
+from pathfm.tracking import TrackingConfig, read_runs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -186,3 +187,18 @@ def test_a_backbone_that_cannot_work_is_refused_before_anything_is_made(
     with pytest.raises(PathfmError, match=reason):
         run_stages(DemoConfig(out=tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_in_pretraining_ends_the_demo_as_ctrl_c_elsewhere(tmp_path, monkeypatch):
+    from pathfm.demo import stages
+
+    result = stages.pretrain.PretrainResult(tmp_path, 3, finished=False, exit_code=130)
+    monkeypatch.setattr(stages.pretrain, "run", lambda config: result)
+    demo = SimpleNamespace(
+        config=DemoConfig(out=tmp_path),
+        folder=tmp_path.joinpath,
+        init="random:0",
+        tracking=lambda stage: TrackingConfig(enabled=False),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        stages._pretrain(demo)

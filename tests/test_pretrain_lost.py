@@ -129,7 +129,7 @@ def test_a_disk_that_really_is_full_stops_the_run_and_the_next_goes_on(
         os.system(f"umount {disk}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_says_so_in_the_exit_code(
     small_corpus, tmp_path, monkeypatch, number
 ):
@@ -154,6 +154,25 @@ def test_a_signal_ends_the_step_saves_and_says_so_in_the_exit_code(
     result = run(config(small_corpus, out, checkpoint_every_steps=100))
     assert (result.finished, result.exit_code) == (True, 0)
     assert_same_run(out, whole)
+
+
+def test_a_second_ctrl_c_interrupts_at_once_but_not_the_same_passed_on_by_a_launcher(
+    monkeypatch, capfd
+):
+    from pathfm.pretrain import stopping
+
+    clock_s = 100.0
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: clock_s))
+    with stopping.listening() as told:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert told.number == signal.SIGINT
+        assert "Ctrl-C again" in capfd.readouterr().err
+        clock_s += 0.05
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun's
+        clock_s += 5.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == ""
 
 
 def _corpus(folder: Path, slides: list[Path]) -> Path:

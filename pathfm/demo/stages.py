@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -164,6 +165,8 @@ def _pretrain(demo: Demo) -> Path:
             }
         )
     )
+    if result.exit_code == 128 + signal.SIGINT:
+        raise KeyboardInterrupt  # of the whole demo
     if not result.finished:
         raise PathfmError(
             f"pretraining stopped after {result.steps:,} of {demo.config.pretrain.steps:,} steps, as "

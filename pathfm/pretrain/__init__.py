@@ -200,7 +200,7 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
 class PretrainResult:
     """Where the run is and how far it came; `finished` is False when it was told to stop.
 
-    exit_code: 0, or 128 + the number of the signal that stopped it (143 SIGTERM, 138 SIGUSR1): what
+    exit_code: 0, or 128 + the number of the signal that stopped it (143 SIGTERM, 138 SIGUSR1, 130 Ctrl-C): what
     launchers take for "start me again".
     """
 

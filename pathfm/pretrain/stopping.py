@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +20,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from pathfm.pretrain.feed import FeedBatch
-from pathfm.ranks import PeerError, Ranks, agree
+from pathfm.ranks import PeerError, Ranks, agree, rank
 from pathfm.runtime import PathfmError, make_folder
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What Slurm (`--signal=USR1@...`), Kubernetes and spot machines send some time before they kill."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What Slurm (`--signal=USR1@...`), Kubernetes and spot machines send some time before they kill,
+and Ctrl-C."""
+_ONE_PRESS_S = 1.0
+"""A Ctrl-C reaches ranks twice, from the terminal and passed on by torchrun; a person is slower."""
 
 
 @dataclass
@@ -30,19 +35,30 @@ class Told:
     """The signal this process was sent, 0 while there was none."""
 
     number: int = 0
+    interrupted_s: float | None = None
 
     def all_ranks(self) -> int:
         """The signal that any rank was sent; all must ask at the same point, and act upon it."""
         return agree([self.number])[0]
 
     def hear(self, number: int, frame: FrameType | None) -> None:
-        """The handler."""
+        """The handler. A second Ctrl-C raises KeyboardInterrupt at once."""
+        if number == signal.SIGINT:
+            now_s = time.monotonic()
+            if self.interrupted_s is None:
+                self.interrupted_s = now_s
+                if rank() == 0:  # not print: it may be what was interrupted
+                    os.write(
+                        2, b"pretrain: ends its step and saves; Ctrl-C again ends it at once\n"
+                    )
+            elif now_s - self.interrupted_s > _ONE_PRESS_S:
+                raise KeyboardInterrupt
         self.number = number
 
 
 @contextmanager
 def listening() -> Iterator[Told]:
-    """What SIGTERM and SIGUSR1 tell: the loop ends its step, saves and leaves.
+    """What SIGTERM, SIGUSR1 and a first Ctrl-C tell: the loop ends its step, saves and leaves.
 
     Only the main thread may catch signals; elsewhere nothing is ever told.
     """
