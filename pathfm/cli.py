@@ -1,7 +1,8 @@
 """The command line: ``pathfm VERB [CONFIG.yaml] [WORDS] [--dotted.key value ...]``.
 
 Only the verb that is asked for is imported, so that help and mistakes answer at once. Whatever goes
-wrong ends as one line on stderr and exit code 2 (Ctrl-C: 130); ``PATHFM_DEBUG=1`` shows where.
+wrong ends as one line on stderr and exit code 2 (Ctrl-C: 130; a lost rank: 175); ``PATHFM_DEBUG=1``
+shows where.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("PATHFM_DEBUG"):
             raise
         print(f"error: {_told(error)}", file=sys.stderr)
-        return EXIT_ERROR
+        return _code(error)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -181,6 +182,11 @@ def _settable(model: type[BaseModel], default: Any) -> tuple[type[BaseModel], An
     return shown, shown.model_construct(
         **values | {name: field.default for name, (_, field) in words.items()}
     )
+
+
+def _code(error: Exception) -> int:
+    """What an error ends the process with: 2, or what it says itself (`PathfmError.exit_code`)."""
+    return int(getattr(error, "exit_code", EXIT_ERROR))
 
 
 def _told(error: Exception) -> str:

@@ -18,26 +18,34 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 from pathfm.runtime import PathfmError, one_line
 
 TIMEOUT_S = 600.0
 """How long a rank waits for the others before it gives up; PATHFM_RANKS_TIMEOUT_S overrides it."""
 
-_LOST = ("gloo", "Connection", "Timed out", "NCCL", "Broken pipe", "recvValue", "store")
-"""What is in the words of torch's errors when another rank is gone."""
+FAREWELL_S = 60.0
+"""How long the other ranks wait for rank 0 to close its records: what ends first ends the job."""
+
+_LOST = ("gloo/transport/", "gloo/rendezvous/", "NCCL communicator was aborted", "ncclRemoteError")
+"""What is in the words of torch's plain errors when another rank is gone; most are `DistError`s."""
+
+_LEFT = "pathfm/first-has-left"
 
 
 class PeerError(PathfmError):
-    """Another rank failed, and says why itself; or it is `lost`, silent or gone."""
-
-    lost = False
+    """Another rank failed, and says why itself."""
 
 
-class LostRankError(PeerError):
-    """Another rank does not answer any more."""
+class LostRankError(PathfmError):
+    """Another rank is gone, silent, or never came.
 
-    lost = True
+    It ends the process with a code of its own, which says "a rank was lost, start me again": above
+    127, which Kubernetes takes for passing, and none of 128 + a signal's number.
+    """
+
+    exit_code = 175
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,9 @@ def open_ranks(device_type: str) -> Iterator[Ranks]:
     """Joins the process group that torchrun's variables describe; alone without them.
 
     gloo on a CPU, gloo and NCCL on GPUs, of which each rank takes the one with its local number.
-    Raises ``PathfmError`` for variables that make no sense, and ``LostRankError`` in place of
-    torch's errors when another rank is gone or silent for `TIMEOUT_S`.
+    At a clean end the others wait for rank 0, which has records to bring home, to be done first: at
+    most `FAREWELL_S`. Raises ``PathfmError`` for variables that make no sense, and ``LostRankError``
+    in place of torch's errors when another rank does not come, is gone or silent for `TIMEOUT_S`.
     """
     if "WORLD_SIZE" not in os.environ:
         yield Ranks()
@@ -71,9 +80,11 @@ def open_ranks(device_type: str) -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(ranks.local_rank)
     seconds = float(os.environ.get("PATHFM_RANKS_TIMEOUT_S", TIMEOUT_S))
-    dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    _meet(ranks, backend, seconds)
     try:
         yield ranks
+        if not ranks.first:
+            _wait_for_first()
     except RuntimeError as error:
         if not _is_loss(error):
             raise
@@ -83,7 +94,32 @@ def open_ranks(device_type: str) -> Iterator[Ranks]:
             "from its newest checkpoint"
         ) from error
     finally:
+        if ranks.first:
+            with suppress(RuntimeError):
+                _get_default_store().set(_LEFT, "yes")
         dist.destroy_process_group()
+
+
+def _meet(ranks: Ranks, backend: str, timeout_s: float) -> None:
+    """Joins the process group; every rank is there when this returns."""
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except ValueError as error:
+        raise PathfmError(
+            f"rank {ranks.rank} of {ranks.world} cannot look for the others: {one_line(error)}"
+        ) from error
+    except RuntimeError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LostRankError(
+            f"rank {ranks.rank} of {ranks.world} did not meet the others at {where} within "
+            f"{timeout_s:g} s ({one_line(error)[:160]}). Start all ranks again"
+        ) from error
+
+
+def _wait_for_first() -> None:
+    """Returns when rank 0 has left the body of `open_ranks`, is gone, or takes too long."""
+    with suppress(RuntimeError):
+        _get_default_store().wait([_LEFT], timedelta(seconds=FAREWELL_S))
 
 
 def _is_loss(error: RuntimeError) -> bool:

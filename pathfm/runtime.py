@@ -51,6 +51,8 @@ _QUIET_INTERVAL_S = 10.0  # one line this often where nobody watches a bar
 class PathfmError(Exception):
     """What a person must know or mend, on one line: what, where, the numbers, the remedy."""
 
+    exit_code = 2
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """The torch device called ``name``; "auto" takes a GPU where there is one.

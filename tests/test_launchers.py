@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pathfm.ranks import LostRankError
+
 LAUNCH = Path("configs/launch")
 SLURM = {"SLURM_JOB_ID": "4242", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
 
@@ -54,10 +56,25 @@ def test_every_task_becomes_a_rank_with_its_words_as_they_were(fake_slurm: Path)
     ]
 
 
-def test_a_run_stopped_by_its_time_limit_is_queued_again(fake_slurm: Path) -> None:
-    code, log = start(fake_slurm, 138, "c.yaml")
+@pytest.mark.parametrize("told", [138, 137, LostRankError.exit_code])
+def test_a_run_stopped_by_its_time_limit_or_a_lost_rank_is_queued_again(
+    fake_slurm: Path, told: int
+) -> None:
+    code, log = start(fake_slurm, told, "c.yaml")
     assert code == 0
     assert log[-1] == "scontrol requeue 4242"
+
+
+def test_ranks_lost_at_every_start_are_given_up_but_time_limits_never_are(
+    fake_slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "20")
+    code, log = start(fake_slurm, 175, "c.yaml")
+    assert code == 175
+    assert not any("requeue" in line for line in log)
+    assert start(fake_slurm, 138, "c.yaml")[0] == 0
+    monkeypatch.setenv("PATHFM_MAX_RESTARTS", "21")
+    assert start(fake_slurm, 175, "c.yaml")[0] == 0
 
 
 @pytest.mark.parametrize("told", [1, 2, 143])

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from pathfm.checkpoint import load_newest
 from pathfm.pretrain import PretrainConfig, run
 from pathfm.pretrain.trainer import split_batch
-from pathfm.ranks import Ranks
+from pathfm.ranks import LostRankError, Ranks
 from pathfm.runtime import PathfmError, save_config
 from tests.lives import Nursery
 from tests.pretraining import TINY, assert_same_run, config, losses
@@ -212,7 +212,7 @@ def test_a_rank_that_dies_ends_the_others_in_a_line_and_nothing_is_lost(
     pids, logs = started(nursery, given, tmp_path, "dying")
     wait_for_rows(out, 6)
     os.kill(pids[dying], signal.SIGKILL)
-    assert nursery.ended(pids[1 - dying], 60) == 2
+    assert nursery.ended(pids[1 - dying], 60) == LostRankError.exit_code == 175
     (line,) = [row for row in logs[1 - dying].read_text().splitlines() if row.startswith("error:")]
     assert re.search(rf"rank {1 - dying} of 2 lost another rank .* start all ranks again", line)
     pids, logs = started(nursery, given, tmp_path, "again")
@@ -226,7 +226,7 @@ def test_a_rank_that_hangs_is_given_up_after_a_while(small_corpus, tmp_path, nur
     pids, logs = started(nursery, given, tmp_path, "run", PATHFM_RANKS_TIMEOUT_S="3")
     wait_for_rows(given.out, 2)
     os.kill(pids[1], signal.SIGSTOP)
-    assert nursery.ended(pids[0], 60) == 2
+    assert nursery.ended(pids[0], 60) == 175
     assert "lost another rank" in logs[0].read_text()
     os.kill(pids[1], signal.SIGKILL)
     nursery.ended(pids[1])
@@ -245,29 +245,41 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(small_corpus, tmp_pa
     assert "goes on" in logs[0].read_text()
 
 
+def ranks_of(torchrun: subprocess.Popen[Any]) -> list[int]:
+    """The process ids of the ranks that torchrun runs."""
+    found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
 @pytest.mark.slow
-def test_torchrun_trains_and_ends_when_a_rank_is_killed(small_corpus, tmp_path):
+def test_torchrun_starts_all_ranks_again_when_one_is_killed(small_corpus, tmp_path):
     given = config(small_corpus, tmp_path / "run", steps=10_000, checkpoint_every_steps=2)
     yaml = save_config(given, tmp_path, "given.yaml")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    process = subprocess.Popen(
-        [*torchrun, "--standalone", "-m", "pathfm", "pretrain", str(yaml)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    log = tmp_path / "log"
+    words = ["--standalone", "--max-restarts", "1", "-m", "pathfm", "pretrain", str(yaml)]
+    with log.open("w") as said:
+        process = subprocess.Popen(
+            [*torchrun, *words],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=said,
+            stdout=subprocess.DEVNULL,
+        )
     try:
         wait_for_rows(given.out, 3, 200)
-        ranks = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-        ).stdout.split()
-        os.kill(int(ranks[-1]), signal.SIGKILL)
-        _, said = process.communicate(timeout=90)
+        killed = ranks_of(process)
+        os.kill(killed[-1], signal.SIGKILL)
+        deadline_s = time.monotonic() + 90
+        while len(now := ranks_of(process)) < 2 or set(now) & set(killed):
+            assert time.monotonic() < deadline_s, log.read_text()
+            time.sleep(0.1)
+        wait_for_rows(given.out, len(losses(given.out)) + 3, 200)  # and they get on
+        os.kill(now[-1], signal.SIGKILL)
+        process.wait(timeout=90)
     finally:
         process.terminate()  # it ends its ranks
-        process.communicate()
-    assert process.returncode != 0, said
+        process.wait()
+    assert process.returncode != 0, log.read_text()
     saved = load_newest(given.out / "checkpoints")
     assert saved is not None
     assert saved.step >= 2

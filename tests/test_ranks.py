@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pathfm import ranks
+from pathfm import cli, ranks
 from pathfm.runtime import PathfmError
 
 
@@ -44,6 +44,67 @@ def test_variables_that_make_no_sense_are_told(monkeypatch, variables, words):
         monkeypatch.setenv(name, value)
     with pytest.raises(PathfmError, match=words), ranks.open_ranks("cpu"):
         pass
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def alone_among_two(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """As a launcher would start us beside another rank; there is none."""
+    given = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "WORLD_SIZE": "2",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "PATHFM_RANKS_TIMEOUT_S": "1",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_meets_nobody_says_so_and_asks_to_be_started_again(monkeypatch, capsys, rank):
+    alone_among_two(monkeypatch, rank)
+
+    def dispatch(words: list[str]) -> int:
+        with ranks.open_ranks("cpu"):
+            return 0
+
+    monkeypatch.setattr(cli, "_dispatch", dispatch)
+    assert cli.main([]) == 175
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith(f"error: rank {rank} of 2 did not meet the others at 127.0.0.1:")
+    assert line.endswith("Start all ranks again")
+
+
+def test_a_missing_address_is_a_mistake_and_no_lost_rank(monkeypatch):
+    alone_among_two(monkeypatch, 0)
+    monkeypatch.delenv("MASTER_ADDR")
+    told = pytest.raises(PathfmError, match=r"rank 0 of 2 .*MASTER_ADDR")
+    with told as caught, ranks.open_ranks("cpu"):
+        pass
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/a/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (RuntimeError("[/a/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3ms"), True),
+        (RuntimeError("NCCL communicator was aborted on rank 1."), True),
+        (torch.distributed.DistNetworkError("recvValue failed on SocketImpl(fd=3)"), True),
+        (torch.distributed.DistStoreError("wait timeout after 1000ms"), True),
+        (RuntimeError("cannot restore the stored weights"), False),
+        (RuntimeError("Connection pool is full"), False),
+        (RuntimeError("Timed out compiling a kernel"), False),
+    ],
+)
+def test_only_what_torch_says_of_other_ranks_is_taken_for_a_lost_one(error, lost):
+    assert ranks._is_loss(error) is lost
 
 
 SCRIPT = """
@@ -91,18 +152,46 @@ with ranks.open_ranks("cpu") as us:
 
 @pytest.mark.slow
 def test_two_processes_gather_sum_agree_and_fail_together():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    for process in two_processes(SCRIPT):
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out) == (0, "fine\n"), err
+
+
+LEAVING = """
+import sys, time
+from pathfm import ranks
+
+with ranks.open_ranks("cpu") as us:
+    ranks.agree([0])
+    if us.first:
+        time.sleep(2)
+        print(time.time())
+        sys.exit(3 if "{how}" == "failing" else 0)
+print(time.time())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["well", "failing"])
+def test_the_others_leave_after_rank_0_has_brought_its_records_home(how):
+    """What leaves first with another code than 0 has srun kill the rest."""
+    first, second = two_processes(LEAVING.replace("{how}", how))
+    times_s = [float(process.communicate(timeout=120)[0]) for process in (first, second)]
+    assert times_s[1] >= times_s[0]
+    assert (first.returncode, second.returncode) == (3 if how == "failing" else 0, 0)
+
+
+def two_processes(script: str) -> list[subprocess.Popen[str]]:
+    """The script as rank 0 and 1 of 2."""
     common = os.environ | {
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": free_port(),
         "WORLD_SIZE": "2",
     }
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT],
+            [sys.executable, "-c", script],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(__file__).parents[1],
             stdout=subprocess.PIPE,
@@ -111,6 +200,3 @@ def test_two_processes_gather_sum_agree_and_fail_together():
         )
         for rank in range(2)
     ]
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, out) == (0, "fine\n"), err

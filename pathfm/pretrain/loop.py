@@ -49,8 +49,8 @@ def train(config: PretrainConfig) -> PretrainResult:
     with listening() as told, open_ranks(kind) as ranks:
         try:
             return _train(config, ranks, told)
-        except PeerError as error:
-            if ranks.first or error.lost:
+        except PeerError:
+            if ranks.first:
                 raise
             return PretrainResult(
                 config.out, 0, finished=False, exit_code=2
