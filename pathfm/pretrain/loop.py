@@ -23,10 +23,16 @@ from pathfm.methods import MicroBatch
 from pathfm.pretrain import PretrainConfig, PretrainResult
 from pathfm.pretrain.bookends import finish
 from pathfm.pretrain.feed import Feed, FeedBatch, open_feed
+from pathfm.pretrain.lock import only_run
 from pathfm.pretrain.optim import set_schedule
 from pathfm.pretrain.parallel import gradients_meet, whole
 from pathfm.pretrain.records import Records
-from pathfm.pretrain.resuming import find_checkpoint, refuse_other_data, restore_computing
+from pathfm.pretrain.resuming import (
+    find_checkpoint,
+    finished_words,
+    refuse_other_data,
+    restore_computing,
+)
 from pathfm.pretrain.stopping import Told, device_numbers, listening, refuse_nonfinite
 from pathfm.pretrain.trainer import Trainer, build_trainer, describe, device_of, save, split_batch
 from pathfm.pretrain.watching import Watch
@@ -48,7 +54,8 @@ def train(config: PretrainConfig) -> PretrainResult:
     kind = pick_device(config.device).type
     with listening() as told, open_ranks(kind) as ranks:
         try:
-            return _train(config, ranks, told)
+            with only_run(config.out, ranks):
+                return _train(config, ranks, told)
         except PeerError:
             if ranks.first:
                 raise
@@ -67,12 +74,12 @@ def _train(config: PretrainConfig, ranks: Ranks, told: Told) -> PretrainResult:
         with together():
             feed = opened.enter_context(closing(open_feed(config, ranks)))
             refuse_other_data(config, checkpoint, feed)
+        if words := finished_words(config, checkpoint, ranks):
+            if ranks.first:
+                print(f"pretrain: {words}")
+            return PretrainResult(out, config.steps, finished=True)
         trainer = build_trainer(config, checkpoint, ranks, feed.class_names)
         done = trainer.done
-        if done.step == config.steps and (out / "summary.json").exists():
-            if ranks.first:
-                print(f"pretrain: {out} is up to date ({done.step:,} steps)")
-            return PretrainResult(out, done.step, finished=True)
         records = opened.enter_context(_open_records(trainer, checkpoint, feed, opened))
         records.say(f"{done.init_note}; {describe(trainer)}", *feed.notes)
         watched = checkpoint.state["watch"] if checkpoint else None
