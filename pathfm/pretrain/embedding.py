@@ -85,7 +85,7 @@ def embed_shared(
     backbone = trainer.method.exported
     own = len(share_of(n, ranks))
     parts = []
-    with torch.no_grad(), evaluating(backbone), uncompiled(backbone.blocks):
+    with torch.no_grad(), evaluating(backbone), uncompiled(backbone):
         for start in range(0, own, batch_size):
             view = views_of(slice(start, min(start + batch_size, own)))
             with autocast(trainer.device, trainer.precision):
@@ -149,14 +149,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def uncompiled(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Blocks as they are written for a while: batches of other sizes are not compiled for.
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """Its parts as they are written for a while: batches of other sizes are not compiled for.
 
     Each size would be compiled anew, and take from the number of forms that torch keeps at all.
     """
-    compiled = [(b, b.__dict__.pop("forward")) for b in blocks if "forward" in b.__dict__]
+    parts = [part for part in module.modules() if "forward" in part.__dict__]
+    compiled = [(part, part.__dict__.pop("forward")) for part in parts]
     try:
         yield
     finally:
-        for block, forward in compiled:
-            block.forward = forward
+        for part, forward in compiled:
+            part.forward = forward
