@@ -1,12 +1,15 @@
 """Weights that are really there: sizes, normalisation, DINOv2's names, the next stage of a run."""
 
 import copy
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch.nn import functional as F
@@ -134,6 +137,7 @@ def test_dinov2_is_timms_tag_of_that_architecture(monkeypatch):
         model = timm.create_model(REGISTERS, num_classes=0, **TINY)
         return {name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()}
 
+    monkeypatch.setattr("pathfm.backbone.weights._hub_answers", lambda: True)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", hub)
     backbone = load_backbone(REGISTERS, "dinov2", **TINY)
     assert asked == ["timm/vit_small_patch14_reg4_dinov2.lvd142m"]
@@ -147,12 +151,29 @@ def test_without_a_network_the_file_to_give_is_named(monkeypatch, weights):
     def offline(*args, **kwargs):
         raise OSError("no route to host")
 
+    monkeypatch.setattr("pathfm.backbone.weights._hub_answers", lambda: True)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", offline)
     with pytest.raises(PathfmError) as caught:
         load_backbone(REGISTERS, weights, **TINY)
     said = str(caught.value)
     assert "\n" not in said
     assert "model.safetensors of timm/vit_small_patch14_reg4_dinov2.lvd142m" in said
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_says_nothing_itself(
+    monkeypatch, tmp_path, caplog
+):
+    """By itself it asks for 53 s, with two lines a time."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    began_s = time.monotonic()
+    with pytest.raises(PathfmError, match="neither in timm's cache"):
+        load_backbone(NAME, "imagenet", **TINY)
+    assert time.monotonic() - began_s < 10
+    assert [row for row in caplog.records if row.name.startswith("huggingface_hub")] == []
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_dinov2_weights_of_another_architecture_are_none():

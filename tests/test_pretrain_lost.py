@@ -175,6 +175,16 @@ def test_a_second_ctrl_c_interrupts_at_once_but_not_the_same_passed_on_by_a_laun
     assert capfd.readouterr().err == ""
 
 
+def test_a_run_that_cannot_begin_leaves_no_folder_of_its_own(small_corpus, tmp_path):
+    missing, made = tmp_path / "missing", tmp_path / "made"
+    made.mkdir()
+    for out in (missing, made):
+        with pytest.raises(PathfmError, match="no such file"):
+            run(config(small_corpus, out, weights=str(tmp_path / "no.safetensors")))
+    assert not missing.exists()
+    assert made.is_dir()
+
+
 def _corpus(folder: Path, slides: list[Path]) -> Path:
     for path in slides:
         index = read_slide_index(str(path))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
+from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import checkpoint_filter_fn
@@ -113,13 +115,15 @@ def _from_timm(
     source: str, weights: str, img_size: int | None, architecture: Mapping[str, Any]
 ) -> tuple[nn.Module, str]:
     """timm's own weights, from its cache or by download."""
+    config = timm.get_pretrained_cfg(source)
+    on_hub = config.hf_hub_id if config else None
     try:
-        network = create(source, img_size, pretrained=True, **architecture)
+        with _cache_only_without_hub() if on_hub else nullcontext():
+            network = create(source, img_size, pretrained=True, **architecture)
     except PathfmError:
         raise
     except Exception as error:  # hub, network and cache errors share no base class
-        config = timm.get_pretrained_cfg(source)
-        hub = (config.hf_hub_id if config else None) or source
+        hub = on_hub or source
         raise PathfmError(
             f"weights {weights!r} of {source}: neither in timm's cache nor to be downloaded "
             f"({type(error).__name__}). Fetch model.safetensors of {hub} where there is a network "
@@ -127,6 +131,28 @@ def _from_timm(
         ) from error
     tag = cast(Any, network).pretrained_cfg.get("tag") or "default"
     return network, f"timm's weights {source.split('.')[0]}.{tag}"
+
+
+@contextmanager
+def _cache_only_without_hub() -> Iterator[None]:
+    """Inside, huggingface_hub looks only into its cache when the hub does not answer within 10 s.
+
+    By itself it would ask again for a minute, and print each time.
+    """
+    offline = constants.HF_HUB_OFFLINE
+    try:
+        constants.HF_HUB_OFFLINE = offline or not _hub_answers()
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _hub_answers() -> bool:
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of the network, the proxy or certificates, by httpx or requests
+        return False
+    return True
 
 
 def _from_file(

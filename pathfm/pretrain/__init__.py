@@ -21,6 +21,7 @@ of ranks; bit for bit on a CPU with the same number.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -193,6 +194,13 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} exceeds batch_size {self.batch_size}"
             )
+        spreads = self.method == "dinov2" and self.dinov2.regulariser_weight > 0
+        if self.batch_size < 2 and (self.method in ("simclr", "supcon") or spreads):
+            which = f"the {self.dinov2.regulariser} term of dinov2" if spreads else self.method
+            raise ValueError(
+                f"batch_size {self.batch_size}: {which} compares patches of a batch, and alone teaches "
+                "nothing: give at least 2"
+            )
         return self
 
 
@@ -222,4 +230,10 @@ def run(config: PretrainConfig) -> PretrainResult:
         return PretrainResult(config.out, 0, finished=False)
     from pathfm.pretrain.loop import train
 
-    return train(config)
+    there = config.out.exists()
+    try:
+        return train(config)
+    finally:
+        if not there:  # a run that could not begin leaves no folder; only an empty one goes
+            with suppress(OSError):
+                config.out.rmdir()
