@@ -1,0 +1,95 @@
+"""A run's folder belongs to one process at a time, and to nobody once that process is gone."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pathfm import cli
+from pathfm.pretrain.lock import LOCK, only_run
+from pathfm.ranks import Ranks
+from pathfm.runtime import PathfmError, save_config
+from tests.pretraining import config
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from pathfm.pretrain.lock import only_run
+from pathfm.ranks import Ranks
+
+with only_run(Path(sys.argv[1]), Ranks()):
+    child = os.fork()  # as a loader's process, which may outlive the run for a moment
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that runs in tmp_path / "run", and its child."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    yield process, child
+    process.kill()
+    os.kill(child, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_folder_is_told_so_and_touches_nothing(
+    small_corpus: Path, tmp_path: Path, holder: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process, child = holder
+    out = tmp_path / "run"
+    yaml = save_config(config(small_corpus, out), tmp_path, "given.yaml")
+    assert cli.main(["pretrain", str(yaml)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {out}: another `pathfm pretrain` is running there.")
+    assert [path.name for path in out.iterdir()] == [LOCK]
+    process.kill()
+    process.wait()
+    os.kill(child, 0)  # it is there still, and holds nothing
+    assert cli.main(["pretrain", str(yaml), "--stop_after_steps", "1"]) == 0
+
+
+def test_the_lock_is_taken_again_after_a_run_and_only_by_rank_0(tmp_path: Path) -> None:
+    with only_run(tmp_path / "a", Ranks(1, 2)):
+        assert not (tmp_path / "a").exists()
+    for _ in range(2):
+        with only_run(tmp_path / "a", Ranks()):
+            assert (tmp_path / "a" / LOCK).stat().st_size == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "refused"), [(errno.EAGAIN, True), (errno.EACCES, True), (errno.ENOLCK, False)]
+)
+def test_only_a_lock_that_is_taken_keeps_a_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, refused: bool
+) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    if refused:
+        with pytest.raises(PathfmError, match="is running there"), only_run(tmp_path, Ranks()):
+            pass
+    else:
+        with only_run(tmp_path, Ranks()):
+            pass
