@@ -477,3 +477,21 @@ def test_compiled_blocks_learn_the_same(corpus, tmp_path):
     assert one is not None
     assert two is not None
     assert one.tensors.keys() == two.tensors.keys()
+
+
+@pytest.mark.parametrize("n_classes", [None, 3, 5])
+def test_a_classifier_has_an_output_for_every_class_of_the_labels(tmp_path, n_classes):
+    given = _supervised(tmp_path, n_classes)
+    trainer = build_trainer(given, None, class_names=("a", "b", "c"))
+    assert trainer.method.student["head"].out_features == (n_classes or 3)
+
+
+def test_fewer_outputs_than_classes_are_refused_with_both_numbers(tmp_path):
+    names = tuple("abcdefghij")
+    with pytest.raises(PathfmError, match=r"n_classes 9 .* 10 classes .*h, \.\.\.\)\. Give 10"):
+        build_trainer(_supervised(tmp_path, 9), None, class_names=names)
+
+
+def _supervised(folder, n_classes):
+    changes = {"method": "supervised", "views": {"global_1": {"size_px": 32}}}
+    return config(folder, folder, **changes, supervised={"n_classes": n_classes})

@@ -248,10 +248,20 @@ def check_views_fit(config: PretrainConfig, backbone: Backbone) -> None:
 
 
 def _settings(config: PretrainConfig, class_names: tuple[str, ...]) -> Any:
-    """The method's own settings; a classifier has as many outputs as the labels have classes."""
-    settings = getattr(config, config.method)
-    if getattr(settings, "n_classes", 0) is None:
-        return settings.model_copy(update={"n_classes": len(class_names)})
+    """The method's own settings; a classifier has as many outputs as the labels have classes.
+
+    Raises PathfmError where it was given fewer.
+    """
+    settings, found = getattr(config, config.method), len(class_names)
+    n_classes = getattr(settings, "n_classes", found)
+    if n_classes is None:
+        return settings.model_copy(update={"n_classes": found})
+    if n_classes < found:
+        raise PathfmError(
+            f"{config.method}.n_classes {n_classes} is less than the {found} classes of the labels "
+            f"({', '.join(class_names[:8])}{', ...' if found > 8 else ''}). Give {found} or more, or "
+            "leave it out"
+        )
     return settings
 
 
