@@ -19,17 +19,19 @@ from torch import Tensor, nn
 
 from online_patching.errors import PatchingError
 from pathfm.checkpoint import Checkpoint
-from pathfm.methods import MicroBatch
 from pathfm.pretrain import PretrainConfig, PretrainResult
 from pathfm.pretrain.bookends import finish
 from pathfm.pretrain.feed import Feed, FeedBatch, open_feed
 from pathfm.pretrain.lock import only_run
+from pathfm.pretrain.micro import micro_batches, while_worked_on
 from pathfm.pretrain.optim import set_schedule
 from pathfm.pretrain.parallel import gradients_meet, whole
+from pathfm.pretrain.probing import open_probe
 from pathfm.pretrain.records import Records
 from pathfm.pretrain.resuming import (
     find_checkpoint,
     finished_words,
+    refuse_at_once,
     refuse_other_data,
     restore_computing,
 )
@@ -46,7 +48,6 @@ from pathfm.runtime import (
     save_config,
 )
 from pathfm.tracking import open_run, unfinished_run
-from pathfm.views.render import make_views
 
 
 def train(config: PretrainConfig) -> PretrainResult:
@@ -54,6 +55,7 @@ def train(config: PretrainConfig) -> PretrainResult:
     kind = pick_device(config.device).type
     with listening() as told, open_ranks(kind) as ranks:
         try:
+            refuse_at_once(config, ranks)
             with only_run(config.out, ranks):
                 return _train(config, ranks, told)
         except PeerError:
@@ -80,10 +82,11 @@ def _train(config: PretrainConfig, ranks: Ranks, told: Told) -> PretrainResult:
             return PretrainResult(out, config.steps, finished=True)
         trainer = build_trainer(config, checkpoint, ranks, feed.class_names)
         done = trainer.done
+        probe = open_probe(config.watch, ranks)  # a damaged picture is found before a run is begun
         records = opened.enter_context(_open_records(trainer, checkpoint, feed, opened))
         records.say(f"{done.init_note}; {describe(trainer)}", *feed.notes)
         watched = checkpoint.state["watch"] if checkpoint else None
-        watch = opened.enter_context(Watch(config.watch, out, records.run, ranks, watched))
+        watch = opened.enter_context(Watch(config.watch, out, records.run, ranks, watched, probe))
         watch.begin(trainer, feed.first(config.monitor_patches))
         if checkpoint is not None:
             feed.load_state_dict(checkpoint.state["loader"])
@@ -179,37 +182,6 @@ def _on_its_way(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def micro_batches(trainer: Trainer, given: Taken) -> list[MicroBatch]:
-    """The views of this rank's part of a batch, in `n_micros` equal parts."""
-    config, backbone, n = trainer.config, trainer.method.exported, trainer.n_micros
-    micros = []
-    for index in range(n):
-        rows = slice(index * trainer.micro_size, (index + 1) * trainer.micro_size)
-        draws = given.batch.draws[rows]
-        views = make_views(
-            given.pixels[rows],
-            draws,
-            config.views.specs,
-            seed=config.seed,
-            mean=backbone.mean,
-            std=backbone.std,
-        )
-        labels = None if given.labels is None else given.labels[rows]
-        micros.append(
-            MicroBatch(
-                views,
-                config.views.n_global,
-                draws,
-                labels,
-                config.seed,
-                trainer.done.step,
-                index,
-                n,
-            )
-        )
-    return micros
-
-
 def gradients(trainer: Trainer, given: Taken) -> Tensor:
     """Forward and backward over the global batch; returns this rank's loss, on the device.
 
@@ -217,15 +189,16 @@ def gradients(trainer: Trainer, given: Taken) -> Tensor:
     gradients with the last.
     """
     method, step = trainer.method, trainer.done.step
-    with torch.profiler.record_function("views"):
-        micros = micro_batches(trainer, given)
+    micros = micro_batches(trainer, given)
     with autocast(trainer.device, trainer.precision):
         for micro in micros:
-            method.look(micro)
+            with while_worked_on(micro):
+                method.look(micro)
         method.settle(step)
     total = torch.zeros((), device=trainer.device)
     for micro in micros:
-        with gradients_meet(trainer.module, now=micro.index == micro.count - 1):
+        now = micro.index == micro.count - 1
+        with while_worked_on(micro), gradients_meet(trainer.module, now):
             with autocast(trainer.device, trainer.precision):
                 loss = trainer.module(micro)
             loss.backward()

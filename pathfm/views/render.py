@@ -44,9 +44,11 @@ def make_views(
     mean: Sequence[float],
     std: Sequence[float],
     engine: Engine = "auto",
+    only: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """One tensor (B, 3, s, s) per spec; view v of draw d depends on (seed, d, v) alone.
 
+    only: the numbers of the views to make, in the order they are returned in; None: all.
     pixels: uint8 (B, S, S, 3) on any device; draws: int64 (B,). `mean` and `std` are those the
     backbone wants, on 0..1. Another batch or engine changes a view by rounding at most (below 1e-5
     of the range 0..1). Views of one size are parts of one tensor. Raises PathfmError for pixels that
@@ -58,9 +60,10 @@ def make_views(
             f"views are made of uint8 patches ({batch}, S, S, 3), one for each draw, not of "
             f"{str(pixels.dtype).removeprefix('torch.')} {tuple(pixels.shape)}"
         )
+    wanted = range(len(specs)) if only is None else only
     numbers: dict[Shape, list[int]] = {}
-    for view, spec in enumerate(specs):
-        numbers.setdefault(Shape.of(spec), []).append(view)
+    for view in wanted:
+        numbers.setdefault(Shape.of(specs[view]), []).append(view)
     groups = [
         (ViewTable.join(_draw(specs, some, seed, draws, patch_px)), shape)
         for shape, some in numbers.items()
@@ -69,7 +72,7 @@ def make_views(
     for some, made in zip(numbers.values(), render(pixels, groups, mean, std, engine), strict=True):
         for view, one in zip(some, made.view(len(some), batch, *made.shape[1:]), strict=True):
             views[view] = one
-    return views
+    return [views[view] for view in wanted]
 
 
 def _draw(
