@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
-from pathfm.pretrain import run
+from pathfm.pretrain import PretrainConfig, run
 from pathfm.runtime import PathfmError
 from tests.pretraining import TINY, config
 
@@ -133,3 +135,115 @@ def test_settings_that_a_finished_run_does_not_heed_are_said(small_corpus, finis
     ):
         run(config(small_corpus, finished, steps=2, **changes))
         assert words in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of eight grey pictures each."""
+    root = tmp_path_factory.mktemp("labelled")
+    for shade, name in ((60, "a"), (200, "b")):
+        (root / name).mkdir()
+        for i in range(8):
+            Image.new("L", (20, 20), shade + i).save(root / name / f"{i}.png")
+    return root
+
+
+def watching(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of a run that probes this folder."""
+    return {"curves": False, "probe_folder": folder, "probe_px": 32} | changes
+
+
+def no_run_in(out: Path) -> bool:
+    """Whether nothing was begun there: no config, no tracked run, no picture."""
+    return not out.exists() or {path.name for path in out.iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"input_px": 65}, "input_px = 65 is no multiple of the 16 px patches of test_vit: try 64"),
+        ({"watch": {"probe_px": 65}}, "watch.probe_px = 65 is no multiple of the 16 px patches"),
+    ],
+)
+def test_a_size_that_the_backbone_cannot_be_fed_is_refused_before_the_run(
+    small_corpus, labelled, tmp_path, changes, said
+):
+    watch = watching(labelled, **changes.get("watch", {}))
+    with pytest.raises(PathfmError, match=said):
+        run(config(small_corpus, tmp_path / "run", **(changes | {"watch": watch})))
+    assert no_run_in(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("missing", "no such folder"),
+        ("one class", "only the class 'a'"),
+        ("few", "too few"),
+        ("no picture", r"a/0\.png: not a readable picture"),
+        ("corpus", r"holds a corpus \(corpus\.json\)"),
+        ("slides", r"holds a corpus \(slides\.parquet\)"),
+    ],
+)
+def test_a_probe_folder_that_is_none_is_refused_before_there_is_a_run_folder(
+    small_corpus, labelled, tmp_path, mistake, said
+):
+    folder = tmp_path / "probed"
+    shutil.copytree(labelled, folder)
+    if mistake == "missing":
+        shutil.rmtree(folder)
+    elif mistake == "one class":
+        shutil.rmtree(folder / "b")
+    elif mistake == "few":
+        for i in range(1, 8):
+            (folder / "b" / f"{i}.png").unlink()
+    elif mistake == "no picture":
+        for i in range(8):
+            (folder / "a" / f"{i}.png").write_text("no picture")
+    elif mistake == "corpus":
+        shutil.copy(small_corpus / "corpus.json", folder)
+    else:
+        (folder / "slides.parquet").touch()
+    said = said.replace(r"a/0\.png", r"a/\d\.png")
+    with pytest.raises(PathfmError, match=said) as caught:
+        run(config(small_corpus, tmp_path / "run", watch=watching(folder)))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_probes_picture_that_is_torn_is_refused_before_the_run_is_begun(
+    small_corpus, labelled, tmp_path
+):
+    folder = tmp_path / "probed"
+    shutil.copytree(labelled, folder)
+    for path in folder.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:-30])  # the header is whole
+    with pytest.raises(PathfmError, match="not a readable picture"):
+        run(config(small_corpus, tmp_path / "run", watch=watching(folder)))
+    assert no_run_in(tmp_path / "run")
+
+
+def test_a_finished_run_asks_for_its_probe_folder_no_more(small_corpus, finished, capsys):
+    run(config(small_corpus, finished, steps=2, watch=watching(Path("/nowhere"))))
+    assert "up to date" in capsys.readouterr().out
+
+
+ALONE: list[tuple[dict[str, Any], str]] = [
+    ({"method": "simclr"}, "simclr compares patches"),
+    ({"method": "supcon"}, "supcon compares patches"),
+    ({"method": "dinov2"}, "the koleo term of dinov2 compares patches"),
+    ({"method": "dinov2", "dinov2": {"regulariser": "kde"}}, "the kde term of dinov2"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), ALONE)
+def test_a_batch_of_one_is_refused_where_patches_are_compared(changes, said):
+    with pytest.raises(ValueError, match=f"batch_size 1: {said}.*give at least 2"):
+        PretrainConfig(batch_size=1, **changes)
+    assert PretrainConfig(batch_size=2, **changes).batch_size == 2
+
+
+def test_a_batch_of_one_may_learn_where_nothing_is_compared():
+    for method in ("dino", "supervised"):
+        assert PretrainConfig(batch_size=1, method=method).batch_size == 1
+    PretrainConfig(batch_size=1, method="dinov2", dinov2={"regulariser_weight": 0})

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +104,19 @@ def scan_folder(root: Path) -> LabelledFolder:
 
 def read_picture(path: Path) -> Image.Image:
     """The picture as RGB. `PathfmError` names a file that is damaged or larger than 64 Mpx."""
+    with _opened(path) as image:
+        return image.convert("RGB")
+
+
+def check_picture(path: Path) -> None:
+    """Raises what `read_picture` does, as far as the file's header tells; decodes no pixel."""
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture of patch size; what fails in the block is the file's fault."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -110,7 +124,7 @@ def read_picture(path: Path) -> Image.Image:
                     f"{path}: {image.width:,} x {image.height:,} px is no patch; "
                     f"the limit is {MAX_PIXELS:,} px"
                 )
-            return image.convert("RGB")
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PathfmError(f"{path}: not a readable picture ({reason}). Remove it") from None

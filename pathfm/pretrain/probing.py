@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pathfm import ranks as among_ranks
 from pathfm.datasets import LabelledFolder, scan_folder, stratified_split
+from pathfm.datasets.folder import check_picture
 from pathfm.datasets.preparing import read_batches
 from pathfm.metrics import (
     Standardiser,
@@ -31,6 +33,7 @@ from pathfm.metrics import (
 from pathfm.pretrain.embedding import Pixels, Watched, embed_shared, normalised, share_of
 from pathfm.pretrain.watch_settings import WatchConfig
 from pathfm.ranks import Ranks
+from pathfm.runtime import PathfmError
 
 _VALIDATION_REPEAT = 1 << 20  # as in linear_probe: attempts from here on split a training half
 _THREADS = 2
@@ -64,12 +67,35 @@ class ProbeData:
         )
 
 
+def check_probe(config: WatchConfig) -> None:
+    """Raises PathfmError for a probe folder that cannot be used; decodes nothing.
+
+    The files that the probe would decode are opened as far as their sizes.
+    """
+    if config.probe_folder is None:
+        return
+    chosen, _, _ = _chosen(config)
+    for path in chosen.paths:
+        check_picture(chosen.root / path)
+
+
 def choose_pictures(config: WatchConfig) -> ProbeData:
     """The split of `config.probe_folder`: a function of its files and the probe's settings.
 
-    Raises PathfmError for a folder that is none, or a class too small to be in all three parts.
+    Raises PathfmError for a folder that is none or a corpus, or a class too small to be in all three
+    parts.
     """
+    chosen, n_fit, n_test = _chosen(config)
+    numbers = np.arange(len(chosen))
+    options = [config.probe_px, config.probe_k, config.probe_c, config.probe_seed, n_fit]
+    digest = hashlib.sha256(json.dumps([chosen.digest, options]).encode()).hexdigest()
+    return ProbeData(chosen, numbers[:n_fit], numbers[n_fit:], n_test, digest)
+
+
+def _chosen(config: WatchConfig) -> tuple[LabelledFolder, int, int]:
+    """(the pictures that fit and then those that score, how many fit, how many are left for tests)."""
     assert config.probe_folder is not None
+    _refuse_corpus(config.probe_folder)
     folder = scan_folder(config.probe_folder)
     outer = stratified_split(
         folder.labels, config.probe_test_share, config.probe_seed, 0, folder.groups
@@ -94,10 +120,17 @@ def choose_pictures(config: WatchConfig) -> ProbeData:
         labels=np.concatenate([fit.labels, validation.labels]),
         groups=fit.groups + validation.groups,
     )
-    numbers = np.arange(len(chosen))
-    options = [config.probe_px, config.probe_k, config.probe_c, config.probe_seed, len(fit)]
-    digest = hashlib.sha256(json.dumps([chosen.digest, options]).encode()).hexdigest()
-    return ProbeData(chosen, numbers[: len(fit)], numbers[len(fit) :], len(outer.test), digest)
+    return chosen, len(fit), len(outer.test)
+
+
+def _refuse_corpus(root: Path) -> None:
+    """A corpus's masks and thumbnails would pass for classes of pictures."""
+    for name in ("corpus.json", "slides.parquet"):
+        if (root / name).is_file():
+            raise PathfmError(
+                f"watch.probe_folder {root} holds a corpus ({name}): a probe wants labelled patches, "
+                f"{root.parent}/LABELLED/<class>/*.png"
+            )
 
 
 class InTrainingProbe:
@@ -124,6 +157,11 @@ class InTrainingProbe:
         told = among_ranks.gather_objects(scores)[0]
         assert isinstance(told, ProbeScores)
         return told
+
+
+def open_probe(config: WatchConfig, ranks: Ranks) -> InTrainingProbe | None:
+    """The probe that is asked for, its pictures decoded; None where none is. On every rank."""
+    return None if config.probe_folder is None else InTrainingProbe(config, ranks)
 
 
 def fit_and_score(

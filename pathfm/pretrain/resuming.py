@@ -14,6 +14,7 @@ from pathfm.backbone import load_backbone
 from pathfm.checkpoint import Checkpoint, Computing, load_checkpoint, load_newest
 from pathfm.pretrain import PretrainConfig
 from pathfm.pretrain.feed import Feed, refuse_other_classes
+from pathfm.pretrain.probing import check_probe
 from pathfm.pretrain.trainer import Progressed, initial_weights
 from pathfm.ranks import Ranks, gather_objects, together
 from pathfm.runtime import PathfmError, as_dict, make_folder, one_line
@@ -27,6 +28,16 @@ FREE_TO_CHANGE = (
     # round differently, but a run must outlive its machines
     *("device", "parallel", "compile", "micro_batch_size"),
 )
+
+
+def refuse_at_once(config: PretrainConfig, ranks: Ranks) -> None:
+    """Raises PathfmError, on every rank, for a probe folder that an unfinished run cannot use.
+
+    Called before there is a run folder, and before there is a tracked run.
+    """
+    with together():
+        if ranks.first and not _ended_in(config.out):
+            check_probe(config.watch)
 
 
 def find_checkpoint(config: PretrainConfig, ranks: Ranks) -> Checkpoint | None:

@@ -240,8 +240,12 @@ def describe(trainer: Trainer) -> str:
 
 
 def check_views_fit(config: PretrainConfig, backbone: Backbone) -> None:
-    """Raises PathfmError unless every view can be fed to the backbone."""
+    """Raises PathfmError unless every view, and what the run is probed with, can be fed to the backbone."""
     views = config.views
+    if config.input_px is not None:
+        backbone.check_input(config.input_px, "input_px")
+    if config.watch.probe_folder is not None:
+        backbone.check_input(config.watch.probe_px, "watch.probe_px")
     backbone.check_input(views.global_1.size_px, "views.global_1.size_px")
     if views.n_local:
         backbone.check_input(views.local.size_px, "views.local.size_px")

@@ -24,7 +24,7 @@ from pathfm.metrics import rankme
 from pathfm.pretrain.collapse import CollapseWatch, Expected, feature_std
 from pathfm.pretrain.curves import Curves
 from pathfm.pretrain.embedding import Patches, Watched, embed_patches
-from pathfm.pretrain.probing import InTrainingProbe, ProbeScores
+from pathfm.pretrain.probing import InTrainingProbe, ProbeScores, open_probe
 from pathfm.pretrain.records import save_mosaic
 from pathfm.pretrain.showing import save_batch, save_view_rows
 from pathfm.pretrain.watch_settings import WatchConfig
@@ -48,16 +48,17 @@ class Watch:
         run: Run | None,
         ranks: Ranks,
         state: Mapping[str, Any] | None = None,
+        probe: InTrainingProbe | None = None,
     ) -> None:
         """On every rank, once in a process's life. run: the tracked run, None but on the first.
 
-        state: what `state` was in the checkpoint that the run goes on from. Raises PathfmError for
-        a probe folder that cannot be used.
+        state: what `state` was in the checkpoint that the run goes on from. probe: what `open_probe`
+        gave, opened here where it is left out. Raises PathfmError for a probe folder that cannot be used.
         """
         given = dict(state or {})
         self.config, self.folder, self.ranks = config, folder, ranks
         self._run = run if ranks.first else None
-        self._probe = InTrainingProbe(config, ranks) if config.probe_folder is not None else None
+        self._probe = probe or open_probe(config, ranks)
         digest = self._probe.data.digest if self._probe else ""
         same_probe = given.get("probe_digest") == digest
         self._probe_run_id: str | None = given.get("probe_run_id") if same_probe else None
