@@ -75,6 +75,25 @@ def test_the_lock_is_taken_again_after_a_run_and_only_by_rank_0(tmp_path: Path) 
     for _ in range(2):
         with only_run(tmp_path / "a", Ranks()):
             assert (tmp_path / "a" / LOCK).stat().st_size == 0
+        assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_lock_file_that_went_with_the_run_before_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened while that run still ran, locked when it had ended: a third run would see no file."""
+    true_lockf, asked = fcntl.lockf, []
+
+    def lockf(file: int, how: int) -> None:
+        if not asked:
+            (tmp_path / LOCK).unlink()
+        asked.append(file)
+        true_lockf(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with only_run(tmp_path, Ranks()):
+        assert len(asked) == 2
+        assert (tmp_path / LOCK).exists()
 
 
 @pytest.mark.parametrize(

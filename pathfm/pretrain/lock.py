@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from pathfm.ranks import Ranks, together
 from pathfm.runtime import PathfmError, make_folder
 
 LOCK = ".lock"
-"""In a run's folder, empty; it stays there, for a file that goes could be locked by two."""
+"""In a run's folder while it runs, and after one that was killed; empty."""
 
 
 @contextmanager
@@ -31,21 +31,42 @@ def only_run(folder: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _locked(folder: Path) -> BinaryIO:
-    """The lock file, which is ours as long as it is open."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock file, and takes it away at the end."""
     path = folder / LOCK
-    try:
-        file = path.open("ab")
-    except OSError as error:
-        raise PathfmError(f"{path} cannot be written: {error.strerror}") from error
+    while True:
+        try:
+            file = path.open("ab")
+        except OSError as error:
+            raise PathfmError(f"{path} cannot be written: {error.strerror}") from error
+        with file:
+            _lock(file.fileno(), folder)
+            if not _is_at(file.fileno(), path):
+                continue  # that of a run which ended just now: it took the file with it
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    path.unlink()
+            return
+
+
+def _lock(file: int, folder: Path) -> None:
     try:
         # of the process, unlike flock's, which forked children would go on holding
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            file.close()
             raise PathfmError(
                 f"{folder}: another `pathfm pretrain` is running there. Wait for it or end it, or "
                 "choose another --out"
             ) from None
-    return file
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether the open file is the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
