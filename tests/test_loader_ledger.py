@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from online_patching import errors
 from online_patching.loading.batch import Failure
-from online_patching.loading.ledger import MAX_NAMED, MAX_QUARANTINED, MAX_WATCHED, Ledger, Rule
+from online_patching.loading.ledger import (
+    LOST,
+    MAX_NAMED,
+    MAX_QUARANTINED,
+    MAX_WATCHED,
+    Ledger,
+    Rule,
+)
 from online_patching.sampling.sampler import Draws
 
 RULE = Rule(quarantine_after=3, window_draws=64)
@@ -129,6 +136,17 @@ def test_the_budget_is_lenient_at_first_and_names_what_failed():
     ):
         six.check_budget(10, 0.05)
     six.check_budget(120, 0.05)
+
+
+def test_the_budget_forgives_kinds_also_where_names_ran_out():
+    gone = [Failure(d, 0, f"s{d}", "ObjectNotFoundError: x") for d in range(2 * MAX_NAMED)]
+    bad = [Failure(500 + d, 0, f"t{d}", "TileDecodeError: x") for d in range(6)]
+    ledger = Ledger(RULE).after(gone + bad)
+    with pytest.raises(errors.FailureBudgetError, match=r"134 failures in 100 draws"):
+        ledger.check_budget(100, 0.06)
+    ledger.check_budget(100, 0.06, LOST)
+    with pytest.raises(errors.FailureBudgetError, match=r"6 failures in .* 6 x other slides: Tile"):
+        ledger.check_budget(100, 0.05, LOST)
 
 
 def test_a_state_stays_small_whatever_fails():

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from online_patching import Corpus, ForegroundMask, PatchLoader, read_slide_index
-from online_patching.errors import StoreError
+from online_patching.errors import FailureBudgetError, StoreError
+from pathfm.backbone import load_backbone
 from pathfm.checkpoint import load_newest
 from pathfm.methods.dino import Dino
 from pathfm.pretrain import run
@@ -196,12 +197,11 @@ def _corpus(folder: Path, slides: list[Path]) -> Path:
 
 @pytest.mark.parametrize("how", ["vanishes", "is replaced"])
 def test_a_slide_that_is_lost_in_mid_run_is_replaced_draw_by_draw_and_named(
-    small_slides, tmp_path, how, monkeypatch
+    small_slides, tmp_path, how
 ):
     """Its draws take their next attempt, in the life that loses it as in one that never had it."""
     from pathfm.pretrain import feed
 
-    monkeypatch.setattr(feed, "PatchLoader", _tolerant(PatchLoader))
     runs = {}
     for name in ("once", "again"):
         slides = [tmp_path / name / path.name for path in small_slides[:2]]
@@ -237,13 +237,74 @@ def test_a_slide_that_is_lost_in_mid_run_is_replaced_draw_by_draw_and_named(
     assert json.loads((runs["once"] / "summary.json").read_text())["replaced_draws"] == len(failed)
 
 
-def _tolerant(loader: Any) -> Any:
-    """The loader with a budget that a third of the slides does not use up."""
+@pytest.mark.parametrize("window_draws", [2**16, pytest.param(16, marks=pytest.mark.slow)])
+def test_a_run_that_loses_one_of_two_slides_equals_one_in_which_it_was_barred_at_that_step(
+    small_slides, tmp_path, monkeypatch, capfd, window_draws
+):
+    """Half of the draws, with the loader's own budget; in a small window up to the quarantine and past it."""
+    from pathfm.pretrain import feed
 
-    def make(*given: Any, **named: Any) -> Any:
-        return loader(*given, **named, max_failed_fraction=1.0)
+    slides = [Path(shutil.copy2(path, tmp_path / path.name)) for path in small_slides[:2]]
+    corpus, out, barred = (
+        _corpus(tmp_path / "corpus", slides),
+        tmp_path / "out",
+        tmp_path / "barred",
+    )
+    changes: dict[str, Any] = {
+        "steps": 30,
+        "monitor_patches": 128,  # more of them are lost than a budget of theirs would bear
+        "loader": {"window_draws": window_draws},
+    }
+    run(config(corpus, out, stop_after_steps=10, **changes))
+    shutil.copytree(out, barred)
+    lost = slides[1]
+    kept = lost.rename(tmp_path / "kept")
+    run(config(corpus, out, stop_after_steps=25, **changes))
+    lost_id = read_rows(out / "failures.jsonl")[0]["slide_id"]
+    told = f"WARNING slide {lost_id} is lost, its draws are replaced, first "
+    assert capfd.readouterr().out.count(told) == 1
+    assert run(config(corpus, out, **changes)).finished  # in a life that never saw the slide
+    left_out = f"{lost_id} is not read any more since draw 80: too many failed"
+    assert (left_out in capfd.readouterr().out) == (window_draws == 16)
 
-    return make
+    kept.rename(lost)
+    sampler = feed.sampler_of(config(corpus, out, **changes), Corpus.open(corpus))
+    load = feed._SlideFeed.load_state_dict
+    row = sampler.corpus.slide_ids.index(lost_id)
+
+    def with_the_slide_barred(self: Any, state: dict[str, Any]) -> None:
+        load(self, state | {"quarantined": [[lost_id, row, 40, {}]]})
+
+    monkeypatch.setattr(feed._SlideFeed, "load_state_dict", with_the_slide_barred)
+    assert run(config(corpus, barred, **changes)).finished
+    assert losses(out) == losses(barred)
+    assert (out / "sampled.jsonl").read_bytes() == (barred / "sampled.jsonl").read_bytes()
+    mine, theirs = (load_backbone("", str(folder)).digest for folder in (out, barred))
+    assert mine == theirs
+    assert read_rows(barred / "failures.jsonl") == []
+    failed = read_rows(out / "failures.jsonl")
+    until = 80 if window_draws == 16 else 120
+    wanted = [draw for draw in range(40, until) if sampler[draw].slide_id == lost_id]
+    assert len(wanted) > 0.05 * 120
+    assert sorted({row["draw"] for row in failed}) == wanted
+    assert {(row["slide_id"], row["reason"].partition(":")[0]) for row in failed} == {
+        (lost_id, "ObjectNotFoundError")
+    }
+
+
+def test_damage_ends_a_run_with_a_remedy_that_works(small_slides, tmp_path):
+    """Tiles overwritten in place, size and time as they were: they do not decode."""
+    slides = [Path(shutil.copy2(path, tmp_path / path.name)) for path in small_slides[:2]]
+    corpus, out = _corpus(tmp_path / "corpus", slides), tmp_path / "out"
+    run(config(corpus, out, stop_after_steps=2))
+    was = slides[1].stat()
+    with slides[1].open("r+b") as file:
+        file.seek(was.st_size // 10)
+        file.write(bytes(was.st_size * 8 // 10))
+    os.utime(slides[1], ns=(was.st_atime_ns, was.st_mtime_ns))
+    with pytest.raises(FailureBudgetError, match=r"TileDecodeError.*--loader.max_failed_fraction"):
+        run(config(corpus, out))
+    assert run(config(corpus, out, loader={"max_failed_fraction": 1.0})).finished
 
 
 def test_a_store_that_goes_away_stops_the_run_after_the_step_it_was_in(

@@ -15,7 +15,7 @@ reason), `MAX_WATCHED` slides of the window under way and `MAX_QUARANTINED` quar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from online_patching.loading.batch import DrawSource, Failure
 MAX_NAMED = 64
 MAX_WATCHED = 256
 MAX_QUARANTINED = 512
+LOST = ("ObjectNotFoundError", "ObjectChangedError")
+"""Kinds of failures that say that a whole slide is gone or another, not that a part of it is damaged."""
 _PROBATION_DRAWS = 100
 _QUARANTINE_SHARE = 0.5
 _CHUNK = 4096
@@ -137,12 +139,18 @@ class Ledger:
         window = self.rule.window_draws
         return self.rule.quarantine_after is None or last_draw < (next_draw // window + 2) * window
 
-    def check_budget(self, draws: int, max_failed_fraction: float) -> None:
-        """Raise FailureBudgetError, with the list, when too many of so many draws failed."""
-        failed = self.failed.total()
+    def check_budget(
+        self, draws: int, max_failed_fraction: float, forgiven: Collection[str] = ()
+    ) -> None:
+        """Raise FailureBudgetError, with the list, when too many of so many draws failed.
+
+        Failures of a kind in `forgiven` do not count.
+        """
+        counted = Counter({k: n for k, n in self.failed.items() if _split(k)[1] not in forgiven})
+        failed = counted.total()
         if failed <= max_failed_fraction * max(draws, _PROBATION_DRAWS):
             return
-        listed = "; ".join(f"{n:,} x {kind}" for kind, n in self.failed.most_common(5))
+        listed = "; ".join(f"{n:,} x {kind}" for kind, n in counted.most_common(5))
         raise FailureBudgetError(
             f"{failed:,} failures in {draws:,} draws, more than {max_failed_fraction:.1%} of at least "
             f"{_PROBATION_DRAWS}: {listed}. "

@@ -7,7 +7,8 @@ and ranks, and a stream may be continued on other numbers of each, and with anot
 
 A patch whose tiles are damaged is replaced by the next attempt of the same draw, counted and listed. A
 slide that keeps failing is quarantined from a draw on that follows from the stream (ledger.py); past
-`max_failed_fraction` of the draws the loader stops. A store that stays unreachable after its retries
+`max_failed_fraction` of the draws the loader stops (`forgive_lost`: draws of slides that are gone or another
+do not count). A store that stays unreachable after its retries
 raises: `state_dict()` still names the next undelivered batch.
 """
 
@@ -34,7 +35,7 @@ from online_patching.loading.batch import (
     n_draws,
     no_patches,
 )
-from online_patching.loading.ledger import Ledger, Rule
+from online_patching.loading.ledger import LOST, Ledger, Rule
 from online_patching.loading.processes import START_METHODS, ProcessEngine
 from online_patching.loading.state import load_ledgers, merge_states, save_state
 from online_patching.loading.threads import ThreadEngine
@@ -84,6 +85,7 @@ class PatchLoader:
         retry: RetryPolicy | None = None,
         connections: int = DEFAULT_CONNECTIONS,
         max_failed_fraction: float = 0.05,
+        forgive_lost: bool = False,
         quarantine_after: int | None = 8,
         window_draws: int = 2**16,
         rank: int = 0,
@@ -105,6 +107,7 @@ class PatchLoader:
             connections, disk_cache, disk_cache_bytes,
         )  # fmt: skip
         self.max_failed_fraction = max_failed_fraction
+        self._forgiven = LOST if forgive_lost else ()
         self.stats = Stats()
         self._agreeing = world_size == 1 or gather is not None
         self._n_draws = n_draws(sampler)
@@ -269,7 +272,8 @@ class PatchLoader:
         pending = [*self._pending, *failures]
         if not self._agreeing:
             own = self._own.after(failures)
-            own.check_budget((end - self._began_at) // self.world_size, self.max_failed_fraction)
+            draws = (end - self._began_at) // self.world_size
+            own.check_budget(draws, self.max_failed_fraction, self._forgiven)
             self._own = own.forgetting(end)
             return
         if self.world_size > 1:
@@ -278,7 +282,7 @@ class PatchLoader:
                 return
             pending = _joined(self.gather(pending)) if self.gather is not None else pending
         ledger = self._ledger.after(pending)
-        ledger.check_budget(end, self.max_failed_fraction)
+        ledger.check_budget(end, self.max_failed_fraction, self._forgiven)
         self._ledger, self._pending = ledger.decided(end, self.sampler), []
 
     def _time_to_agree(self, begin: int, end: int) -> bool:

@@ -97,7 +97,7 @@ def time_reading(config: PretrainConfig, sampler: DrawSource) -> tuple[int, floa
     """(patches, patches a second) of a loader that really reads some, after its first batch."""
     batch = min(_TIMED_BATCH, config.batch_size)
     batches = max(2, config.estimate.time_patches // batch + 1)
-    reading = config.loader.model_dump()
+    reading = config.loader.model_dump() | {"forgive_lost": True}
     with PatchLoader(sampler, batch, **reading) as loader:
         next(loader)
         began_s = time.perf_counter()

@@ -7,6 +7,7 @@ step gets the r-th part of its batch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from online_patching import BalancedSampler, Corpus, PatchLoader, PatchRef, PatchSampler
-from online_patching.errors import StateMismatchError
+from online_patching.errors import FailureBudgetError, StateMismatchError
 from online_patching.loading import PatchBatch
 from online_patching.loading.batch import Failure
 from online_patching.stats import Stats
@@ -70,7 +71,8 @@ class Feed(Protocol):
         """This rank's part of the next step, waiting for it if need be."""
 
     def first(self, n: int) -> FeedBatch:
-        """The first n draws, read apart from the stream, alike on every rank."""
+        """The first n draws, read apart from the stream, alike on every rank; what fails is replaced
+        and counts nowhere."""
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as small JSON; every rank must call it at the same step."""
@@ -171,7 +173,8 @@ class _SlideFeed:
         self.name, self.digest = config.corpus.name, self.corpus.digest
         self.class_names = getattr(self.sampler, "class_names", ())
         self.notes = _told(self.sampler)
-        self._reading = config.loader.model_dump()
+        # A lost slide must not end a run: its draws are replaced, listed and told.
+        self._reading = config.loader.model_dump() | {"forgive_lost": True}
         self._loader = PatchLoader(
             self.sampler,
             config.batch_size // ranks.world,
@@ -183,10 +186,15 @@ class _SlideFeed:
         self.close = self._loader.close
 
     def next_batch(self) -> FeedBatch:
-        return self._labelled(self._loader.next_batch())
+        try:
+            return self._labelled(self._loader.next_batch())
+        except FailureBudgetError as error:
+            raise _with_remedy(error) from None
 
     def first(self, n: int) -> FeedBatch:
         reading = self._reading | {"workers": 0, "prefetch": 1}
+        # Read anew in every life, before the ledger is there: a budget of its own would end each.
+        reading |= {"max_failed_fraction": math.inf, "quarantine_after": None}
         with PatchLoader(self.sampler, n, **reading) as loader:
             return self._labelled(loader.next_batch())
 
@@ -254,6 +262,7 @@ class _FolderFeed:
             mpp=labels.patches_mpp,
             threads=reading.threads * max(1, reading.workers),
             prefetch=reading.prefetch or 2,
+            max_failed_fraction=reading.max_failed_fraction,
             rank=ranks.rank,
             world_size=ranks.world,
             gather=gather_objects if ranks.world > 1 else None,
@@ -262,7 +271,10 @@ class _FolderFeed:
         self.stats = self._pictures.stats
 
     def next_batch(self) -> FeedBatch:
-        return self._labelled(self._pictures.next_batch())
+        try:
+            return self._labelled(self._pictures.next_batch())
+        except FailureBudgetError as error:
+            raise _with_remedy(error) from None
 
     def first(self, n: int) -> FeedBatch:
         return self._labelled(self._pictures.first(n))
@@ -288,6 +300,14 @@ class _FolderFeed:
     @property
     def next_draw(self) -> int:
         return self._pictures.next_draw
+
+
+def _with_remedy(error: FailureBudgetError) -> FailureBudgetError:
+    """The error with the names that the remedies have here."""
+    return FailureBudgetError(
+        f"{error} (The run goes on with a higher --loader.max_failed_fraction; without what fails it is "
+        "another run: another --out.)"
+    )
 
 
 def refuse_other_classes(state: dict[str, Any], class_names: tuple[str, ...]) -> None:

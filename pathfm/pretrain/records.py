@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from online_patching import PatchBatch, PatchRef
+from online_patching.loading.ledger import LOST
 from online_patching.stores.local import atomic_write_bytes
 from pathfm.checkpoint import Checkpoint
 from pathfm.pictures import mosaic
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 SAMPLED, FAILURES = "sampled.jsonl", "failures.jsonl"
 _FLUSH_STEPS = 50
+_MAX_TOLD = 100
 _FIELDS = ("draw", "slide_id", "x_px0", "y_px0", "width_px0", "height_px0", "mpp")
 
 
@@ -99,6 +101,7 @@ class Records:
         self._logs: tuple[RowsLog, RowsLog] | None = None
         self._waiting: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
         self._steps = 0
+        self._told: set[str] = set()  # slides
         with together():
             if ranks.first:
                 out = config.out
@@ -141,7 +144,20 @@ class Records:
             if self._logs is not None:
                 for number, log in enumerate(self._logs):
                     rows = [row for part in parts for row in part[number]]
-                    log.append(sorted(rows, key=lambda row: (row["draw"], row.get("attempt", 0))))
+                    rows.sort(key=lambda row: (row["draw"], row.get("attempt", 0)))
+                    log.append(rows)
+        self._tell_lost(row for part in parts for row in part[1])
+
+    def _tell_lost(self, failed: Iterable[Mapping[str, Any]]) -> None:
+        """Say of each slide, once in a life, that it is gone or another: it stops no run."""
+        for row in sorted(failed, key=lambda row: int(row["draw"])):
+            slide_id, lost = row["slide_id"], row["reason"].partition(": ")[0] in LOST
+            if lost and slide_id not in self._told and len(self._told) < _MAX_TOLD:
+                self._told.add(slide_id)
+                self.say(
+                    f"WARNING slide {slide_id} is lost, its draws are replaced, first {row['draw']:,}: "
+                    f"{row['reason']}"
+                )
 
     def checkpoint(self, path: Path, digest: str) -> None:
         """Refer to a checkpoint."""

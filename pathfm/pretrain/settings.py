@@ -116,7 +116,7 @@ class OptimConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class ReadingConfig(BaseModel, frozen=True, extra="forbid"):
-    """How patches are read; none of it changes which."""
+    """How patches are read, and what may fail; where nothing fails, none of it changes which."""
 
     workers: int = Field(
         0, ge=0, le=256, description="loader processes of each rank; 0: threads in this one"
@@ -127,6 +127,22 @@ class ReadingConfig(BaseModel, frozen=True, extra="forbid"):
         ge=1,
         le=64,
         description="batches read ahead; unset: 2, or what a network's latency needs",
+    )
+    max_failed_fraction: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="share of the draws that may fail for damage before the run stops; draws of slides that "
+        "are gone or replaced do not count",
+    )
+    quarantine_after: int | None = Field(
+        8, ge=1, description="failures of a slide in a window before it is left out; null: never"
+    )
+    window_draws: int = Field(
+        2**16,
+        ge=1,
+        le=2**40,
+        description="draws in a window, at least batch_size; a slide is left out from the window after next on",
     )
 
 
