@@ -26,6 +26,7 @@ from pathfm.pretrain.lock import only_run
 from pathfm.pretrain.micro import micro_batches, while_worked_on
 from pathfm.pretrain.optim import set_schedule
 from pathfm.pretrain.parallel import gradients_meet, whole
+from pathfm.pretrain.probing import open_probe
 from pathfm.pretrain.records import Records
 from pathfm.pretrain.resuming import (
     find_checkpoint,
@@ -81,10 +82,11 @@ def _train(config: PretrainConfig, ranks: Ranks, told: Told) -> PretrainResult:
             return PretrainResult(out, config.steps, finished=True)
         trainer = build_trainer(config, checkpoint, ranks, feed.class_names)
         done = trainer.done
+        probe = open_probe(config.watch, ranks)  # a damaged picture is found before a run is begun
         records = opened.enter_context(_open_records(trainer, checkpoint, feed, opened))
         records.say(f"{done.init_note}; {describe(trainer)}", *feed.notes)
         watched = checkpoint.state["watch"] if checkpoint else None
-        watch = opened.enter_context(Watch(config.watch, out, records.run, ranks, watched))
+        watch = opened.enter_context(Watch(config.watch, out, records.run, ranks, watched, probe))
         watch.begin(trainer, feed.first(config.monitor_patches))
         if checkpoint is not None:
             feed.load_state_dict(checkpoint.state["loader"])
