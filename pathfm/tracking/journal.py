@@ -6,13 +6,16 @@
     tracking.json          who the run is and how far it has been shipped
 
 Rows survive `kill -9` (each is one write of a whole line; a torn last line is dropped on opening).
-They are not fsynced one by one: a power cut can lose the last seconds, a crash cannot.
+They are not fsynced one by one but by `sync`, which a checkpoint waits for: a power cut can lose rows
+since then, a crash cannot. A line that is no row is passed over with a warning.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import threading
 import time
 import uuid
@@ -134,12 +137,38 @@ class Journal:
         line = json.dumps(row).encode() + b"\n"
         try:
             with self._lock, (self.folder / name).open("ab", buffering=0) as file:
-                file.write(line)
+                began = file.tell()
+                written = file.write(line)
+                if written != len(line):  # a nearly full disk takes a part and raises nothing
+                    file.truncate(began)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise PathfmError(
-                f"{self.folder / name}: a row cannot be written: {error.strerror}. Free space; "
-                f"the run resumes from its last checkpoint"
-            ) from error
+            raise _refused(self.folder / name, error) from error
+
+    def sync(self) -> None:
+        """Every row so far outlives a power cut when this returns."""
+        for path in (self.folder / METRICS, self.folder / TASKS, self.folder):
+            if not path.exists():
+                continue
+            try:
+                handle = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+            except OSError as error:
+                raise _refused(path, error) from error
+
+    def last_step(self) -> int:
+        """The step of the last row; -1 where there is none."""
+        path = self.folder / METRICS
+        if not path.exists():
+            return -1
+        with self._lock, path.open("rb") as file:
+            start = max(0, path.stat().st_size - _TAIL_BYTES)
+            file.seek(start)
+            lines = file.read().splitlines()[1 if start else 0 :]
+        return max((row["step"] for row in map(_row, lines) if row), default=-1)
 
     def truncate(self, last_step: int) -> None:
         """Drop the metric rows after `last_step`: a resumed run makes them again.
@@ -148,9 +177,8 @@ class Journal:
         """
         path = self.folder / METRICS
         with self._lock:
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            rows = [json.loads(line) for line in lines]
-            later = {row["step"]: row for row in rows if row["step"] > last_step}
+            pairs = _pairs(path)
+            later = {row["step"]: row for _, row in pairs if row["step"] > last_step}
             if not later:
                 return
             # of a step done three times the first row counts; rows before `last_step` stay as they are
@@ -158,7 +186,6 @@ class Journal:
             self._replaced = later | known
             kept_first = [json.dumps(row) + "\n" for _, row in sorted(self._replaced.items())]
             atomic_write_text(self.folder / REPLACED, "".join(kept_first))
-            pairs = zip(lines, rows, strict=True)
             data = b"".join(line for line, row in pairs if row["step"] <= last_step)
             atomic_write_bytes(path, data)
             self._rewinds += 1
@@ -182,8 +209,8 @@ class Journal:
             with path.open("rb") as file:
                 file.seek(start)
                 lines = file.read(self.state.metrics_bytes - start).splitlines()
-        rows = [json.loads(line) for line in lines[1 if start else 0 :]]
-        return {key: row["step"] for row in rows for key in metric_values(row)}
+        rows = map(_row, lines[1 if start else 0 :])
+        return {key: row["step"] for row in rows if row for key in metric_values(row)}
 
     def unshipped(self, name: str, limit: int) -> Slice:
         """Up to `limit` whole rows past the cursor of METRICS or TASKS."""
@@ -197,7 +224,8 @@ class Journal:
                 lines = list(islice(file, limit))
         lines = [line for line in lines if line.endswith(b"\n")]
         ends = [start + size for size in accumulate(map(len, lines))]
-        return Slice(name, [json.loads(line) for line in lines], ends, self._rewinds)
+        told = [(row, end) for row, end in zip(map(_row, lines), ends, strict=True) if row]
+        return Slice(name, [row for row, _ in told], [end for _, end in told], self._rewinds)
 
     def advance(self, done: Slice, rows: int) -> None:
         """Record that the first `rows` of a slice have arrived."""
@@ -259,10 +287,35 @@ def metric_values(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
+    return [row for _, row in _pairs(path)]
+
+
+def _pairs(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Whole lines and their rows; what is no row is left out, and told of."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    whole = [(line, _row(line)) for line in lines if line.endswith(b"\n")]
+    pairs = [(line, row) for line, row in whole if row is not None]
+    if len(pairs) < len(whole):
+        _log.warning("%s: %d lines are no rows and are passed over", path, len(whole) - len(pairs))
+    return pairs
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row of a line, None for one that a disk spoilt."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and ("step" in row or "do" in row) else None
+
+
+def _refused(path: Path, error: OSError) -> PathfmError:
+    return PathfmError(
+        f"{path}: a row cannot be written: {error.strerror}. Free space; the run resumes from its "
+        "last checkpoint"
+    )
 
 
 def _sound(path: Path, cursor: int) -> int:

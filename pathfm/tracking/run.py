@@ -56,6 +56,8 @@ class Run:
         self.folder = journal.folder
         self._journal = journal
         self._shipper = Shipper(config, journal) if config.enabled else None
+        self.stopped = False
+        """Set for a run that ends before its last step: KILLED to MLflow, until it goes on."""
 
     @property
     def run_id(self) -> str:
@@ -75,6 +77,15 @@ class Run:
     def truncate(self, step: int) -> None:
         """Forget the rows after `step`; a resumed run calls this before it goes on."""
         self._journal.truncate(step)
+
+    def sync(self) -> None:
+        """All told so far outlives a power cut when this returns; a checkpoint waits for it."""
+        self._journal.sync()
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last row in metrics.jsonl; -1 where there is none."""
+        return self._journal.last_step()
 
     def tag(self, key: str, value: object) -> None:
         """Set a tag."""
@@ -112,8 +123,13 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        stopped = kind is not None and not issubclass(kind, Exception)
-        self.close("KILLED" if stopped else "FAILED" if kind else "FINISHED")
+        self.close(self.ending(kind))
+
+    def ending(self, kind: type[BaseException] | None) -> str:
+        """MLflow's word for how the run ends, left with an exception of this kind or none."""
+        if kind is not None and issubclass(kind, Exception):
+            return "FAILED"
+        return "KILLED" if kind or self.stopped else "FINISHED"
 
     def _start(self, connect_s: float) -> None:
         if self._shipper is not None:

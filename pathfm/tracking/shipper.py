@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pathfm.runtime import PathfmError, without_secrets
+from pathfm.runtime import PathfmError, one_line, without_secrets
 from pathfm.tracking.journal import METRICS, TASKS, Journal, read_state
 from pathfm.tracking.settings import TrackingConfig, absolute
 
@@ -173,5 +173,6 @@ def replay(folder: Path, uri: str | None = None, experiment: str | None = None) 
         Shipper(base, journal).ship()
     except Exception as error:
         where = without_secrets(base.store(folder))
-        raise PathfmError(f"MLflow store {where} does not answer: {str(error)[:200]}") from error
+        reason = without_secrets(one_line(error))[:200]
+        raise PathfmError(f"MLflow store {where} does not answer: {reason}") from error
     return waiting
