@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pathfm.backbone import load_backbone
 from pathfm.checkpoint import load_newest
+from pathfm.methods import build_method
+from pathfm.methods.settings import DinoSettings
 from pathfm.pretrain import PretrainConfig, run
+from pathfm.pretrain.parallel import spread
 from pathfm.pretrain.trainer import split_batch
 from pathfm.ranks import LostRankError, Ranks
 from pathfm.runtime import PathfmError, save_config
@@ -335,3 +340,16 @@ def test_a_batch_that_does_not_come_out_even_is_refused_with_what_would(
     given = PretrainConfig(**(TINY | {"batch_size": batch} | changes))
     with pytest.raises(PathfmError, match=words):
         split_batch(given, Ranks(0, world))
+
+
+def test_wrapping_for_several_ranks_warns_of_nothing_and_leaves_buffers_alone(tmp_path):
+    method = build_method("dino", load_backbone("test_vit", "random:1"), DinoSettings(), 10, 0)
+    meeting = f"file://{tmp_path}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            spread_out = spread(method, "ddp", Ranks(world=2))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not spread_out.broadcast_buffers

@@ -7,9 +7,10 @@ checkpoint is the same file whatever wrote it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,10 @@ def spread(method: Method, how: How, ranks: Ranks) -> nn.Module:
     if ranks.world == 1 or how == "fsdp":
         return module
     # buffers follow from the global batch (centres, statistics), so every rank has the same
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    takes = inspect.signature(DistributedDataParallel).parameters
+    new, old = "forward_sync_buffers", "broadcast_buffers"  # newer torch warns of the old name
+    unsynced: dict[str, Any] = {new if new in takes else old: False}
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **unsynced)
 
 
 @contextmanager
