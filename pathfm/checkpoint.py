@@ -133,18 +133,22 @@ def digest_of(folder: Path) -> str:
 
 
 def pack_optimizer(
-    optimizer: torch.optim.Optimizer, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    optimizer: torch.optim.Optimizer,
+    whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    *,
+    keep: bool = True,
 ) -> tuple[dict[str, Tensor], list[Any]]:
     """An optimizer's state as ("optimizer.<parameter>.<name>" -> tensor, JSON param groups).
 
     `whole` makes plain tensors of what lies in shards; it is called in the same order on every rank.
+    keep: False on ranks that only take part in it; they get no tensors, and copy none to the CPU.
     """
-    state = optimizer.state_dict()
-    tensors = {
-        f"optimizer.{index}.{name}": whole(torch.as_tensor(value)).detach().cpu()
-        for index, values in state["state"].items()
-        for name, value in values.items()
-    }
+    state, tensors = optimizer.state_dict(), {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            one = whole(torch.as_tensor(value))
+            if keep:
+                tensors[f"optimizer.{index}.{name}"] = one.detach().cpu()
     return tensors, state["param_groups"]
 
 

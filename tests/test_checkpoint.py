@@ -149,6 +149,21 @@ def test_an_optimizer_continues_bit_for_bit(tmp_path):
     assert torch.equal(again, weight)
 
 
+def test_a_rank_that_keeps_nothing_still_takes_part_in_every_tensor():
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(weights)
+    sum((w**2).sum() for w in weights).backward()
+    optimizer.step()
+    asked = {True: [], False: []}
+    packed = {
+        keep: pack_optimizer(optimizer, lambda t, to=asked[keep]: to.append(t) or t, keep=keep)
+        for keep in asked
+    }
+    assert len(packed[True][0]) == len(asked[True]) == 6  # two moments and a count, twice
+    assert [id(t) for t in asked[False]] == [id(t) for t in asked[True]]
+    assert packed[False] == ({}, packed[True][1])
+
+
 def test_retention_keeps_the_one_just_written_and_counts_no_damaged_ones(tmp_path):
     for step in (1, 2, 4, 5):
         save(tmp_path, step)

@@ -9,7 +9,7 @@ import torch
 from lightly.loss import DINOLoss
 
 from pathfm.backbone import load_backbone
-from pathfm.methods import MicroBatch, build_method
+from pathfm.methods import MicroBatch, build_method, distillation
 from pathfm.methods.distillation import summarise
 from pathfm.methods.settings import DinoSettings
 from pathfm.runtime import PathfmError
@@ -162,6 +162,22 @@ def test_a_uniform_and_a_one_hot_teacher_have_the_entropies_known():
     collapsed = outputs_of(100.0 * torch.eye(1, 32).expand(4, 32))
     assert float(collapsed["teacher_marginal_entropy"]) == pytest.approx(0, abs=1e-6)
     assert float(collapsed["teacher_information"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_entropies_of_many_targets_take_a_slab_of_memory_at_a_time(monkeypatch):
+    targets = torch.softmax(torch.randn(50, 32, generator=torch.Generator().manual_seed(2)), -1)
+    seen, true_entr = [], torch.special.entr
+
+    def entr(values):
+        seen.append(values.numel())
+        return true_entr(values)
+
+    monkeypatch.setattr(distillation, "SLAB_ELEMENTS", 7 * 32 + 5)
+    monkeypatch.setattr(torch.special, "entr", entr)
+    found = summarise([(targets, targets), (targets[:0], targets[:0])])
+    expected = -sum(p * math.log(p) for row in targets.double().tolist() for p in row) / 50
+    assert float(found.entropy) == pytest.approx(expected, rel=1e-6)
+    assert max(seen) == 7 * 32
 
 
 def split(crops, n_global, parts, step=0):

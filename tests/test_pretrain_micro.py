@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from pathfm.pretrain import PretrainConfig, micro
+from pathfm.checkpoint import pack_optimizer
+from pathfm.pretrain import PretrainConfig, micro, trainer
 from pathfm.pretrain.feed import FeedBatch
 from pathfm.pretrain.loop import Taken, gradients
 from pathfm.pretrain.micro import micro_batches
 from pathfm.pretrain.trainer import build_trainer
+from pathfm.ranks import Ranks
 from pathfm.views.render import make_views
 from tests.pretraining import TINY
 
@@ -52,16 +55,16 @@ def test_views_of_one_micro_batch_are_there_at_a_time(monkeypatch, method, size,
     made = Made()
     monkeypatch.setattr(micro, "make_views", made)
     changes = {"dinov2": HEAD | {"regulariser_weight": 0.0}} if method == "dinov2" else {}
-    trainer, taken = trainer_and_batch(method=method, micro_batch_size=size, **changes)
-    gradients(trainer, taken)
+    given, taken = trainer_and_batch(method=method, micro_batch_size=size, **changes)
+    gradients(given, taken)
     assert made.made == 4 * (4 + looked_at)
     assert made.most == (size or 4)
 
 
 def test_views_made_when_asked_for_are_those_made_at_once():
-    trainer, taken = trainer_and_batch(micro_batch_size=2)
-    backbone, specs = trainer.method.exported, trainer.config.views.specs
-    for index, one in enumerate(micro_batches(trainer, taken)):
+    given, taken = trainer_and_batch(micro_batch_size=2)
+    backbone, specs = given.method.exported, given.config.views.specs
+    for index, one in enumerate(micro_batches(given, taken)):
         rows = slice(2 * index, 2 * index + 2)
         whole = make_views(
             taken.pixels[rows], one.draws, specs, seed=0, mean=backbone.mean, std=backbone.std
@@ -92,8 +95,29 @@ def test_a_run_that_compiles_makes_its_views_compiled_on_a_gpu(
         return only
 
     monkeypatch.setattr(micro, "make_views", note)
-    trainer, taken = trainer_and_batch()
-    config = trainer.config.model_copy(update={"compile": compiled})
-    given = replace(trainer, config=config, device=SimpleNamespace(type=device))
+    plain, taken = trainer_and_batch()
+    config = plain.config.model_copy(update={"compile": compiled})
+    given = replace(plain, config=config, device=SimpleNamespace(type=device))
     assert micro_batches(given, taken)[0].views[0] == 0
     assert asked == [engine]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rank_that_writes_alone_keeps_a_checkpoints_tensors(monkeypatch, tmp_path, rank):
+    given, taken = trainer_and_batch(out=tmp_path)
+    gradients(given, taken)
+    given.optimizer.step()
+    packed: list[int] = []
+
+    def pack(*args: Any, **named: Any) -> Any:
+        found = pack_optimizer(*args, **named)
+        packed.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(trainer, "pack_optimizer", pack)
+    monkeypatch.setattr(trainer, "together", nullcontext)
+    feed = SimpleNamespace(state_dict=dict)
+    records = SimpleNamespace(run_id=None, state={}, checkpoint=lambda path, digest: None)
+    trainer.save(replace(given, ranks=Ranks(rank, 2)), feed, records, {})  # type: ignore[arg-type]
+    assert (packed[0] > 0) == (rank == 0)
+    assert (tmp_path / "checkpoints").exists() == (rank == 0)

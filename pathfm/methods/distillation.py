@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pathfm import ranks
 from pathfm.backbone import Backbone, SampleKeys, seeded_init
+from pathfm.losses.sinkhorn import SLAB_ELEMENTS
 from pathfm.methods.protocol import MicroBatch
 from pathfm.methods.settings import DinoSettings
 from pathfm.schedules import cosine, linear
@@ -178,7 +179,7 @@ def summarise(parts: Iterable[tuple[Tensor, Tensor]]) -> Outputs:
     """
     sums: Tensor | None = None
     for logits, targets in parts:
-        entropies = torch.special.entr(targets).sum()
+        entropies = _entropy(targets)
         count = entropies.new_tensor(float(len(targets)))
         part = torch.cat([logits.sum(0), targets.sum(0), torch.stack([entropies, count])])
         sums = part if sums is None else sums + part
@@ -187,6 +188,14 @@ def summarise(parts: Iterable[tuple[Tensor, Tensor]]) -> Outputs:
     k, rows = (len(total) - 2) // 2, total[-1]
     per_row = total / rows.clamp(min=1.0)
     return Outputs(rows, per_row[:k], per_row[-2], torch.special.entr(per_row[k : 2 * k]).sum())
+
+
+def _entropy(targets: Tensor) -> Tensor:
+    """Sum of the rows' entropies, a slab at a time: (n, K) is gigabytes."""
+    slab = max(1, SLAB_ELEMENTS // max(1, targets.shape[1]))
+    return torch.stack(
+        [torch.special.entr(part).sum() for part in torch.split(targets, slab)]
+    ).sum()
 
 
 @torch.no_grad()

@@ -154,7 +154,8 @@ def save(trainer: Trainer, feed: Feed, records: Records, watched: Mapping[str, A
     config, done, ranks = trainer.config, trainer.done, trainer.ranks
     reading = feed.state_dict()
     weights = _gathered(trainer)
-    moments, groups = pack_optimizer(trainer.optimizer, whole if trainer.sharded else _itself)
+    gathered = whole if trainer.sharded else _itself
+    moments, groups = pack_optimizer(trainer.optimizer, gathered, keep=ranks.first)
     done.run_id = records.run_id
     state = {
         "config": as_dict(config),
