@@ -54,7 +54,11 @@ def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
 
 @pytest.mark.slow
 def test_a_second_run_in_the_folder_is_told_so_and_touches_nothing(
-    small_corpus: Path, tmp_path: Path, holder: Any, capsys: pytest.CaptureFixture[str]
+    small_corpus: Path,
+    tmp_path: Path,
+    holder: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     process, child = holder
     out = tmp_path / "run"
@@ -62,6 +66,11 @@ def test_a_second_run_in_the_folder_is_told_so_and_touches_nothing(
     assert cli.main(["pretrain", str(yaml)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {out}: another `pathfm pretrain` is running there.")
+    assert [path.name for path in out.iterdir()] == [LOCK]
+    there = Path.exists  # both started at once: neither saw a folder
+    with monkeypatch.context() as started:
+        started.setattr(Path, "exists", lambda path: path != out and there(path))
+        assert cli.main(["pretrain", str(yaml)]) == 2
     assert [path.name for path in out.iterdir()] == [LOCK]
     process.kill()
     process.wait()

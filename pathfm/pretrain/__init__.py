@@ -228,15 +228,12 @@ def run(config: PretrainConfig) -> PretrainResult:
 
         show(config)
         return PretrainResult(config.out, 0, finished=False)
-    from pathfm.pretrain.lock import LOCK
     from pathfm.pretrain.loop import train
 
     there = config.out.exists()
     try:
         return train(config)
     finally:
-        if not there:  # a run that could not begin leaves no folder; only one without results goes
+        if not there:  # a run that could not begin leaves no folder; only an empty one goes
             with suppress(OSError):
-                if [path.name for path in config.out.iterdir()] == [LOCK]:
-                    (config.out / LOCK).unlink()
                 config.out.rmdir()
