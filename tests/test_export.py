@@ -68,6 +68,17 @@ def test_the_card_tells_data_recipe_and_facts(finished, tmp_path):
     assert "dinov2" not in recipe  # its settings did nothing
 
 
+def test_the_card_says_which_views_it_was_trained_on_and_what_it_takes(finished, tmp_path):
+    path = finished / "config.yaml"
+    views = {"global_1": {"size_px": 48}, "global_2": {"size_px": 48}, "local": {"size_px": 16}}
+    path.write_text(path.read_text() + yaml.safe_dump({"views": views}))
+    run(ExportConfig(run=finished, out=tmp_path / "x"))
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert (
+        "trained on global views of 48 px, takes 32 px, or sides that are multiples of 16" in card
+    )
+
+
 def test_no_place_and_no_slide_gets_out(finished, tmp_path):
     probe = probe_file(tmp_path / "probe.json", backbone().digest)
     run(ExportConfig(run=finished, out=tmp_path / "x", probes=[probe]))

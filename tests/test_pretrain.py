@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +21,9 @@ from pathfm.backbone import export_backbone, load_backbone
 from pathfm.checkpoint import Computing, load_newest
 from pathfm.methods.dino import Dino
 from pathfm.pretrain import OptimConfig, PretrainConfig, ViewsConfig, run
+from pathfm.pretrain.bookends import _last_words
 from pathfm.pretrain.optim import parameter_groups, schedule, set_schedule
-from pathfm.pretrain.records import choose_for_mosaic, read_rows, sampling_facts
+from pathfm.pretrain.records import choose_for_mosaic, print_shares, read_rows, sampling_facts
 from pathfm.pretrain.trainer import build_trainer
 from pathfm.runtime import PathfmError, save_config
 from tests.pretraining import TINY, assert_same_run, config, losses
@@ -356,6 +359,35 @@ def test_shares_count_repeated_places_once():
     assert facts["distinct_patches"] == 3
     assert facts["slide_share"] == {"a": 0.75, "b": 0.25}
     assert facts["mpp_share"] == {"0.5": 0.75, "1.0": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "mpp", "says"),
+    [
+        ((0.25, 1.0), 1.0, {"1.0": "100.00", "0.25": "0.00"}),
+        ((), 0.7, {"0.7": "100.00"}),
+        ((), 0.0, {"not known": "100.00"}),
+    ],
+)
+def test_the_magnifications_told_are_those_that_were_sampled(wanted, mpp, says, capsys):
+    row = {"slide_id": "a", "x_px0": 0, "y_px0": 0, "mpp": mpp}
+    print_shares(sampling_facts([row, row]), ["a"], wanted)
+    table = capsys.readouterr().out.partition("magnifications")[2]
+    told = re.findall(r"(not known|\d+\.\d+)\W+?(\d+\.\d+)", table)
+    assert dict(told) == says
+
+
+def test_the_last_words_tell_the_probe_s_start_and_end(tmp_path):
+    trainer: Any = SimpleNamespace(
+        config=SimpleNamespace(out=tmp_path),
+        method=SimpleNamespace(exported=SimpleNamespace(name="v")),
+    )
+    names = "patches_seen distinct_patches patches_per_s patches_per_s_wall wait_share loss_first loss_highest"
+    numbers = dict.fromkeys([*names.split(), "loss_highest_step", "loss_last"], 1)
+    scores = {"probe_knn_start": 0.5, "probe_knn_end": 0.625}
+    told = "\n".join(_last_words(trainer, numbers, scores))
+    assert "probe, balanced accuracy on the validation part: kNN 50.0 -> 62.5 %" in told
+    assert "probe," not in "\n".join(_last_words(trainer, numbers, {}))
 
 
 def test_the_mosaic_has_a_column_a_slide_and_rows_by_magnification():

@@ -194,8 +194,17 @@ def _usage(source: Source) -> str:
         "transform = timm.data.create_transform(**config, is_training=False)\n"
         f"features = model(transform(image)[None])  # (1, {backbone.dim})\n```\n\n"
         f"Inputs: RGB on 0..1, normalised with mean {_three(backbone.mean)} and standard deviation "
-        f"{_three(backbone.std)} (both in `config.json`); trained at {backbone.input_px} px, takes {sizes}.\n"
+        f"{_three(backbone.std)} (both in `config.json`); {_trained_at(source.recipe)}takes "
+        f"{backbone.input_px} px, or {sizes}.\n"
     )
+
+
+def _trained_at(recipe: Mapping[str, Any]) -> str:
+    """The side of the views that whole patches were cut to, where the recipe tells."""
+    views = recipe.get("views")
+    first = views.get("global_1") if isinstance(views, Mapping) else None
+    side_px = first.get("size_px") if isinstance(first, Mapping) else None
+    return f"trained on global views of {side_px} px, " if side_px else ""
 
 
 def _three(values: Iterable[float]) -> str:

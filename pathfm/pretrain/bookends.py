@@ -86,11 +86,9 @@ def _sum_up(
 
 
 def _mpps(trainer: Trainer) -> tuple[float, ...]:
-    """The magnifications there could be; a folder's pictures have one, or none that is known."""
+    """The magnifications asked for; a folder's pictures have what they have."""
     config = trainer.config
-    if config.labels.patches is None:
-        return config.mpp
-    return (config.labels.patches_mpp or 0.0,)
+    return config.mpp if config.labels.patches is None else ()
 
 
 def _last_words(
@@ -102,6 +100,11 @@ def _last_words(
         entropy = (
             f"; teacher entropy {numbers['teacher_entropy']:.2f} of log K {numbers['log_k']:.2f}"
         )
+    probe = [
+        f"{name} {100 * watched[f'probe_{key}_start']:.1f} -> {100 * watched[f'probe_{key}_end']:.1f} %"
+        for key, name in (("knn", "kNN"), ("logistic", "logistic"))
+        if {f"probe_{key}_start", f"probe_{key}_end"} <= watched.keys()
+    ]
     rankme = ""
     if "rankme_start" in watched and "rankme_end" in watched:
         rankme = f"; RankMe {watched['rankme_start']:.1f} -> {watched['rankme_end']:.1f}"
@@ -114,6 +117,11 @@ def _last_words(
         (
             f"loss {numbers['loss_first']:.3f} at first, {numbers['loss_highest']:.3f} at most (step "
             f"{numbers['loss_highest_step']:,}), {numbers['loss_last']:.3f} at last{entropy}{rankme}"
+        ),
+        *(
+            [f"probe, balanced accuracy on the validation part: {', '.join(probe)}"]
+            if probe
+            else []
         ),
         (
             f"next: pathfm embed --backbone {trainer.method.exported.name} --weights "

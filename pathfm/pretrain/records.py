@@ -205,17 +205,18 @@ def sampling_facts(
 
 
 def print_shares(facts: dict[str, Any], slides: Sequence[str], mpps: Sequence[float]) -> None:
-    """The realised mix as two tables; a slide or µm/px that never came shows its 0 %."""
-    for title, shares, wanted in (
-        ("share of the sampled patches", facts["slide_share"], list(slides)),
-        ("realised magnifications", facts["mpp_share"], [str(mpp) for mpp in mpps]),
+    """The realised mix as two tables; a slide or µm/px asked for that never came shows its 0 %."""
+    for title, column, shares, wanted in (
+        ("share of the sampled patches", "slide", facts["slide_share"], list(slides)),
+        ("realised magnifications", "µm/px", facts["mpp_share"], [str(mpp) for mpp in mpps]),
     ):
         table = Table(title=title, title_justify="left")
-        table.add_column("slide" if wanted == list(slides) else "µm/px")
+        table.add_column(column)
         table.add_column("%", justify="right")
-        every = sorted(wanted, key=lambda key: -shares.get(key, 0.0))
+        every = sorted(dict.fromkeys([*wanted, *shares]), key=lambda key: -shares.get(key, 0.0))
         for key in every[:100]:
-            table.add_row(key, f"{100 * shares.get(key, 0.0):.2f}")
+            name = "not known" if (column, key) == ("µm/px", "0.0") else key  # a folder's pictures
+            table.add_row(name, f"{100 * shares.get(key, 0.0):.2f}")
         if len(every) > 100:
             table.add_row(f"... and {len(every) - 100:,} more, in summary.json", "")
         console().print(table)
