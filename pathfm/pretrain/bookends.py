@@ -52,6 +52,7 @@ def _sum_up(
         "replaced_draws": len(failed),
         "slides_seen": len({row["slide_id"] for row in rows}),
         "patches_per_s": seen / done.train_s if done.train_s else math.nan,
+        "patches_per_s_wall": seen / done.wall_s if done.wall_s else math.nan,
         "wait_share": done.wait_s / done.train_s if done.train_s else math.nan,
         "loss_first": done.loss_first,
         "loss_highest": done.loss_highest,
@@ -77,12 +78,20 @@ def _sum_up(
     if seen > len(rows):
         words["note"] = f"distinct patches and shares are of the first {len(rows):,} draws"
     path = config.out / "summary.json"
-    atomic_write_text(path, json.dumps(numbers | dict(watched) | words | shares, indent=1) + "\n")
+    facts = _without_nan(numbers | dict(watched) | words | shares)
+    atomic_write_text(path, json.dumps(facts, indent=1, allow_nan=False) + "\n")
     if records.run is not None:
         records.run.summary(**numbers, **known)
         records.run.artifact(path)
     print_shares(shares, feed.groups, _mpps(trainer))
     records.say(*_last_words(trainer, numbers, watched))
+
+
+def _without_nan(value: Any) -> Any:
+    """The same structure with None for what is not finite: JSON has no word for that."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mpps(trainer: Trainer) -> tuple[float, ...]:
@@ -111,7 +120,8 @@ def _last_words(
     return [
         (
             f"{numbers['patches_seen']:,} patches, {numbers['distinct_patches']:,} distinct, "
-            f"{numbers['patches_per_s']:.1f} patches/s, {100 * numbers['wait_share']:.1f} % waiting "
+            f"{numbers['patches_per_s']:.1f} patches/s in steps, {numbers['patches_per_s_wall']:.1f} with "
+            f"watching and checkpoints, {100 * numbers['wait_share']:.1f} % waiting "
             "for data"
         ),
         (

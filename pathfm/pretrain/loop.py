@@ -37,6 +37,7 @@ from pathfm.pretrain.resuming import (
 )
 from pathfm.pretrain.stopping import Told, device_numbers, listening, refuse_nonfinite
 from pathfm.pretrain.trainer import Trainer, build_trainer, describe, device_of, save, split_batch
+from pathfm.pretrain.waiting import DataWait
 from pathfm.pretrain.watching import Watch
 from pathfm.ranks import PeerError, Ranks, open_ranks, sum_over_ranks, together
 from pathfm.runtime import (
@@ -93,6 +94,8 @@ def _train(config: PretrainConfig, ranks: Ranks, told: Told) -> PretrainResult:
             records.say(f"goes on after step {done.step:,} of {config.steps:,}")
             records.say(*([f"WARNING {doubt}"] if doubt else []))
         stopped_by = _steps(trainer, feed, records, watch, told)
+        if records.run is not None:
+            records.run.stopped = done.step < config.steps
         records.say(feed.stats.told())
         for slide_id, draw in feed.quarantined.items():
             records.say(f"{slide_id} is not read any more since draw {draw:,}: too many failed")
@@ -111,10 +114,13 @@ def _steps(trainer: Trainer, feed: Feed, records: Records, watch: Watch, told: T
     config, done = trainer.config, trainer.done
     until = min(config.steps, config.stop_after_steps or config.steps)
     stopped_by, ahead = 0, None
+    waits, counted_s = DataWait(trainer.device), time.perf_counter()
     while done.step < until and not stopped_by:
         began_s = time.perf_counter()
         given = ahead or take(trainer, feed)
+        waits.begins()
         loss = gradients(trainer, given)  # on a GPU this only queues the work
+        waits.queued()
         stopped_by = told.all_ranks()
         last = bool(stopped_by) or done.step + 1 == until
         saves = last or (done.step + 1) % config.checkpoint_every_steps == 0
@@ -124,17 +130,20 @@ def _steps(trainer: Trainer, feed: Feed, records: Records, watch: Watch, told: T
         metrics = update(trainer, given, loss)
         step_s = time.perf_counter() - began_s
         metrics["patches_per_s"] = config.batch_size / step_s
-        metrics["wait_share"] = min(1.0, given.wait_s / step_s)
+        wait_s = waits.of_step(began_s, given, ahead)
+        metrics["wait_share"] = min(1.0, wait_s / step_s)
         metrics |= watch.after_step(done.step, trainer, given.batch, metrics)
         step = done.step
-        done.count(metrics, step_s, given.wait_s)
+        done.count(metrics, step_s, wait_s)
         waited = {"wait": f"{100 * done.wait_s / done.train_s:.0f}%"}
         records.step(step, given.batch, metrics, waited | watch.facts())
+        counted_s = done.count_wall(counted_s)
         if saves:
             records.flush()
             save(trainer, feed, records, watch.state)
         if failed is not None:
             raise failed
+    done.count_wall(counted_s)
     return stopped_by
 
 
@@ -146,6 +155,7 @@ class Taken:
     pixels: Tensor
     labels: Tensor | None
     wait_s: float
+    began_s: float = 0.0
 
 
 def take(trainer: Trainer, feed: Feed) -> Taken:
@@ -159,6 +169,7 @@ def take(trainer: Trainer, feed: Feed) -> Taken:
         _on_its_way(batch.pixels, trainer.device),
         None if batch.labels is None else _on_its_way(batch.labels, trainer.device),
         wait_s,
+        began_s,
     )
 
 
@@ -224,7 +235,9 @@ def update(trainer: Trainer, given: Taken, loss: Tensor) -> dict[str, float]:
     trainer.optimizer.zero_grad(set_to_none=True)
     method.after_update(step)
     decay = trainer.optimizer.param_groups[0]["weight_decay"]
-    return numbers | {"lr": lr, "weight_decay": decay}
+    slowest = min(trainer.optimizer.param_groups, key=lambda group: group["lr_factor"])
+    rates = {"lr": lr} if slowest["lr_factor"] == 1 else {"lr": lr, "lr_lowest": slowest["lr"]}
+    return numbers | rates | {"weight_decay": decay}
 
 
 def _open_records(
@@ -243,6 +256,13 @@ def _open_records(
         if feed.class_names:
             run.tag("labels.classes", ", ".join(feed.class_names))
         run.truncate(done.step - 1)
+        if run.last_step < done.step - 1:
+            print(
+                f"pretrain: WARNING {config.out / 'metrics.jsonl'} ends before step "
+                f"{run.last_step + 1:,}, the checkpoint was made after step {done.step:,}: the rows "
+                "between are lost; weights and later steps are not touched by that",
+                flush=True,
+            )
         patches = done.step * config.batch_size
         bar = opened.enter_context(
             progress(config.steps * config.batch_size, "patches", "pretrain", patches)

@@ -146,6 +146,8 @@ class Records:
                     rows = [row for part in parts for row in part[number]]
                     rows.sort(key=lambda row: (row["draw"], row.get("attempt", 0)))
                     log.append(rows)
+            if self.run is not None:
+                self.run.sync()
         self._tell_lost(row for part in parts for row in part[1])
 
     def _tell_lost(self, failed: Iterable[Mapping[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from pathfm.pretrain.feed import FeedBatch
@@ -111,7 +112,7 @@ def _keep(
     try:
         save_file(arrays, folder / f"rank_{ranks.rank}.safetensors")
         (folder / f"rank_{ranks.rank}.json").write_text(json.dumps(facts, indent=1))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise PathfmError(f"step {step:,} is not finite, and {folder}: {error}") from error
     return folder
 

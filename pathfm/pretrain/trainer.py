@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ class Progressed:
     init_weights: str = ""
     init_digest: str = ""
     train_s: float = 0.0
+    wall_s: float = 0.0
     wait_s: float = 0.0
     loss_first: float = math.nan
     loss_highest: float = -math.inf
@@ -62,6 +64,12 @@ class Progressed:
         self.step += 1
         self.train_s += train_s
         self.wait_s += wait_s
+
+    def count_wall(self, since_s: float) -> float:
+        """The time since a moment of time.perf_counter is this run's; returns the moment it is now."""
+        now_s = time.perf_counter()
+        self.wall_s += now_s - since_s
+        return now_s
 
 
 @dataclass(frozen=True)

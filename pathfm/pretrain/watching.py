@@ -188,8 +188,7 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        stopped = kind is not None and not issubclass(kind, Exception)
-        self.close("KILLED" if stopped else "FAILED" if kind else "FINISHED")
+        self.close(self._run.ending(kind) if self._run is not None else "FINISHED")
 
     def _measure(self, trainer: Watched) -> dict[str, float]:
         assert self._monitor is not None, "begin() comes first"
@@ -208,6 +207,7 @@ class Watch:
             self._best[key] = max(value, self._best.get(key, -math.inf))
         if self._child is not None:
             self._child.log(done, **found, **self._recall(scores))
+            self._child.sync()
         return found
 
     def _recall(self, scores: ProbeScores) -> dict[str, float]:

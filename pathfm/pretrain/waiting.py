@@ -1,0 +1,75 @@
+"""How long a step did nothing but wait for data.
+
+On a CPU every wait for a batch counts. A GPU works on beside the host: of a wait only what exceeds the
+device's own time counts, in the step whose end it put off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """What is used of torch.cuda.Event."""
+
+    def record(self) -> None: ...  # noqa: D102
+    def elapsed_time(self, end_event: Event) -> float: ...  # noqa: D102
+
+
+class Waited(Protocol):
+    """A batch that was waited for: since when (time.perf_counter), for how long."""
+
+    @property
+    def began_s(self) -> float: ...  # noqa: D102
+    @property
+    def wait_s(self) -> float: ...  # noqa: D102
+
+
+class DataWait:
+    """The waits of one step after the other: `begins`, `queued`, then `of_step`."""
+
+    def __init__(self, device: torch.device, event: Callable[[], Event] | None = None) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._event = event or (lambda: torch.cuda.Event(enable_timing=True))
+        self._queued_s = 0.0
+
+    def begins(self) -> None:
+        """Just before a step's work is queued."""
+        if self._on_gpu:
+            self._queued_s, self._first, self._last = (
+                time.perf_counter(),
+                self._event(),
+                self._event(),
+            )
+            self._first.record()
+
+    def queued(self) -> None:
+        """All of a step's work but its update is queued."""
+        if self._on_gpu:
+            self._last.record()
+
+    def of_step(self, step_began_s: float, given: Waited, ahead: Waited | None) -> float:
+        """Seconds of the step; call it after something has waited for the device.
+
+        given: the batch worked on; ahead: the one read meanwhile. The device is taken to have begun
+        when the step's work was queued. Where it was still at the update before, it ended that much
+        later, and as much of a wait may be counted that was hidden.
+        """
+        if not self._on_gpu:
+            return given.wait_s
+        # read when nothing was queued: all of it was idle
+        idle_s = given.wait_s if given.began_s >= step_began_s else 0.0
+        if ahead is not None:
+            free_s = self._queued_s + self._first.elapsed_time(self._last) / 1000
+            idle_s += beyond(ahead, free_s)
+        return idle_s
+
+
+def beyond(waited: Waited, free_s: float) -> float:
+    """How much of a wait lay after the moment `free_s`, when the device had nothing left to do."""
+    ended_s = waited.began_s + waited.wait_s
+    return max(0.0, ended_s - max(waited.began_s, free_s))
