@@ -5,6 +5,7 @@
     feed.py            batches of patches, with labels where there are any
     trainer.py         what a run carries from step to step: built and saved
     resuming.py        going on where a run was stopped
+    micro.py           micro-batches, their views made when they are worked on
     optim.py           parameter groups and schedules
     parallel.py        one method on several ranks: DDP, FSDP2, compiled blocks; batchnorm.py
     stopping.py        signals, and a gradient that is not finite
