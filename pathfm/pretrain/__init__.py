@@ -132,7 +132,9 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
         "ddp",
         description="on several ranks: whole weights on each, or shards of them (1 B parameters)",
     )
-    compile: bool = Field(False, description="compile each block of the backbone (a GPU's minutes)")
+    compile: bool = Field(
+        False, description="compile each block of the backbone, on a GPU the views too (minutes)"
+    )
     checkpoint_every_steps: int = Field(
         500, ge=1, description="optimizer steps between checkpoints"
     )
