@@ -38,25 +38,32 @@ def mosaic(
     captions: Sequence[str] = (),
     columns: int = 8,
     tile_px: int = 128,
+    title: str = "",
 ) -> Image.Image:
-    """A grid of pictures, row by row, each scaled to `tile_px`, with a line of text below each.
+    """A grid of pictures, row by row, each scaled to `tile_px`, with text below each, a title above.
 
-    Captions are cut to the tile's width. No images give one empty white tile.
+    Captions may have lines, each cut in its middle to the tile's width. No images give one empty
+    white tile.
     """
-    gap_px, text_px = 4, 14 if captions else 0
+    lines = max((caption.count("\n") + 1 for caption in captions), default=0)
+    gap_px, text_px, top_px = 4, 2 + 12 * lines if lines else 0, 16 if title else 0
     columns = max(1, min(columns, len(images)))
     rows = max(1, -(-len(images) // columns))
     step_x, step_y = tile_px + gap_px, tile_px + gap_px + text_px
-    sheet = Image.new("RGB", (columns * step_x + gap_px, rows * step_y + gap_px), "white")
+    sheet = Image.new("RGB", (columns * step_x + gap_px, rows * step_y + gap_px + top_px), "white")
     draw, font = ImageDraw.Draw(sheet), _font(10)
+    if title:
+        draw.text((gap_px, 2), _fit(title, sheet.width - 2 * gap_px, font), "#444444", font)
     for i, image in enumerate(images):
-        x, y = gap_px + i % columns * step_x, gap_px + i // columns * step_y
+        x, y = gap_px + i % columns * step_x, top_px + gap_px + i // columns * step_y
         size = (tile_px, tile_px)
         sheet.paste(
             ImageOps.contain(Image.fromarray(image), size, Image.Resampling.LANCZOS), (x, y)
         )
         if i < len(captions):
-            draw.text((x, y + tile_px + 1), _fit(captions[i], tile_px, font), "#444444", font)
+            for row, line in enumerate(captions[i].split("\n")):
+                at = (x, y + tile_px + 1 + 12 * row)
+                draw.text(at, _fit(line, tile_px, font), "#444444", font)
     return sheet
 
 
@@ -290,8 +297,19 @@ def _rgb(colour: str) -> tuple[int, int, int]:
 
 
 def _fit(text: str, width_px: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    if font.getlength(text) <= width_px:
-        return text
-    while text and font.getlength(text + "…") > width_px:
-        text = text[:-1]
-    return text + "…"
+    """The text, its middle left out where it is too wide: names differ at their ends."""
+    kept, short = len(text), text
+    while kept and font.getlength(short) > width_px:
+        kept -= 1
+        short = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+    return short
+
+
+def told_apart(names: Sequence[str], width_px: int = 128) -> dict[str, str]:
+    """Each name as a caption of that width shows it; those that would look alike get a number."""
+    every, font = list(dict.fromkeys(names)), _font(10)
+    short = {name: _fit(name, width_px, font) for name in every}
+    alike = [name for name in every if list(short.values()).count(short[name]) > 1]
+    for number, name in enumerate(alike, 1):
+        short[name] = _fit(f"{number}: {name}", width_px, font)
+    return short

@@ -21,6 +21,7 @@ from pathfm.pictures import (
     mpp_colour,
     nice_ticks,
     outline,
+    told_apart,
 )
 
 
@@ -93,3 +94,21 @@ def test_equal_resolutions_have_equal_colours() -> None:
 def test_ticks_of_a_constant_line_do_not_divide_by_zero() -> None:
     assert len(nice_ticks(2.0, 2.0)) >= 2
     assert nice_ticks(0.0, 1.0) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_names_that_end_differently_stay_distinct_and_so_do_those_that_differ_in_the_middle() -> (
+    None
+):
+    long = [f"TCGA-A1-A0SP-01Z-00-DX{n}.20D689C6-EFA5-4694-BE76-24475A89ACC{n}" for n in (1, 2)]
+    middle = [f"{'a' * 40}{n}{'b' * 40}" for n in (1, 2)]
+    shown = told_apart([*long, *middle, "short"])
+    assert len(set(shown.values())) == 5
+    assert shown["short"] == "short"
+    assert shown[long[0]].startswith("TCGA")
+    assert shown[long[0]].endswith("ACC1")
+
+
+def test_a_mosaic_has_room_for_a_title_and_lines_of_a_caption() -> None:
+    one = [np.zeros((32, 32, 3), np.uint8)]
+    low, high = mosaic(one, ["a"], tile_px=32), mosaic(one, ["a\nb"], tile_px=32, title="first")
+    assert high.height - low.height == 12 + 16

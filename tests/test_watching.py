@@ -28,6 +28,7 @@ from pathfm.pretrain.collapse import CollapseWatch, Expected, feature_std
 from pathfm.pretrain.curves import Curves
 from pathfm.pretrain.embedding import embed_patches, evaluating, share_of, whole_patch
 from pathfm.pretrain.probing import choose_pictures, fit_and_score
+from pathfm.pretrain.showing import save_classes
 from pathfm.pretrain.watch_settings import CollapseConfig, WatchConfig
 from pathfm.pretrain.watching import Watch, gpu_memory
 from pathfm.ranks import Ranks
@@ -485,3 +486,32 @@ def test_curves_of_a_million_steps_stay_small_and_keep_what_is_seldom(tmp_path):
 
 def test_a_cpu_has_no_gpu_memory():
     assert gpu_memory(torch.device("cpu")) == {}
+
+
+def test_the_mosaic_of_a_labelled_folder_has_a_row_for_every_class(tmp_path):
+    refs = [SimpleNamespace(slide_id=f"c{i % 15:02d}/{i}.png", mpp=0.5) for i in range(60)]
+    monitor: Any = SimpleNamespace(refs=refs, pixels=np.zeros((60, 32, 32, 3), np.uint8))
+    save_classes(tmp_path / "mosaic.jpg", monitor)
+    with Image.open(tmp_path / "mosaic.jpg") as picture:
+        assert picture.size == (8 * 132 + 4, 15 * (132 + 26) + 4 + 16)
+        grey = np.asarray(picture.convert("L"))
+    tiles = [
+        [grey[16 + 4 + 64 + 158 * r, 4 + 64 + 132 * c] < 128 for c in range(8)] for r in range(15)
+    ]
+    assert tiles == [[True] * 4 + [False] * 4] * 15
+
+
+def test_curves_have_alignment_and_room_above_the_highest_point(tmp_path):
+    axes: list[Any] = []
+    curves = Curves()
+    for step in range(3):
+        curves.add(step, {"patches_per_s": 50.0 + step, "alignment": 1.0, "uniformity": -2.0})
+    true_panel = curves._panel
+    curves._panel = lambda axis, *rest, **named: (
+        axes.append(axis),
+        true_panel(axis, *rest, **named),
+    )
+    curves.draw(tmp_path / "curves.png", "run", {})
+    assert [axis.get_title() for axis in axes] == ["alignment, uniformity", "patches/s"]
+    assert axes[1].get_ylim() == (0, pytest.approx(57.2))
+    assert {axis.get_xlabel() for axis in axes} == {"optimizer steps"}

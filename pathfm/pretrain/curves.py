@@ -18,6 +18,7 @@ _MOST_POINTS = 4000
 _PANELS = (
     ("loss", ("loss",), False),
     ("teacher entropy, nats", ("teacher_entropy", "teacher_marginal_entropy"), False),
+    ("alignment, uniformity", ("alignment", "uniformity"), False),
     ("probe, balanced accuracy", ("probe_logistic", "probe_knn"), False),
     ("RankMe", ("rankme",), False),
     ("feature std", ("feature_std",), False),
@@ -84,7 +85,7 @@ class Curves:
         figure.subplots_adjust(
             left=0.6 / (4.2 * columns),
             right=1 - 0.15 / (4.2 * columns),
-            bottom=0.3 / height,
+            bottom=0.5 / height,
             top=1 - 0.62 / height,
             wspace=0.22,
             hspace=0.28,
@@ -93,6 +94,8 @@ class Curves:
             axis.set_axis_off()
         for axis, (label, keys, log) in zip(axes, panels, strict=False):
             self._panel(axis, label, keys, log=log, marks=marks)
+        for axis in axes[max(0, len(panels) - columns) : len(panels)]:  # each column's lowest
+            axis.set_xlabel("optimizer steps", fontsize=8)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,9 +118,11 @@ class Curves:
         for step in marks.values():
             axis.axvline(step, color="#d62728", lw=0.9, ls="--")
         axis.set_title(label, fontsize=9)
+        axis.margins(y=0.1)  # room above the highest point
         axis.tick_params(which="both", labelsize=7)
         if label in _FROM_ZERO:
-            axis.set_ylim(bottom=0)
+            highest = max((max(y) for _, y in map(self.points, keys) if y), default=0.0)
+            axis.set_ylim(0, 1.1 * highest or 1.0)
         axis.grid(alpha=0.25)
         if len(keys) > 1:
             axis.legend(fontsize=7)

@@ -19,7 +19,7 @@ from online_patching import PatchBatch, PatchRef
 from online_patching.loading.ledger import LOST
 from online_patching.stores.local import atomic_write_bytes
 from pathfm.checkpoint import Checkpoint
-from pathfm.pictures import mosaic
+from pathfm.pictures import mosaic, told_apart
 from pathfm.pretrain import PretrainConfig
 from pathfm.ranks import Ranks, gather_objects, together
 from pathfm.runtime import PathfmError, Progress, console, make_folder
@@ -228,12 +228,15 @@ def save_mosaic(path: Path, batch: PatchBatch) -> None:
     """Sampled patches: a column a slide, two rows a magnification, finest first; white: none."""
     chosen, columns = choose_for_mosaic(batch.refs)
     blank = np.full_like(batch.pixels[0], 255)
+    names = told_apart(sorted({ref.slide_id for ref in batch.refs}))
     captions = [
-        "" if i is None else f"{batch.refs[i].mpp:g} · {batch.refs[i].slide_id}" for i in chosen
+        "" if i is None else f"{batch.refs[i].mpp:g} µm/px\n{names[batch.refs[i].slide_id]}"
+        for i in chosen
     ]
     pictures = [blank if i is None else batch.pixels[i] for i in chosen]
     make_folder(path.parent)
-    mosaic(pictures, captions, columns).save(path, quality=88)
+    title = f"of the first {len(batch.refs):,} draws of the stream"
+    mosaic(pictures, captions, columns, title=title).save(path, quality=88)
 
 
 def choose_for_mosaic(

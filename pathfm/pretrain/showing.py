@@ -22,10 +22,27 @@ _COLUMNS = 8
 def save_batch(path: Path, batch: Patches, n: int = 40) -> None:
     """The batch's first n patches in the order of their draws, µm/px and slide below each."""
     refs = batch.refs[:n]
-    captions = [f"{ref.mpp:g} · {ref.slide_id}" if ref.mpp else str(ref.slide_id) for ref in refs]
+    captions = [f"{ref.mpp:g} µm/px\n{ref.slide_id}" if ref.mpp else ref.slide_id for ref in refs]
     picture = mosaic(list(batch.pixels[:n]), captions, _COLUMNS)
     make_folder(path.parent)
     atomic_write_bytes(path, jpeg_bytes(picture))
+
+
+def save_classes(path: Path, batch: Patches, rows: int = 40) -> None:
+    """A row for each first folder among the refs (a class), with the first pictures of each; white: none."""
+    classes: dict[str, list[int]] = {}
+    for i, ref in enumerate(batch.refs):
+        classes.setdefault(ref.slide_id.partition("/")[0], []).append(i)
+    blank = np.full_like(batch.pixels[0], 255)
+    pictures, captions = [], []
+    for name in sorted(classes)[:rows]:
+        row = classes[name][:_COLUMNS]
+        pictures += [batch.pixels[i] for i in row] + [blank] * (_COLUMNS - len(row))
+        captions += [f"{name}\n{batch.refs[i].slide_id.rpartition('/')[2]}" for i in row]
+        captions += [""] * (_COLUMNS - len(row))
+    title = f"of the first {len(batch.refs):,} draws of the stream"
+    make_folder(path.parent)
+    atomic_write_bytes(path, jpeg_bytes(mosaic(pictures, captions, _COLUMNS, title=title)))
 
 
 def save_view_rows(

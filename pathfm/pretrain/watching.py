@@ -26,7 +26,7 @@ from pathfm.pretrain.curves import Curves
 from pathfm.pretrain.embedding import Patches, Watched, embed_patches
 from pathfm.pretrain.probing import InTrainingProbe, ProbeScores, open_probe
 from pathfm.pretrain.records import save_mosaic
-from pathfm.pretrain.showing import save_batch, save_view_rows
+from pathfm.pretrain.showing import save_batch, save_classes, save_view_rows
 from pathfm.pretrain.watch_settings import WatchConfig
 from pathfm.ranks import Ranks
 from pathfm.runtime import PathfmError, one_line
@@ -93,7 +93,9 @@ class Watch:
         self._monitor, done = monitor, int(trainer.done.step)
         config = trainer.config
         self._expected = Expected.of(config)
-        self._title = f"{config.method}, {config.backbone}: {self.folder.resolve().name}"
+        name = self.folder.resolve().name
+        said = [word for word in (config.method, config.backbone) if word not in name]
+        self._title = ", ".join([name, *said])
         self._open_child(trainer, done)
         if done:
             if self.ranks.first:
@@ -242,7 +244,9 @@ class Watch:
     def _save_monitor(self, path: Path) -> None:
         monitor = self._monitor
         assert monitor is not None
-        if any(ref.mpp for ref in monitor.refs):
+        if any("/" in ref.slide_id for ref in monitor.refs):  # of a folder of classes
+            save_classes(path, monitor)
+        elif any(ref.mpp for ref in monitor.refs):
             save_mosaic(path, monitor)  # type: ignore[arg-type]
         else:  # of a folder of patches: no slides to make columns of
             save_batch(path, monitor)

@@ -71,7 +71,7 @@ def _curve_svg(rows: Sequence[dict[str, float]], names: Sequence[str], unit: str
 
 def _pictures(folder: Path) -> list[tuple[str, str]]:
     """(title, data URI) of every picture, the ones with a title first."""
-    titles = {"mosaic": "Patches as sampled", "views": "The views of one patch"}
+    titles = {"mosaic": "Patches of the stream's first draws", "views": "The views of one patch"}
     pictures = []
     for path in sorted(folder.glob("*.jpg"), key=lambda p: (p.stem not in titles, p.stem)):
         with Image.open(path) as image:
