@@ -169,7 +169,7 @@ def test_on_a_gpu_a_wait_counts_only_beyond_the_devices_own_time(
 ) -> None:
     monkeypatch.setattr("pathfm.pretrain.waiting.time.perf_counter", lambda: 10.0)
     events = iter((Clocked(3.0), Clocked(3.0 + device_ms)))
-    waits = DataWait(torch.device("cuda"), lambda: next(events))
+    waits = DataWait(torch.device("cuda"), lambda enable_timing: next(events))
     waits.begins()
     waits.queued()
     ahead = Batch(began_s, wait_s)

@@ -8,16 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-
-
-class Event(Protocol):
-    """What is used of torch.cuda.Event."""
-
-    def record(self) -> None: ...  # noqa: D102
-    def elapsed_time(self, end_event: Event) -> float: ...  # noqa: D102
 
 
 class Waited(Protocol):
@@ -32,19 +25,17 @@ class Waited(Protocol):
 class DataWait:
     """The waits of one step after the other: `begins`, `queued`, then `of_step`."""
 
-    def __init__(self, device: torch.device, event: Callable[[], Event] | None = None) -> None:
+    def __init__(self, device: torch.device, event: Callable[..., Any] | None = None) -> None:
+        """event: makes what marks a moment of the device: torch.cuda.Event, or a test's own."""
         self._on_gpu = device.type == "cuda"
-        self._event = event or (lambda: torch.cuda.Event(enable_timing=True))
+        self._event = event or torch.cuda.Event
         self._queued_s = 0.0
 
     def begins(self) -> None:
         """Just before a step's work is queued."""
         if self._on_gpu:
-            self._queued_s, self._first, self._last = (
-                time.perf_counter(),
-                self._event(),
-                self._event(),
-            )
+            self._queued_s = time.perf_counter()
+            self._first, self._last = (self._event(enable_timing=True) for _ in range(2))
             self._first.record()
 
     def queued(self) -> None:
@@ -64,7 +55,8 @@ class DataWait:
         # read when nothing was queued: all of it was idle
         idle_s = given.wait_s if given.began_s >= step_began_s else 0.0
         if ahead is not None:
-            free_s = self._queued_s + self._first.elapsed_time(self._last) / 1000
+            device_s: float = self._first.elapsed_time(self._last) / 1000
+            free_s = self._queued_s + device_s
             idle_s += beyond(ahead, free_s)
         return idle_s
 
