@@ -143,7 +143,7 @@ class Clocked:
 
     at_ms: float
 
-    def record(self) -> None:
+    def record(self, stream: object) -> None:
         pass
 
     def elapsed_time(self, end_event: Clocked) -> float:

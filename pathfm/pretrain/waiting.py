@@ -29,6 +29,9 @@ class DataWait:
         """event: makes what marks a moment of the device: torch.cuda.Event, or a test's own."""
         self._on_gpu = device.type == "cuda"
         self._event = event or torch.cuda.Event
+        # that of our GPU, which need not be the process's current one
+        ours = self._on_gpu and event is None
+        self._stream = torch.cuda.current_stream(device) if ours else None
         self._queued_s = 0.0
 
     def begins(self) -> None:
@@ -36,12 +39,12 @@ class DataWait:
         if self._on_gpu:
             self._queued_s = time.perf_counter()
             self._first, self._last = (self._event(enable_timing=True) for _ in range(2))
-            self._first.record()
+            self._first.record(self._stream)
 
     def queued(self) -> None:
         """All of a step's work but its update is queued."""
         if self._on_gpu:
-            self._last.record()
+            self._last.record(self._stream)
 
     def of_step(self, step_began_s: float, given: Waited, ahead: Waited | None) -> float:
         """Seconds of the step; call it after something has waited for the device.
