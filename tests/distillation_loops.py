@@ -79,10 +79,10 @@ def koleo(rows):
 
 def kde(rows, kappa):
     rows = [row / row.square().sum().sqrt() for row in rows]
-    total = 0.0
+    total = rows[0].new_zeros(())
     for i, row in enumerate(rows):
         others = [torch.exp(kappa * (row @ o - 1)) for j, o in enumerate(rows) if j != i]
-        total += (sum(others) / len(others)).log()
+        total = total + torch.stack(others).mean().log()
     return total / len(rows)
 
 

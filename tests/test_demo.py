@@ -190,10 +190,11 @@ def test_a_backbone_that_cannot_work_is_refused_before_anything_is_made(
 
 
 def test_ctrl_c_in_pretraining_ends_the_demo_as_ctrl_c_elsewhere(tmp_path, monkeypatch):
+    from pathfm import pretrain
     from pathfm.demo import stages
 
-    result = stages.pretrain.PretrainResult(tmp_path, 3, finished=False, exit_code=130)
-    monkeypatch.setattr(stages.pretrain, "run", lambda config: result)
+    result = pretrain.PretrainResult(tmp_path, 3, finished=False, exit_code=130)
+    monkeypatch.setattr(pretrain, "run", lambda config: result)
     demo = SimpleNamespace(
         config=DemoConfig(out=tmp_path),
         folder=tmp_path.joinpath,

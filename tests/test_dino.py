@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -276,7 +277,7 @@ def test_the_students_stochastic_depth_is_keyed_and_the_teachers_is_off():
         backbone = load_backbone(
             "vit_tiny_patch16_224", "random", embed_dim=24, depth=2, num_heads=2, drop_path=0.5
         )
-        dino = build_method("dino", backbone, SMALL, steps=10, seed=0)
+        dino: Any = build_method("dino", backbone, SMALL, steps=10, seed=0)
         crops = views(batch=4)
         micro = MicroBatch(crops, 2, np.arange(4) + 7, None, seed, 0)
         dino.look(micro)
@@ -296,7 +297,7 @@ def test_the_students_stochastic_depth_is_keyed_and_the_teachers_is_off():
 
 def test_a_batchnorm_teacher_follows_the_students_statistics():
     backbone = load_backbone("resnet10t", "random")
-    dino = build_method("dino", backbone, SMALL, steps=3, seed=0)
+    dino: Any = build_method("dino", backbone, SMALL, steps=3, seed=0)
     assert not dino.student["backbone"].stem.weight.requires_grad
     step_loss(dino, [torch.randn(4, 3, 64, 64) + 2 for _ in range(2)], 2)
     name = next(n for n, _ in dino.student.named_buffers() if n.endswith("running_mean"))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from pathfm.methods.dinov2 import hide
 from tests import test_dino, test_dinov2
 from tests.test_dinov2 import KDE, SHARED, SOFTMAX, micros, pictures
 
@@ -107,5 +108,5 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 def test_the_case_where_one_rank_masks_nothing_is_one():
     made = built("one rank masks nothing")
     parts = [micros(pictures(batch=8), slice(r * 4, (r + 1) * 4))[0] for r in range(2)]
-    shares = [float(test_dinov2.hide(p, made.exported, made.settings).masks.sum()) for p in parts]
+    shares = [float(hide(p, made.exported, made.settings).masks.sum()) for p in parts]
     assert min(shares) == 0 < max(shares)

@@ -219,7 +219,9 @@ def test_losses_can_be_named_on_the_command_line() -> None:
     assert [term.name for term in made.loss] == ["bce", "mcc"]
 
 
-@pytest.mark.parametrize("name", ["foreground_unet", "foreground_unet_again", "foreground_segformer_b0"])
+@pytest.mark.parametrize(
+    "name", ["foreground_unet", "foreground_unet_again", "foreground_segformer_b0"]
+)
 def test_the_shipped_configs_are_understood(name: str) -> None:
     from pathfm.config import load_config
 

@@ -16,8 +16,6 @@ from pathfm.export import run as export
 from pathfm.pretrain import run
 from tests.pretraining import assert_same_run, config
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 LARGER: dict[str, Any] = {
     "input_px": 64,
     "patch_px": 96,

@@ -501,16 +501,18 @@ def test_the_mosaic_of_a_labelled_folder_has_a_row_for_every_class(tmp_path):
     assert tiles == [[True] * 4 + [False] * 4] * 15
 
 
-def test_curves_have_alignment_and_room_above_the_highest_point(tmp_path):
+def test_curves_have_alignment_and_room_above_the_highest_point(tmp_path, monkeypatch):
     axes: list[Any] = []
     curves = Curves()
     for step in range(3):
         curves.add(step, {"patches_per_s": 50.0 + step, "alignment": 1.0, "uniformity": -2.0})
     true_panel = curves._panel
-    curves._panel = lambda axis, *rest, **named: (
-        axes.append(axis),
-        true_panel(axis, *rest, **named),
-    )
+
+    def panel(axis: Any, *rest: Any, **named: Any) -> None:
+        axes.append(axis)
+        true_panel(axis, *rest, **named)
+
+    monkeypatch.setattr(curves, "_panel", panel)
     curves.draw(tmp_path / "curves.png", "run", {})
     assert [axis.get_title() for axis in axes] == ["alignment, uniformity", "patches/s"]
     assert axes[1].get_ylim() == (0, pytest.approx(57.2))
