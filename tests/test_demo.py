@@ -177,7 +177,7 @@ def test_a_folder_of_the_user_s_where_the_demo_s_patches_go_is_left_alone(tmp_pa
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"backbone": "resnet18"}, "vision transformer"),
+        ({"backbone": "swin_tiny_patch4_window7_224"}, "vision transformer"),
         ({"input_px": 100}, "input_px = 100 is no multiple of the 16 px patches"),
     ],
 )
