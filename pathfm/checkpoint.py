@@ -228,7 +228,7 @@ def _write_checksums(folder: Path) -> None:
     sums = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         _sync(path)
-        sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, _sha256(path)]
+        sums[path.relative_to(folder).as_posix()] = [path.stat().st_size, file_sha256(path)]
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
     for path in (folder / CHECKSUMS, folder):
         _sync(path)
@@ -242,7 +242,7 @@ def _damage(folder: Path) -> str:
             path = folder / name
             if path.stat().st_size != size_bytes:
                 return f"{name} has {path.stat().st_size:,} of {size_bytes:,} bytes"
-            if _sha256(path) != digest:
+            if file_sha256(path) != digest:
                 return f"{name} has other bytes than were written"
         if not {TENSORS, STATE} <= set(sums):
             return f"{CHECKSUMS} lists no {TENSORS}"
@@ -253,7 +253,8 @@ def _damage(folder: Path) -> str:
     return ""
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex; raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -97,8 +97,10 @@ def _key(config: ForegroundTrainConfig, data_digest: str, start: str) -> str:
 
 
 def _sha256(weights: Path) -> str:
+    from pathfm.checkpoint import file_sha256  # late: it brings torch
+
     try:
-        return hashlib.sha256(weights.read_bytes()).hexdigest()
+        return file_sha256(weights)
     except OSError as error:
         raise PathfmError(f"start {weights}: cannot be read ({error.strerror})") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -23,7 +24,7 @@ HEAD_INIT_DRAW = 1
 """Draw number of the head's initial weights under the run's seed."""
 
 
-class StudentTeacher(nn.Module):
+class StudentTeacher(nn.Module, ABC):
     """Two networks of one shape; the optimizer owns the student, the teacher follows it.
 
     student, teacher: a backbone and its heads by name, equal at the start, without shared memory.
@@ -58,9 +59,9 @@ class StudentTeacher(nn.Module):
         """`loss`, as DistributedDataParallel calls it."""
         return self.loss(micro)
 
+    @abstractmethod
     def loss(self, micro: MicroBatch) -> Tensor:
         """The micro-batch's share of the step's loss."""
-        raise NotImplementedError
 
     def before_update(self, step: int) -> None:
         """Takes the prototypes' gradient away in the first `freeze_last_layer_steps` steps."""
