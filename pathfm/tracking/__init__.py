@@ -3,6 +3,7 @@
 settings.py    where a run is recorded; no secrets in what is shown
 run.py         open_run() and Run: what a stage tells
 journal.py     the files in the run's folder, written first
+lines.py       their rows, whatever a crash left of them
 high_water.py  what a store holds already and is never sent again
 shipper.py     the thread that brings them to the store, and replay()
 reading.py     read_runs(): what the store knows

@@ -27,6 +27,7 @@ from typing import Any
 
 from online_patching.stores.local import atomic_write_bytes, atomic_write_text
 from pathfm.runtime import PathfmError, make_folder, scrubbed
+from pathfm.tracking.lines import drop_torn_line, lines_and_rows, row_of, rows_of, safe_cursor
 
 METRICS = "metrics.jsonl"
 REPLACED = "metrics_replaced.jsonl"
@@ -77,13 +78,13 @@ class Journal:
         self._differed = False
         self.state = self._find_state(run_id)
         for name in (METRICS, TASKS, REPLACED):
-            _drop_torn_line(folder / name)
-        self._replaced = {row["step"]: row for row in _rows(folder / REPLACED)}
+            drop_torn_line(folder / name)
+        self._replaced = {row["step"]: row for row in rows_of(folder / REPLACED)}
         self.save(
             replace(
                 self.state,
-                metrics_bytes=_sound(folder / METRICS, self.state.metrics_bytes),
-                tasks_bytes=_sound(folder / TASKS, self.state.tasks_bytes),
+                metrics_bytes=safe_cursor(folder / METRICS, self.state.metrics_bytes),
+                tasks_bytes=safe_cursor(folder / TASKS, self.state.tasks_bytes),
             )
         )
 
@@ -168,7 +169,7 @@ class Journal:
             start = max(0, path.stat().st_size - _TAIL_BYTES)
             file.seek(start)
             lines = file.read().splitlines()[1 if start else 0 :]
-        return max((row["step"] for row in map(_row, lines) if row), default=-1)
+        return max((row["step"] for row in map(row_of, lines) if row), default=-1)
 
     def truncate(self, last_step: int) -> None:
         """Drop the metric rows after `last_step`: a resumed run makes them again.
@@ -177,7 +178,7 @@ class Journal:
         """
         path = self.folder / METRICS
         with self._lock:
-            pairs = _pairs(path)
+            pairs = lines_and_rows(path)
             later = {row["step"]: row for _, row in pairs if row["step"] > last_step}
             if not later:
                 return
@@ -209,7 +210,7 @@ class Journal:
             with path.open("rb") as file:
                 file.seek(start)
                 lines = file.read(self.state.metrics_bytes - start).splitlines()
-        rows = map(_row, lines[1 if start else 0 :])
+        rows = map(row_of, lines[1 if start else 0 :])
         return {key: row["step"] for row in rows if row for key in metric_values(row)}
 
     def unshipped(self, name: str, limit: int) -> Slice:
@@ -224,7 +225,7 @@ class Journal:
                 lines = list(islice(file, limit))
         lines = [line for line in lines if line.endswith(b"\n")]
         ends = [start + size for size in accumulate(map(len, lines))]
-        told = [(row, end) for row, end in zip(map(_row, lines), ends, strict=True) if row]
+        told = [(row, end) for row, end in zip(map(row_of, lines), ends, strict=True) if row]
         return Slice(name, [row for row, _ in told], [end for _, end in told], self._rewinds)
 
     def advance(self, done: Slice, rows: int) -> None:
@@ -261,7 +262,7 @@ def unfinished_run(folder: Path, params: Mapping[str, Any], free: Sequence[str] 
     state = read_state(folder)
     if state is None:
         return None
-    tasks = _rows(folder / TASKS)
+    tasks = rows_of(folder / TASKS)
     told = [task["params"] for task in tasks if task["do"] == "params"]
     ends = [task["status"] for task in tasks if task["do"] == "end"]
     if not told or "FINISHED" in ends:
@@ -278,7 +279,7 @@ def unfinished_run(folder: Path, params: Mapping[str, Any], free: Sequence[str] 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Every row of a run's `metrics.jsonl`, in order; [] where there is none."""
-    return _rows(folder / METRICS)
+    return rows_of(folder / METRICS)
 
 
 def metric_values(row: dict[str, Any]) -> dict[str, float]:
@@ -286,50 +287,11 @@ def metric_values(row: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in row.items() if key not in _NOT_METRICS}
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [row for _, row in _pairs(path)]
-
-
-def _pairs(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Whole lines and their rows; what is no row is left out, and told of."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    whole = [(line, _row(line)) for line in lines if line.endswith(b"\n")]
-    pairs = [(line, row) for line, row in whole if row is not None]
-    if len(pairs) < len(whole):
-        _log.warning("%s: %d lines are no rows and are passed over", path, len(whole) - len(pairs))
-    return pairs
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """The row of a line, None for one that a disk spoilt."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and ("step" in row or "do" in row) else None
-
-
 def _refused(path: Path, error: OSError) -> PathfmError:
     return PathfmError(
         f"{path}: a row cannot be written: {error.strerror}. Free space; the run resumes from its "
         "last checkpoint"
     )
-
-
-def _sound(path: Path, cursor: int) -> int:
-    """The cursor, or a safe one where the file was cut without it: past no end, at a line's start.
-
-    A power cut can lose rows that were shipped, and a kill can fall between the two writes of
-    `truncate`. Too early a cursor costs time only: what the store holds is not sent.
-    """
-    size = path.stat().st_size if path.exists() else 0
-    if cursor >= size or not cursor:
-        return min(cursor, size)
-    with path.open("rb") as file:
-        file.seek(cursor - 1)
-        return cursor if file.read(1) == b"\n" else 0
 
 
 def _tell_difference(step: int, first: Mapping[str, Any], again: Mapping[str, float]) -> bool:
@@ -345,13 +307,3 @@ def _tell_difference(step: int, first: Mapping[str, Any], again: Mapping[str, fl
         before,
     )
     return True
-
-
-def _drop_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)
