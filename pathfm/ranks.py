@@ -9,6 +9,8 @@ GPUs: what the ranks agree upon never waits for a device.
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.rendezvous import rendezvous
 
 from pathfm.runtime import PathfmError, one_line
 
@@ -102,8 +105,12 @@ def open_ranks(device_type: str) -> Iterator[Ranks]:
 
 def _meet(ranks: Ranks, backend: str, timeout_s: float) -> None:
     """Joins the process group; every rank is there when this returns."""
+    timeout = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        store = _of_this_life(store, rank, world, timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except ValueError as error:
         raise PathfmError(
             f"rank {ranks.rank} of {ranks.world} cannot look for the others: {one_line(error)}"
@@ -114,6 +121,33 @@ def _meet(ranks: Ranks, backend: str, timeout_s: float) -> None:
             f"rank {ranks.rank} of {ranks.world} did not meet the others at {where} within "
             f"{timeout_s:g} s ({one_line(error)[:160]}). Start all ranks again"
         ) from error
+
+
+def _of_this_life(store: Store, rank: int, world: int, timeout_s: float) -> Store:
+    """A room in the store that only these ranks know.
+
+    torchrun keeps its store when it starts ranks again, and the addresses of the dead are still in
+    it: whoever reads one waits for it in vain. No number that torchrun gives tells one life from the
+    next on all machines, so each rank calls rank 0 by a name of its own, and rank 0 answers every
+    name that it finds with the room's until as many have come as there are ranks. An answer to a
+    dead rank's name is read by nobody. Raises ``DistStoreError`` after `timeout_s`.
+    """
+    if rank > 0:
+        name = secrets.token_hex(8)
+        store.set(f"pathfm/name/{rank}", name)
+        room = store.get(f"pathfm/room/{name}").decode()
+        store.add(f"{room}-came", 1)
+        return PrefixStore(room, store)
+    room = f"pathfm/{secrets.token_hex(8)}"
+    deadline_s = time.monotonic() + timeout_s
+    while (came := store.add(f"{room}-came", 0)) < world - 1:
+        for key in (f"pathfm/name/{r}" for r in range(1, world)):
+            if store.check([key]):
+                store.set(f"pathfm/room/{store.get(key).decode()}", room)
+        if time.monotonic() > deadline_s:
+            raise dist.DistStoreError(f"{came} of {world - 1} other ranks came")
+        time.sleep(0.01)
+    return PrefixStore(room, store)
 
 
 def _wait_for_first() -> None:

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,8 @@ def test_only_what_torch_says_of_other_ranks_is_taken_for_a_lost_one(error, lost
 
 SCRIPT = """
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 import torch
 from pathfm import ranks
 
@@ -157,6 +161,46 @@ def test_two_processes_gather_sum_agree_and_fail_together():
         assert (process.returncode, out) == (0, "fine\n"), err
 
 
+def test_ranks_that_start_again_meet_among_themselves():
+    """torchrun's store lives on: what the last life wrote is there, and rank 0 may be there first."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def joined(rank: int) -> int:
+        time.sleep(0.1 * rank)
+        client = torch.distributed.TCPStore("127.0.0.1", server.port, wait_for_workers=False)
+        store = ranks._of_this_life(client, rank, 3, 30)
+        return store.add("came", 1)
+
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(3):  # a room of their own, each time a new one
+            assert sorted(threads.map(joined, range(3))) == [1, 2, 3]
+    with pytest.raises(torch.distributed.DistStoreError, match="0 of 2 other ranks came"):
+        ranks._of_this_life(server, 0, 3, 0.2)
+
+
+SECOND_LIFE = """
+import os, sys, time
+from pathfm import ranks
+
+if os.environ["RANK"] == "1":
+    time.sleep(2)  # rank 0 finds what the last life left
+with ranks.open_ranks("cpu") as us:
+    assert ranks.gather_objects(us.rank) == [0, 1]
+    print("fine", flush=True)
+    os._exit(9)  # killed: nobody tidies up
+"""
+
+
+@pytest.mark.slow
+def test_a_life_after_a_kill_does_not_wait_for_the_dead():
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in range(2):
+        kept = {"TORCHELASTIC_USE_AGENT_STORE": "True", "PATHFM_RANKS_TIMEOUT_S": "20"}
+        for process in two_processes(SECOND_LIFE, MASTER_PORT=str(server.port), **kept):
+            out, err = process.communicate(timeout=60)
+            assert out == "fine\n", err
+
+
 LEAVING = """
 import sys, time
 from pathfm import ranks
@@ -181,7 +225,7 @@ def test_the_others_leave_after_rank_0_has_brought_its_records_home(how):
     assert (first.returncode, second.returncode) == (3 if how == "failing" else 0, 0)
 
 
-def two_processes(script: str) -> list[subprocess.Popen[str]]:
+def two_processes(script: str, **variables: str) -> list[subprocess.Popen[str]]:
     """The script as rank 0 and 1 of 2."""
     common = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -192,7 +236,7 @@ def two_processes(script: str) -> list[subprocess.Popen[str]]:
     return [
         subprocess.Popen(
             [sys.executable, "-c", script],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=common | variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(__file__).parents[1],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
