@@ -6,6 +6,7 @@ each life would cost seconds.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -21,12 +22,15 @@ from typing import Any
 
 
 class Nursery:
-    """Starts runs, and says how they ended."""
+    """Starts runs, and says how they ended. `modules` are imported once, for all of them."""
+
+    def __init__(self, *modules: str) -> None:
+        self._modules = modules
 
     def __enter__(self) -> Nursery:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.lives"],
+            [sys.executable, "-m", "tests.lives", *self._modules],
             env=environment,
             cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
@@ -134,6 +138,8 @@ def serve() -> None:
     import pathfm.methods.dino
     import pathfm.pretrain.loop  # noqa: F401
 
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     born: list[int] = []
     for line in sys.stdin:
