@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping a YAML file holds; ``PathfmError`` with the line where it is no YAML."""
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_OneValueEach)  # noqa: S506: a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
         raise PathfmError(f"config {path}: {reason}") from error
@@ -65,6 +65,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"config {path}: wants `key: value` lines, found a {type(values).__name__}"
         )
     return values
+
+
+class _OneValueEach(yaml.SafeLoader):
+    """A mapping that says a key twice is refused; YAML would take the last, unsaid."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is there twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:

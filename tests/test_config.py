@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, model_validator
 
-from pathfm.config import fields, load_config, merge
+from pathfm.config import fields, load_config, merge, read_yaml
 from pathfm.runtime import PathfmError, as_dict, save_config
 
 
@@ -96,6 +96,7 @@ def test_a_mistake_on_the_command_line_is_told_in_one_line(words: list[str], say
         ("slides: 7", "slides = 7: should be a valid string"),
         ("slides: [", "config "),
         ("- a\n- b", "config "),
+        ("slides: s\noptim: {steps: 1, steps: 2}", "config "),
         ("slides: s\noptim: 3", "optim = 3: should be a valid dictionary"),
     ],
 )
@@ -106,6 +107,18 @@ def test_a_mistake_in_the_file_names_it(tmp_path: Path, text: str, says: str) ->
         load(yaml=yaml)
     assert str(caught.value).startswith(says), str(caught.value)
     assert "mine.yaml" in str(caught.value)
+
+
+def test_a_key_said_twice_is_refused_with_its_line_and_merged_ones_are_not(tmp_path: Path) -> None:
+    yaml = tmp_path / "mine.yaml"
+    yaml.write_text("slides: s\noptim:\n  steps: 1\nslides: t\n")
+    with pytest.raises(PathfmError, match=r"mine.yaml, line 4: .*'slides' is there twice"):
+        load(yaml=yaml)
+    yaml.write_text("slides: s\noptim: &o {steps: 3}\n")
+    assert load(yaml=yaml).optim.steps == 3
+    assert read_yaml(yaml)["optim"] == {"steps": 3}
+    yaml.write_text("a: &o {steps: 3}\nb: &p {steps: 4}\nc: {<<: *o, <<: *p}\n")
+    assert read_yaml(yaml)["c"] == {"steps": 4}
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:

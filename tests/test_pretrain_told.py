@@ -113,6 +113,16 @@ def test_a_batch_that_safetensors_cannot_keep_is_told_in_a_line(
         run(config(small_corpus, tmp_path))
 
 
+def test_settings_of_another_method_are_said_to_do_nothing(
+    small_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = config(small_corpus, tmp_path / "a", stop_after_steps=1, dinov2={"out_dim": 64})
+    run(mine)
+    told = capsys.readouterr().out
+    assert "dinov2.* is set and has no effect: the method is dino\n" in told
+    assert told.count("has no effect") == 1
+
+
 @quiet_mlflow
 def test_a_stopped_run_and_its_probe_are_killed_in_mlflow_until_they_have_finished(
     small_corpus: Path, tmp_path: Path

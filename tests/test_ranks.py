@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._C._distributed_c10d import TCPStore
 
 from pathfm import cli, ranks
 from pathfm.runtime import PathfmError
@@ -163,11 +164,11 @@ def test_two_processes_gather_sum_agree_and_fail_together():
 
 def test_ranks_that_start_again_meet_among_themselves():
     """torchrun's store lives on: what the last life wrote is there, and rank 0 may be there first."""
-    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def joined(rank: int) -> int:
         time.sleep(0.1 * rank)
-        client = torch.distributed.TCPStore("127.0.0.1", server.port, wait_for_workers=False)
+        client = TCPStore("127.0.0.1", server.port, wait_for_workers=False)
         store = ranks._of_this_life(client, rank, 3, 30)
         return store.add("came", 1)
 
@@ -193,7 +194,7 @@ with ranks.open_ranks("cpu") as us:
 
 @pytest.mark.slow
 def test_a_life_after_a_kill_does_not_wait_for_the_dead():
-    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for _ in range(2):
         kept = {"TORCHELASTIC_USE_AGENT_STORE": "True", "PATHFM_RANKS_TIMEOUT_S": "20"}
         for process in two_processes(SECOND_LIFE, MASTER_PORT=str(server.port), **kept):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -84,6 +85,33 @@ def test_a_new_run_in_an_old_folder_sets_the_old_rows_aside(tmp_path: Path) -> N
     assert [row["loss"] for row in read_metrics(tmp_path)] == [2.0]
     (kept,) = (tmp_path / "previous_runs").iterdir()
     assert [row["loss"] for row in read_metrics(kept)] == [1.0]
+
+
+def test_a_copied_folder_is_a_run_of_its_own_and_a_moved_one_is_not(tmp_path: Path) -> None:
+    uri, first, second = new_store(tmp_path), tmp_path / "first", tmp_path / "second"
+
+    def life(folder: Path, run_id: str | None, step: int) -> str:
+        with open_run(TrackingConfig(uri=uri), folder, {"a": 1}, run_id=run_id) as run:
+            run.log(step, loss=float(step))
+        return run.run_id
+
+    original = life(first, None, 0)
+    shutil.copytree(first, second)
+    copied = life(second, original, 1)  # the checkpoint in it names the first run
+    assert copied != original
+    assert life(second, original, 2) == copied
+    assert life(first, original, 5) == original
+    moved = first.rename(tmp_path / "moved")
+    assert life(moved, original, 6) == original
+    (tmp_path / "link").symlink_to(moved)
+    assert life(tmp_path / "link", original, 7) == original
+    third = tmp_path / "third"
+    shutil.copytree(second, third)
+    assert life(third, original, 9) not in (copied, original)
+    assert {step for step, _ in history(uri, original, "loss")} == {0, 5, 6, 7}
+    assert {step for step, _ in history(uri, copied, "loss")} == {0, 1, 2}
+    names = {run.run_id: run.name for run in read_runs(uri, "pathfm")}
+    assert (names[original], names[copied]) == ("moved", "second")
 
 
 @pytest.mark.parametrize(

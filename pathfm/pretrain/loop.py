@@ -36,7 +36,15 @@ from pathfm.pretrain.resuming import (
     restore_computing,
 )
 from pathfm.pretrain.stopping import Told, device_numbers, listening, refuse_nonfinite
-from pathfm.pretrain.trainer import Trainer, build_trainer, describe, device_of, save, split_batch
+from pathfm.pretrain.trainer import (
+    Trainer,
+    build_trainer,
+    describe,
+    device_of,
+    save,
+    split_batch,
+    without_effect,
+)
 from pathfm.pretrain.waiting import DataWait
 from pathfm.pretrain.watching import Watch
 from pathfm.ranks import PeerError, Ranks, open_ranks, sum_over_ranks, together
@@ -85,7 +93,7 @@ def _train(config: PretrainConfig, ranks: Ranks, told: Told) -> PretrainResult:
         done = trainer.done
         probe = open_probe(config.watch, ranks)  # a damaged picture is found before a run is begun
         records = opened.enter_context(_open_records(trainer, checkpoint, feed, opened))
-        records.say(f"{done.init_note}; {describe(trainer)}", *feed.notes)
+        records.say(f"{done.init_note}; {describe(trainer)}", *feed.notes, *without_effect(config))
         watched = checkpoint.state["watch"] if checkpoint else None
         watch = opened.enter_context(Watch(config.watch, out, records.run, ranks, watched, probe))
         watch.begin(trainer, feed.first(config.monitor_patches))

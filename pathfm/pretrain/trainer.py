@@ -21,7 +21,7 @@ from pathfm.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
-from pathfm.methods import Method, build_method
+from pathfm.methods import METHODS, Method, build_method
 from pathfm.pretrain import PretrainConfig
 from pathfm.pretrain.optim import parameter_groups
 from pathfm.pretrain.parallel import like, prepare, refuse_split_batchnorm, spread, whole
@@ -246,6 +246,17 @@ def describe(trainer: Trainer) -> str:
     if trainer.n_micros > 1:
         words.append(f"{trainer.n_micros} x {trainer.micro_size} patches a step and rank")
     return ", ".join(words)
+
+
+def without_effect(config: PretrainConfig) -> list[str]:
+    """A line for each other method's settings that are not the defaults: nobody reads them."""
+    names = [name for name in METHODS if name != config.method]
+    fields = type(config).model_fields
+    return [
+        f"{name}.* is set and has no effect: the method is {config.method}"
+        for name in names
+        if getattr(config, name) != fields[name].default
+    ]
 
 
 def check_views_fit(config: PretrainConfig, backbone: Backbone) -> None:

@@ -51,6 +51,13 @@ class ShippingState:
     run_id: str = ""
     metrics_bytes: int = 0
     tasks_bytes: int = 0
+    folder: str = ""  # where it lay when it was last open
+    copied_from: Sequence[str] = ()  # names of the runs whose folder this one is a copy of
+
+    @property
+    def names(self) -> set[str]:
+        """What a checkpoint may call this run."""
+        return {self.run_id, f"pending-{self.key}", *self.copied_from}
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ class Journal:
 
     `run_id` names the run to go on with (its MLflow id, or the "pending-..." id it had before the
     server answered). Without one, or with another run's, the folder's old journal is moved to
-    `previous_runs/` and a new one begins; rows are never deleted.
+    `previous_runs/` and a new one begins; rows are never deleted. A copy of a folder that is still
+    where it was is a run of its own, with the rows of both.
     """
 
     def __init__(self, folder: Path, run_id: str | None = None) -> None:
@@ -85,6 +93,7 @@ class Journal:
                 self.state,
                 metrics_bytes=safe_cursor(folder / METRICS, self.state.metrics_bytes),
                 tasks_bytes=safe_cursor(folder / TASKS, self.state.tasks_bytes),
+                folder=str(folder.resolve()),
             )
         )
 
@@ -95,9 +104,12 @@ class Journal:
 
     def _find_state(self, run_id: str | None) -> ShippingState:
         known = read_state(self.folder)
-        if run_id and known and run_id in (known.run_id, f"pending-{known.key}"):
-            return known
         fresh = ShippingState(key=uuid.uuid4().hex)
+        if run_id and known and run_id in known.names:
+            if not _is_copy(self.folder, known):
+                return known
+            _log.warning("%s is a copy of %s: a run of its own", self.folder, known.folder)
+            return replace(fresh, copied_from=sorted(known.names - {""}))
         if run_id and not run_id.startswith("pending-"):
             return replace(fresh, run_id=run_id)  # read whole again: what MLflow holds is not sent
         self._set_aside(known.key if known else fresh.key)
@@ -251,6 +263,14 @@ def read_state(folder: Path) -> ShippingState | None:
         return ShippingState(**json.loads((folder / STATE).read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _is_copy(folder: Path, state: ShippingState) -> bool:
+    """Whether the state's run lies where it was last open, and that is not `folder`."""
+    there = read_state(Path(state.folder)) if state.folder else None
+    if there is None or there.key != state.key:
+        return False
+    return not (Path(state.folder) / STATE).samefile(folder / STATE)
 
 
 def unfinished_run(folder: Path, params: Mapping[str, Any], free: Sequence[str] = ()) -> str | None:
