@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping a YAML file holds; ``PathfmError`` with the line where it is no YAML."""
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.load(text, Loader=_OneValueEach)  # noqa: S506: a SafeLoader
+        values = yaml.load(text, Loader=_OneValueEach)  # noqa: S506
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
         raise PathfmError(f"config {path}: {reason}") from error
