@@ -11,6 +11,9 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # a thread a process: on two cores more of them only wait for each other
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
+# a file of tests stays in one process: what its module fixtures start is started once
+TEST_PROCESSES ?= 2
+PYTEST := $(TEST_ENV) pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
@@ -39,10 +42,10 @@ hooks: $(STAMP)
 	fi
 
 fast: $(STAMP)
-	$(TEST_ENV) pytest -q -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 slow: $(STAMP)
-	$(TEST_ENV) pytest -q -m slow
+	$(PYTEST) -m slow
 	$(TEST_ENV) pytest -q --nbmake --nbmake-timeout=300 notebooks
 
 lint: $(STAMP) ## ruff, mypy and the import contracts
