@@ -1,6 +1,6 @@
 """Verb `probe`: frozen features -> a linear probe and kNN, several seeds, backbones paired.
 
-How a probe is fitted and scored is in `linear_probe`. Every backbone sees the same splits, so their
+How a probe is fitted and scored is in `probing`. Every backbone sees the same splits, so their
 difference is taken seed by seed. What is measured goes to `<out>/probe.json` and to MLflow.
 """
 
@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from online_patching.stores.local import atomic_write_text
 from pathfm.datasets import Split, stratified_split
 from pathfm.embeddings import Embeddings
-from pathfm.linear_probe import (
+from pathfm.probing.linear import (
     PROBES,
     BackboneResult,
     Paired,

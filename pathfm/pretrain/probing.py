@@ -35,7 +35,7 @@ from pathfm.pretrain.watch_settings import WatchConfig
 from pathfm.ranks import Ranks
 from pathfm.runtime import PathfmError
 
-_VALIDATION_REPEAT = 1 << 20  # as in linear_probe: attempts from here on split a training half
+_VALIDATION_REPEAT = 1 << 20  # as in probing/linear.py: attempts from here on split a training half
 _THREADS = 2
 
 

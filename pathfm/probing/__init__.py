@@ -1,0 +1,6 @@
+"""Frozen features -> figures: eva's heads, logistic regression, kNN and few-shot, on arrays.
+
+In reading order: `parts` (which rows train, select and report), `protocol` (what eva sets for which
+data set), `orders` (initial heads and batches), `heads` (all runs and learning rates as one tensor),
+`scores` (eva's metrics), `linear` (L-BFGS and kNN), `few_shot`, `results` (eva's results.json).
+"""
