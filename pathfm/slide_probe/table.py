@@ -1,0 +1,95 @@
+"""A folder of slide bags (HDF5) and a CSV of labels -> `Bags`."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pathfm.embeddings.bags import find_bags, read_bag
+from pathfm.runtime import PathfmError
+from pathfm.slide_probe.bags import Bags
+
+_LARGEST_TABLE_BYTES = 64 << 20
+_SLIDE = ("slide", "slide_id", "wsi_id")
+
+
+def read_bags(folder: Path, labels: Path) -> Bags:
+    """Bags of a folder's `<slide>.h5` (ours, CLAM's or TRIDENT's) with the labels of a CSV.
+
+    The CSV has columns `slide` (or slide_id), `label`, and if known `patient` (or case_id) and `split`
+    (train, val, test; empty everywhere: none). A slide may be written with `.h5` or without. Classes are
+    sorted by name, numbers as numbers. Bags without a row are left out.
+    Raises PathfmError for a slide without its bag, and as `Bags` does.
+    """
+    rows = _rows(labels)
+    files = find_bags(folder)
+    slides = [row["slide"].removesuffix(".h5") for row in rows]
+    missing = [slide for slide in slides if slide not in files]
+    if missing:
+        raise PathfmError(
+            f"{labels}: {len(missing)} of {len(slides)} slides have no bag in {folder}, the first is "
+            f"{missing[0]!r}: embed them, or take them out of the table"
+        )
+    names = sorted({row["label"] for row in rows}, key=_natural)
+    splits = tuple(row["split"] for row in rows)
+    if any(splits) and not all(splits):
+        bare = slides[splits.index("")]
+        raise PathfmError(f"{labels}: slide {bare!r} has no split and others do: fill all or none")
+    first = read_bag(files[slides[0]])
+
+    def source(i: int) -> NDArray[np.float32]:
+        return read_bag(files[slides[i]]).features
+
+    return Bags(
+        slides=tuple(slides),
+        labels=np.array([names.index(row["label"]) for row in rows], np.int64),
+        classes=tuple(names),
+        dim=int(first.features.shape[1]),
+        source=source,
+        patients=tuple(row["patient"] for row in rows),
+        splits=splits if all(splits) else (),
+    )
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The table's rows under our column names; PathfmError for what is missing."""
+    try:
+        if path.stat().st_size > _LARGEST_TABLE_BYTES:
+            raise PathfmError(
+                f"{path}: more than {_LARGEST_TABLE_BYTES >> 20} MiB: no table of slides"
+            )
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise PathfmError(
+            f"{path}: cannot be read ({why}): give a CSV with slide and label"
+        ) from None
+    table = csv.DictReader(lines)
+    columns = {name.strip().lower(): name for name in table.fieldnames or ()}
+    slide = next((columns[name] for name in _SLIDE if name in columns), None)
+    if slide is None or "label" not in columns:
+        raise PathfmError(
+            f"{path}: columns {list(columns)}, wants slide and label, and perhaps patient and split"
+        )
+    patient = columns.get("patient") or columns.get("case_id") or ""
+    found = []
+    for number, row in enumerate(table, start=2):
+        wanted = {"slide": slide, "label": columns["label"], "patient": patient}
+        named = {k: (row.get(v) or "").strip() for k, v in wanted.items()}
+        named["split"] = (row.get(columns.get("split", "")) or "").strip().lower()
+        if not named["slide"] or not named["label"]:
+            raise PathfmError(f"{path}, line {number}: no slide or no label")
+        found.append(named)
+    if not found:
+        raise PathfmError(f"{path}: no rows")
+    return found
+
+
+def _natural(name: str) -> tuple[float, str]:
+    try:
+        return float(name), name
+    except ValueError:
+        return float("inf"), name
