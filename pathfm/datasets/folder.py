@@ -41,6 +41,15 @@ class LabelledFolder:
         return len(self.paths)
 
     @property
+    def splits(self) -> tuple[str, ...]:
+        """None: whoever probes the folder splits it."""
+        return ()
+
+    def read(self, i: int) -> NDArray[np.uint8]:
+        """Picture i as uint8 (height, width, 3). `PathfmError` names one that cannot be read."""
+        return np.asarray(read_picture(self.root / self.paths[i]))
+
+    @property
     def digest(self) -> str:
         """SHA-256 over every path and every byte of every picture: reads the whole folder once."""
         total = hashlib.sha256()
@@ -102,10 +111,16 @@ def scan_folder(root: Path) -> LabelledFolder:
     return LabelledFolder(root, tuple(classes), tuple(paths), np.asarray(labels, np.int64), groups)
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture as RGB. `PathfmError` names a file that is damaged or larger than 64 Mpx."""
-    with _opened(path) as image:
+    with _opened(path, max_pixels) as image:
         return image.convert("RGB")
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width in px by the file's header. Errors as of `read_picture`."""
+    with _opened(path) as image:
+        return image.height, image.width
 
 
 def check_picture(path: Path) -> None:
@@ -115,14 +130,14 @@ def check_picture(path: Path) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """A picture of patch size; what fails in the block is the file's fault."""
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > max_pixels:
                 raise PathfmError(
                     f"{path}: {image.width:,} x {image.height:,} px is no patch; "
-                    f"the limit is {MAX_PIXELS:,} px"
+                    f"the limit is {max_pixels:,} px"
                 )
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -44,11 +44,19 @@ def read_batches(
 
 def prepare(file: Path, size_px: int) -> NDArray[np.uint8]:
     """One picture, shorter side resized to `size_px`, centre-cropped: uint8 (size, size, 3)."""
-    image = read_picture(file)
+    return _fitted(read_picture(file), size_px, str(file))
+
+
+def fit(pixels: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
+    """The same of pixels, uint8 (height, width, 3), that a data set has read."""
+    return _fitted(Image.fromarray(pixels), size_px, "sample")
+
+
+def _fitted(image: Image.Image, size_px: int, name: str) -> NDArray[np.uint8]:
     width, height = image.size
     short = min(width, height)
     if short == 0:
-        raise PathfmError(f"{file}: the picture is empty")
+        raise PathfmError(f"{name}: the picture is empty")
     if short != size_px:
         # torchvision's Resize(int) truncates the longer side; eva's protocol uses it
         size = (size_px * width // short, size_px * height // short)
