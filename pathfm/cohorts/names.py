@@ -49,6 +49,12 @@ def _wanted(row: CohortRow, options: CohortOptions) -> bool:
     return not (options.exclude and any(re.search(options.exclude, text) for text in texts))
 
 
+def barcode_of(title: str) -> str:
+    """The participant (TCGA-02-0001) at the start of a TCGA file's name, or ""."""
+    match = _BARCODE.match(title)
+    return match[1].upper() if match else ""
+
+
 def _from_barcode(row: CohortRow) -> CohortRow:
     match = _BARCODE.match(row.title)
     if match is None or row.patient:

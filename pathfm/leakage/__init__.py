@@ -1,0 +1,41 @@
+"""What a backbone was pretrained on travels with it, and is compared with what it is tested on.
+
+    digests.py   256 bits of a picture that copies of it share
+    seen.py      PretrainedOn: slides, patients and sampled patches of a cohort, a small file
+    check.py     leaks(): which samples of a data set were in it; refuse_or_mark()
+
+docs/uncertainty.md says what is found, and what cannot be.
+"""
+
+from pathfm.leakage.check import (
+    Evidence,
+    Leaks,
+    Policy,
+    check_pictures,
+    check_slides,
+    leaks,
+    refuse_or_mark,
+    seen_by,
+)
+from pathfm.leakage.digests import DIGEST_BYTES, digest_batch, digest_picture, distances
+from pathfm.leakage.seen import PRETRAINED_ON, PretrainedOn, Stage, patient_ids, slide_keys
+
+__all__ = [
+    "DIGEST_BYTES",
+    "PRETRAINED_ON",
+    "Evidence",
+    "Leaks",
+    "Policy",
+    "PretrainedOn",
+    "Stage",
+    "check_pictures",
+    "check_slides",
+    "digest_batch",
+    "digest_picture",
+    "distances",
+    "leaks",
+    "patient_ids",
+    "refuse_or_mark",
+    "seen_by",
+    "slide_keys",
+]

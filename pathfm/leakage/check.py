@@ -1,0 +1,248 @@
+"""Which samples of a data set a backbone has already seen in pretraining."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from online_patching import read_slide_index
+from online_patching.errors import PatchingError, redact
+from pathfm.leakage.digests import MOST_BITS, Digests, digests_of, distances
+from pathfm.leakage.seen import SHORTEST_NAME, Ids, PretrainedOn, patient_ids, slide_key
+from pathfm.runtime import PathfmError
+
+Policy = Literal["refuse", "mark"]
+_MOST_TOLD = 5
+_KINDS = {"slide": "slide", "patient": "patient", "patch": "near-duplicate picture"}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a data set of n samples offers for a comparison; what it lacks stays empty.
+
+    groups: the patient or slide each comes from ("" unknown). slides: the `SlideIndex.digest` of the
+    slide each is, or is cut from. patches: digests (n, 32) of the pictures. names: for messages.
+    """
+
+    n: int
+    groups: Sequence[str] = ()
+    slides: Sequence[str] = ()
+    patches: Digests | None = None
+    names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for what in ("groups", "slides", "names", "patches"):
+            given = getattr(self, what)
+            if given is not None and len(given) not in (0, self.n):
+                raise PathfmError(f"leakage: {len(given):,} {what} for {self.n:,} samples")
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Samples that a backbone has seen: per kind of evidence their row numbers, ascending.
+
+    `known` is False where nothing is recorded of the pretraining data; `compared` are the kinds of evidence
+    that were there on both sides, `notes` what could not be compared and why.
+    """
+
+    n: int
+    known: bool
+    compared: tuple[str, ...] = ()
+    rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    cohorts: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def mask(self) -> NDArray[np.bool_]:
+        """True for every sample that was seen, by any evidence: (n,)."""
+        out = np.zeros(self.n, bool)
+        for rows in self.rows.values():
+            out[list(rows)] = True
+        return out
+
+    def told(self, among: NDArray[Any] | None = None) -> str:
+        """One line: how many of the samples (of the rows `among`) were seen, and how that is known."""
+        if not self.known:
+            why = "; ".join(self.notes) or "nothing is recorded"
+            return f"What the backbone was pretrained on is not known: {why}."
+        inside = np.ones(self.n, bool)
+        if among is not None:
+            inside[:] = False
+            inside[among] = True
+        total, seen = int(inside.sum()), int((self.mask() & inside).sum())
+        by = {kind: int(inside[list(rows)].sum()) for kind, rows in self.rows.items()}
+        parts = [f"{count:,} by {_KINDS[kind]}" for kind, count in by.items() if count]
+        cohorts = ", ".join(self.cohorts) or "no slides"
+        how = f" ({', '.join(parts)})" if parts else ""
+        compared = ", ".join(_KINDS[kind] for kind in self.compared) or "nothing"
+        return (
+            f"{seen:,} of {total:,} samples were in the pretraining data ({cohorts}){how}; compared: {compared}."
+            + "".join(f" {note}" for note in self.notes)
+        )
+
+    def to_json(self) -> str:
+        """As text, for a file's header."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Leaks:
+        """What `to_json` wrote; "" is a file from before this was recorded. PathfmError for anything else."""
+        if not text:
+            return Leaks(
+                0, known=False, notes=("these embeddings were made before it was recorded",)
+            )
+        try:
+            facts = json.loads(text)
+            facts["rows"] = {kind: tuple(map(int, rows)) for kind, rows in facts["rows"].items()}
+            for name in ("compared", "cohorts", "examples", "notes"):
+                facts[name] = tuple(facts[name])
+            found = Leaks(**facts)
+            if not set(found.rows) <= set(_KINDS) or any(
+                not 0 <= row < found.n for rows in found.rows.values() for row in rows
+            ):
+                raise ValueError("rows that are not there")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PathfmError(f"leakage: a damaged record ({error}). Embed again") from None
+        return found
+
+
+def leaks(evidence: Evidence, seen: PretrainedOn | None, ids: Ids | None = None) -> Leaks:
+    """Compares a data set with what a backbone was pretrained on.
+
+    By slide: the same SlideIndex.digest, so the same file under any name. By patient: a group's id under
+    the salt `ids`, or a public barcode. By picture: at most MOST_BITS of 255 bits differ, in any of eight
+    orientations. None of it finds a patch of a slide that both sides know under other names and files.
+    """
+    if seen is None:
+        return Leaks(
+            evidence.n, known=False, notes=("its weights come without pretrained_on.json",)
+        )
+    rows: dict[str, tuple[int, ...]] = {}
+    compared, notes = [], list(seen.notes)
+    if evidence.slides and len(seen.slides):
+        compared.append("slide")
+        listed = {row.tobytes() for row in seen.slides}
+        rows["slide"] = _where(
+            bool(s) and slide_key(s).tobytes() in listed for s in evidence.slides
+        )
+    if any(evidence.groups) and seen.patients:
+        compared.append("patient")
+        rows["patient"] = _by_patient(evidence.groups, seen, ids, notes)
+    if evidence.patches is not None and len(seen.patches):
+        compared.append("patch")
+        rows["patch"] = _where(distances(evidence.patches, seen.patches)[0] <= MOST_BITS)
+    found = Leaks(
+        evidence.n,
+        known=True,
+        compared=tuple(compared),
+        rows=rows,
+        cohorts=tuple(stage.name for stage in seen.stages),
+        notes=tuple(notes),
+    )
+    first = np.flatnonzero(found.mask())[:_MOST_TOLD].tolist()
+    names = evidence.names or [f"sample {row}" for row in range(evidence.n)]
+    return replace(found, examples=tuple(names[row] for row in first))
+
+
+def seen_by(weights: str) -> PretrainedOn | None:
+    """What weights as `load_backbone` names them have seen; None where that is not known.
+
+    "random", "imagenet" and "dinov2" have seen no slides. Of a run, a checkpoint or an export, what their
+    folder says. PathfmError for a damaged file.
+    """
+    from pathfm.backbone import find_backbone_folder  # late: it imports torch
+
+    if weights.partition(":")[0] == "random" or weights in ("imagenet", "dinov2"):
+        return PretrainedOn.nothing()
+    folder = find_backbone_folder(Path(weights))
+    return None if folder is None else PretrainedOn.load(folder)
+
+
+def check_pictures(
+    seen: PretrainedOn | None,
+    read: Callable[[int], NDArray[np.uint8]],
+    n: int,
+    groups: Sequence[str] = (),
+    names: Sequence[str] = (),
+    ids: Ids | None = None,
+) -> Leaks:
+    """`leaks` of n pictures that `read(i)` gives as uint8 (h, w, 3); reads none unless patches are listed."""
+    patches = None
+    if seen is not None and len(seen.patches):
+        patches = digests_of(read(i) for i in range(n))
+    return leaks(Evidence(n, groups, (), patches, names), seen, ids)
+
+
+def check_slides(
+    seen: PretrainedOn | None,
+    uris: Sequence[str],
+    groups: Sequence[str] = (),
+    ids: Ids | None = None,
+) -> Leaks:
+    """`leaks` of slides, of which it reads the headers, unless no slides are listed.
+
+    A slide that cannot be read, or has no µm/px of its own, is compared by patient alone, and told.
+    """
+    digests: list[str] = []
+    if seen is not None and len(seen.slides):
+        digests = [_digest(uri) for uri in uris]
+    names = [redact(uri).rstrip("/").rpartition("/")[2] for uri in uris]
+    found = leaks(Evidence(len(uris), groups, digests, None, names), seen, ids)
+    unread = sum(not digest for digest in digests)
+    note = (f"{unread:,} slides could not be read to be compared.",) if unread else ()
+    return replace(found, notes=found.notes + note)
+
+
+def refuse_or_mark(
+    found: Leaks, policy: Policy = "refuse", rows: NDArray[Any] | None = None
+) -> str:
+    """A line for the table's notes; PathfmError where a sample (of `rows`) was seen and that is refused.
+
+    What is not known is marked, never refused. "" where everything could be compared and nothing was seen.
+    """
+    if found.n == 0 and not found.known:
+        return found.told()
+    seen = found.mask() if rows is None else found.mask()[rows]
+    line = found.told(rows)
+    if seen.any() and policy == "refuse":
+        raise PathfmError(
+            f"{line} First: {', '.join(found.examples)}. Scores on them say nothing about new patients: leave "
+            "them out, or report it with --leaks mark"
+        )
+    compared = len(found.compared) > 0 or not found.cohorts
+    clean = found.known and not seen.any() and compared and not found.notes
+    return "" if clean else line
+
+
+def _by_patient(
+    groups: Sequence[str], seen: PretrainedOn, ids: Ids | None, notes: list[str]
+) -> tuple[int, ...]:
+    listed = set(seen.patients)
+    short = sum(0 < len(group) < SHORTEST_NAME for group in groups)
+    if short:
+        notes.append(f"{short:,} samples have patient names too short to be compared.")
+    marks = {patient.partition(" ")[0] for patient in listed} - {"public"}
+    ours = ids.mark if ids is not None else ""
+    if marks - {ours}:
+        notes.append(
+            f"Patients listed under another salt ({', '.join(sorted(marks - {ours}))}) could not be compared by name."
+        )
+    found = {group for group in set(groups) if listed.intersection(patient_ids(group, ids))}
+    return _where(group in found for group in groups)
+
+
+def _digest(uri: str) -> str:
+    try:
+        return read_slide_index(uri).digest
+    except PatchingError:
+        return ""
+
+
+def _where(hits: Any) -> tuple[int, ...]:
+    return tuple(row for row, hit in enumerate(hits) if hit)
