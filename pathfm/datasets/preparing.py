@@ -44,15 +44,17 @@ def read_batches(
 
 def prepare(file: Path, size_px: int) -> NDArray[np.uint8]:
     """One picture, shorter side resized to `size_px`, centre-cropped: uint8 (size, size, 3)."""
-    return _fitted(read_picture(file), size_px, str(file))
+    return _fit(read_picture(file), size_px, str(file))
 
 
-def fit(pixels: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
-    """The same of pixels, uint8 (height, width, 3), that a data set has read."""
-    return _fitted(Image.fromarray(pixels), size_px, "sample")
+def fit(pixels: NDArray[np.uint8], size_px: int, name: str = "picture") -> NDArray[np.uint8]:
+    """Pixels uint8 (h, w, 3), shorter side resized to `size_px`, centre-cropped, as `prepare` does."""
+    if min(pixels.shape[:2]) == 0:
+        raise PathfmError(f"{name}: the picture is empty")
+    return _fit(Image.fromarray(pixels), size_px, name)
 
 
-def _fitted(image: Image.Image, size_px: int, name: str) -> NDArray[np.uint8]:
+def _fit(image: Image.Image, size_px: int, name: str) -> NDArray[np.uint8]:
     width, height = image.size
     short = min(width, height)
     if short == 0:
