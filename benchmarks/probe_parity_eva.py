@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 MONITOR = "val/MulticlassAccuracy"
 
 
-class Kept(datasets.EmbeddingsClassificationDataset):
+class Kept(datasets.EmbeddingsClassificationDataset):  # type: ignore[misc]
     """eva's dataset that keeps what it read, and notes in which order it was asked."""
 
     def __init__(self, *words: Any, **named: Any) -> None:
@@ -48,7 +48,7 @@ NOTED: dict[str, list[float]] = {"losses": [], "accuracy": [], "loss": [], "fit_
 """Outside of the callback, of which eva's session trains a copy."""
 
 
-class Notes(Callback):
+class Notes(Callback):  # type: ignore[misc]
     """The loss of every step, the scores of every validation of a fit, when it began and ended."""
 
     def on_fit_start(self, *_: object) -> None:

@@ -1,7 +1,10 @@
-"""Verb `probe`: frozen features -> a linear probe and kNN, several seeds, backbones paired.
+"""Verb `probe`: frozen features -> scores of several protocols, with their doubts, backbones paired.
 
-How a probe is fitted and scored is in `probing`. Every backbone sees the same splits, so their
-difference is taken seed by seed. What is measured goes to `<out>/probe.json` and to MLflow.
+Always: logistic regression (L-BFGS, C by validation) and kNN. Also, where asked for: linear heads as
+kaiko-eva trains them, and few-shot. How each is fitted and scored is in `probing`. Every backbone sees
+the same splits, first heads, batches and draws, so their difference is taken repeat by repeat. What is
+measured goes to `<out>/probe.json`, `<out>/eva/<backbone>/results.json` (eva's keys),
+`<out>/predictions/<backbone>.safetensors`, and to MLflow.
 """
 
 from __future__ import annotations
@@ -9,38 +12,55 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, field_validator
 
 from online_patching.stores.local import atomic_write_text
 from pathfm.datasets import Split, stratified_split
 from pathfm.embeddings import Embeddings
-from pathfm.probing.linear import (
+from pathfm.probing.few_shot import SHOTS, check_shots
+from pathfm.probing.files import write_eva_results, write_predictions
+from pathfm.probing.measuring import (
     PROBES,
     BackboneResult,
+    Measured,
     Paired,
     Scores,
+    compare_measured,
     compare_paired,
+    measure,
+    parts_of,
     probe_backbone,
 )
+from pathfm.probing.options import Also
+from pathfm.probing.parts import Parts
+from pathfm.probing.protocol import EVA_BATCH, EVA_LEARNING_RATE, EVA_RUNS, EVA_STEPS, HeadProtocol
+from pathfm.probing.recording import record_backbone
+from pathfm.probing.result import ProbeResult, caveats_of, load_result
+from pathfm.probing.telling import show
 from pathfm.runtime import (
     PathfmError,
     as_dict,
-    console,
     make_folder,
+    pick_device,
     progress,
     provenance,
     save_config,
 )
 from pathfm.tracking import Run, TrackingConfig, open_run
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = [
     "PROBES",
     "RESULT",
     "BackboneResult",
+    "EvaConfig",
     "Paired",
     "ProbeConfig",
     "ProbeResult",
@@ -56,7 +76,31 @@ __all__ = [
 ]
 
 RESULT = "probe.json"
-_FORMAT = "pathfm.probe.1"  # raised when the same options give other figures
+_FORMAT = "pathfm.probe.2"  # raised when the same options give other figures
+
+
+class EvaConfig(BaseModel, frozen=True, extra="forbid"):
+    """How eva's heads are trained; the defaults are kaiko-eva 0.4.5's. Used with `--also eva`."""
+
+    learning_rates: tuple[float, ...] = Field(
+        (EVA_LEARNING_RATE,),
+        min_length=1,
+        max_length=64,
+        description="AdamW's, all trained at once; with several, validation chooses one for all runs",
+    )
+    n_runs: int = Field(
+        EVA_RUNS, ge=1, le=1000, description="first heads and batch orders, trained at once"
+    )
+    n_steps: int = Field(EVA_STEPS, ge=1, le=10_000_000, description="most steps of each")
+    batch_size: int = Field(EVA_BATCH, ge=1, le=1 << 20, description="samples a step")
+    weight_decay: float = Field(0.01, ge=0, le=10, description="AdamW's, of the bias too")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="epochs without a better validation score before a head stops; unset: a fifth of "
+        "the steps, which is eva's figure for each of its data sets",
+    )
+    device: str = Field("auto", description="auto, cpu or cuda:N")
 
 
 class ProbeConfig(BaseModel, frozen=True, extra="forbid"):
@@ -68,8 +112,19 @@ class ProbeConfig(BaseModel, frozen=True, extra="forbid"):
         "baseline the others are compared with (in a folder: `init`, else the first by name)",
     )
     out: Path = Field(Path("probe"), description="folder for probe.json")
-    n_seeds: int = Field(5, ge=1, le=1000, description="repeats, each with its own split and head")
-    seed: int = Field(0, ge=0, description="key of all splits and heads")
+    also: tuple[Also, ...] = Field(
+        (),
+        description="protocols besides the logistic probe and kNN: eva (linear heads as kaiko-eva "
+        "trains them, minutes on a CPU), few-shot",
+    )
+    n_seeds: int = Field(
+        5,
+        ge=1,
+        le=1000,
+        description="repeats, each with its own split and head; data with splits of its own is probed "
+        "on these, once",
+    )
+    seed: int = Field(0, ge=0, description="key of all splits, heads and draws")
     test_share: float = Field(0.3, gt=0, lt=1, description="share of each class tested on")
     validation_share: float = Field(
         0.2, gt=0, lt=1, description="share of the training half that chooses C"
@@ -80,44 +135,35 @@ class ProbeConfig(BaseModel, frozen=True, extra="forbid"):
         description="inverse L2 strengths tried (scikit-learn's C)",
     )
     k: int = Field(20, ge=1, le=10_000, description="neighbours of the kNN probe")
+    eva: EvaConfig = Field(EvaConfig(), description="eva's heads")
+    shots: tuple[int, ...] = Field(
+        SHOTS, min_length=1, max_length=64, description="samples a class of few-shot"
+    )
+    resamples: int = Field(
+        20, ge=2, le=10_000, description="draws of each number of shots in few-shot"
+    )
     tracking: TrackingConfig = Field(TrackingConfig(), description="where the run is recorded")
 
+    @field_validator("eva")
+    @classmethod
+    def _makes_sense(cls, eva: EvaConfig) -> EvaConfig:
+        try:
+            _protocol(eva, 0)
+        except PathfmError as error:
+            raise ValueError(str(error)) from None
+        return eva
 
-COLLAPSE_BELOW = 0.7
-"""Share of the baseline's RankMe below which the features are said to collapse."""
+    def head_protocol(self) -> HeadProtocol:
+        """How eva's heads are trained."""
+        return _protocol(self.eva, self.seed)
+
+    def eva_device(self) -> torch.device:
+        """Where eva's heads are trained."""
+        return pick_device(self.eva.device)
 
 
-@dataclass(frozen=True)
-class ProbeResult:
-    """What `probe.json` holds."""
-
-    key: str  # digest of the features and the options: a rerun with the same key is skipped
-    data: str
-    data_digest: str
-    input_px: int
-    classes: list[str]
-    n: int
-    n_per_class: list[int]
-    n_train: int
-    n_test: int
-    n_seeds: int
-    seed: int
-    test_share: float
-    k: int
-    backbones: list[BackboneResult]
-    paired: list[Paired]
-    caveats: list[str]
-
-    @property
-    def verdict(self) -> str:
-        """One line a backbone: is it no worse than the baseline minus one sd?"""
-        lines = [
-            f"{p.other} no worse than {p.baseline} minus one sd ({p.probe}): "
-            f"{'yes' if p.no_worse else 'NO'} "
-            f"({100 * p.mean:+.1f} ± {100 * p.sd:.1f} points, paired over {self.n_seeds} seeds)"
-            for p in self.paired
-        ]
-        return "\n".join(lines)
+def _protocol(eva: EvaConfig, seed: int) -> HeadProtocol:
+    return HeadProtocol(**eva.model_dump(exclude={"device"}), seed=seed)
 
 
 def run(config: ProbeConfig) -> ProbeResult:
@@ -133,27 +179,54 @@ def run(config: ProbeConfig) -> ProbeResult:
         print(f"probe: {path} is up to date")
         show(earlier)
         return earlier
+    splits = splits_of(parts[0], config)
     save_config(config, make_folder(config.out), "probe.yaml")
-    tracking = config.tracking.model_copy(
+    tracking = _tracking(config)
+    params = as_dict(config)
+    with open_run(tracking, config.out, params, provenance() | {"stage": "probe"}) as tracked:
+        first = parts[0]
+        tracked.cohort(first.info.data, first.info.data_digest, "evaluation")
+        each = 1 if isinstance(splits, Parts) else len(splits)
+        with progress(len(parts) * each, "probes", "probe") as bar:
+            measured = [measure(part, splits, config, bar.advance) for part in parts]
+        result = _result(key, config, first, splits, measured)
+        for part, one in zip(parts, measured, strict=True):
+            _write(config, part, one, result.reported_on)
+        atomic_write_text(path, json.dumps(asdict(result), indent=1) + "\n")
+        _record(tracked, result.backbones)
+        tracked.artifact(path)
+        if config.also:
+            for part, one in zip(parts, measured, strict=True):
+                record_backbone(tracked, tracking, config.out, params, part, one)
+    show(result)
+    print(f"written: {path}")
+    return result
+
+
+def _tracking(config: ProbeConfig) -> TrackingConfig:
+    return config.tracking.model_copy(
         update={
             "uri": config.tracking.store(config.out),
             "run_name": config.tracking.run_name or "probe",
         }
     )
-    params = as_dict(config)
-    with open_run(tracking, config.out, params, provenance() | {"stage": "probe"}) as tracked:
-        first = parts[0]
-        tracked.cohort(first.info.data, first.info.data_digest, "evaluation")
-        splits = [_split(first, config, repeat) for repeat in range(config.n_seeds)]
-        with progress(len(parts) * len(splits), "probes", "probe") as bar:
-            backbones = [probe_backbone(part, splits, config, bar.advance) for part in parts]
-        result = _result(key, config, first, splits, backbones)
-        atomic_write_text(path, json.dumps(asdict(result), indent=1) + "\n")
-        _record(tracked, backbones)
-        tracked.artifact(path)
-    show(result)
-    print(f"written: {path}")
-    return result
+
+
+def splits_of(data: Embeddings, config: ProbeConfig) -> Parts | list[Split]:
+    """The data set's own parts, or a drawn split a seed; `PathfmError` where few-shot could not draw."""
+    own = Parts.of_names(data.splits) if any(data.splits) else None
+    drawn = [] if own else [_split(data, config, repeat) for repeat in range(config.n_seeds)]
+    if "few-shot" in config.also:
+        check_shots(data.labels, own or parts_of(data, drawn[0], config, 0), config.shots)
+    return own or drawn
+
+
+def _write(config: ProbeConfig, data: Embeddings, measured: Measured, reported_on: str) -> None:
+    name = data.info.name
+    write_predictions(config.out / "predictions" / f"{name}.safetensors", data, measured)
+    if measured.heads is not None:
+        folder = make_folder(config.out / "eva" / name)
+        write_eva_results(folder / "results.json", measured, reported_on)
 
 
 def _record(tracked: Run, backbones: Sequence[BackboneResult]) -> None:
@@ -172,14 +245,6 @@ def result_key(parts: Sequence[Embeddings], config: ProbeConfig) -> str:
     options = config.model_dump(mode="json", exclude={"embeddings", "out", "tracking"})
     facts = [_FORMAT, options, [[part.info.name, part.info.key] for part in parts]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def load_result(path: Path) -> ProbeResult | None:
-    """The result in a `probe.json`, or None where there is none that can be read."""
-    try:
-        return TypeAdapter(ProbeResult).validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
 
 
 def find_embeddings(given: Sequence[Path]) -> list[Path]:
@@ -210,6 +275,12 @@ def check_comparable(parts: Sequence[Embeddings]) -> None:
                     f"{first.info.name} and {part.info.name} cannot be compared: "
                     f"{what} {str(a)[:12]} and {str(b)[:12]}. Embed both again"
                 )
+        for what in ("labels", "splits", "groups"):
+            if not np.array_equal(getattr(first, what), getattr(part, what)):
+                raise PathfmError(
+                    f"{first.info.name} and {part.info.name} cannot be compared: their {what} differ. "
+                    "Embed both again"
+                )
 
 
 def _split(data: Embeddings, config: ProbeConfig, repeat: int) -> Split:
@@ -220,29 +291,12 @@ def _result(
     key: str,
     config: ProbeConfig,
     data: Embeddings,
-    splits: Sequence[Split],
-    backbones: list[BackboneResult],
+    splits: Parts | Sequence[Split],
+    measured: Sequence[Measured],
 ) -> ProbeResult:
-    caveats = [
-        f"RankMe of {other.name} is {other.rankme / backbones[0].rankme:.2f} of {backbones[0].name}'s: below "
-        f"{COLLAPSE_BELOW} its features have begun to collapse, whatever the probe says."
-        for other in backbones[1:]
-        if other.rankme < COLLAPSE_BELOW * backbones[0].rankme
-    ]
-    if len({backbone.precision for backbone in backbones}) > 1:
-        each = ", ".join(f"{backbone.name} in {backbone.precision}" for backbone in backbones)
-        caveats.append(
-            f"Features are of different precision ({each}): where bf16 turned none of a backbone's "
-            "features (cosine to fp32 at least 0.999) it was used."
-        )
-    if not data.groups:
-        caveats.append(
-            "No slide or patient ids (no groups.csv): neighbouring patches can fall on both sides "
-            "of a split, so these scores are optimistic. Compare them with each other only."
-        )
-    caveats.append(
-        "The sd is over splits of one data set; it does not tell how another data set would differ."
-    )
+    own = splits if isinstance(splits, Parts) else None
+    first = own or parts_of(data, splits[0], config, 0)  # type: ignore[index]
+    backbones = [one.result for one in measured]
     return ProbeResult(
         key=key,
         data=data.info.data,
@@ -251,53 +305,21 @@ def _result(
         classes=list(data.classes),
         n=len(data.labels),
         n_per_class=np.bincount(data.labels, minlength=len(data.classes)).tolist(),
-        n_train=len(splits[0].train),
-        n_test=len(splits[0].test),
-        n_seeds=config.n_seeds,
+        n_train=len(first.train) + (0 if own else len(first.val)),
+        n_test=len(first.reported),
+        n_seeds=1 if own else config.n_seeds,
         seed=config.seed,
         test_share=config.test_share,
         k=config.k,
         backbones=backbones,
         paired=[
-            compare_paired(backbones[0], other, probe)
-            for other in backbones[1:]
-            for probe in PROBES
+            compare_measured(measured[0], other, probe)
+            for other in measured[1:]
+            for probe in other.predictions
         ],
-        caveats=caveats,
+        caveats=caveats_of(data, backbones, own=own is not None, reported_on=first.reported_on),
+        own_splits=own is not None,
+        n_val=len(first.val),
+        reported_on=first.reported_on,
+        also=list(config.also),
     )
-
-
-def show(result: ProbeResult) -> None:
-    """Prints the table, the per-class recall, the verdict and the caveats."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    out = console()
-    about = (
-        f"{result.data}: {result.n:,} pictures, {len(result.classes)} classes, input "
-        f"{result.input_px} px, {result.n_train:,} train / {result.n_test:,} test, "
-        f"{result.n_seeds} splits. Balanced accuracy, %, mean ± sd over splits:"
-    )
-    out.print(about, markup=False, highlight=False)
-    table = Table("backbone")
-    mixed = len({b.precision for b in result.backbones}) > 1
-    for column in ("logistic", f"kNN, k={result.k}", "RankMe"):
-        table.add_column(column, justify="right", no_wrap=True)
-    recall = Table("backbone", title="recall of each class, %, logistic", title_justify="left")
-    for name in result.classes:
-        recall.add_column(escape(name), justify="right")
-    for b in result.backbones:
-        scores = (b.probes[probe] for probe in PROBES)
-        table.add_row(
-            escape(f"{b.name} ({b.precision})" if mixed else b.name),
-            *(f"{100 * s.mean:.1f} ± {100 * s.sd:.1f}" for s in scores),
-            f"{b.rankme:.1f} of {b.dim}",
-        )
-        values = b.probes["logistic"].recall
-        recall.add_row(escape(b.name), *(f"{100 * value:.0f}" for value in values))
-    out.print(table)
-    out.print(recall)
-    if result.paired:
-        out.print(result.verdict, markup=False, highlight=False)
-    for caveat in result.caveats:
-        out.print(f"note: {caveat}", markup=False, highlight=False)

@@ -6,7 +6,7 @@ among the predictions counts, with 0; where all classes occur in the truth the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,7 @@ def selected_by(n_classes: int) -> str:
     return "BinaryBalancedAccuracy" if n_classes == 2 else "MulticlassAccuracy"
 
 
-def statistics_of(runs: list[Mapping[str, float]], prefix: str) -> dict[str, dict[str, Any]]:
+def statistics_of(runs: Sequence[Mapping[str, float]], prefix: str) -> dict[str, dict[str, Any]]:
     """Metrics of several runs as eva's recorder writes them: `val/NAME` -> mean, stdev and values.
 
     The sd has n - 1 in its denominator and is 0 for one run.

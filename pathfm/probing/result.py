@@ -1,0 +1,108 @@
+"""What a probing found, as `probe.json` holds it, and what must be said beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from pathfm.embeddings import Embeddings
+from pathfm.probing.measuring import BackboneResult, Paired
+
+COLLAPSE_BELOW = 0.7
+"""Share of the baseline's RankMe below which the features are said to collapse."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What `probe.json` holds."""
+
+    key: str  # digest of the features and the options: a rerun with the same key is skipped
+    data: str
+    data_digest: str
+    input_px: int
+    classes: list[str]
+    n: int
+    n_per_class: list[int]
+    n_train: int  # with the rows that choose, where the split is ours
+    n_test: int  # rows reported
+    n_seeds: int
+    seed: int
+    test_share: float
+    k: int
+    backbones: list[BackboneResult]
+    paired: list[Paired]
+    caveats: list[str]
+    own_splits: bool = False  # the data set's own, instead of drawn ones
+    n_val: int = 0  # rows that choose: C, the learning rate, the best checkpoint
+    reported_on: Literal["val", "test"] = "test"
+    also: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """One line a backbone and probe: is it no worse than the baseline minus one sd?"""
+        return "\n".join(map(self._told, self.paired))
+
+    def _told(self, p: Paired) -> str:
+        of = "runs" if p.probe == "eva" else "seeds"
+        line = (
+            f"{p.other} no worse than {p.baseline} minus one sd ({p.probe}): "
+            f"{'yes' if p.no_worse else 'NO'} "
+            f"({100 * p.mean:+.1f} ± {100 * p.sd:.1f} points, paired over {len(p.differences)} {of}"
+        )
+        if p.interval and p.p is not None:
+            low, high = (100 * x for x in p.interval)
+            line += f"; 95 % interval {low:+.1f} to {high:+.1f}, p {p.p:.2g}"
+        return line + ")"
+
+
+def load_result(path: Path) -> ProbeResult | None:
+    """The result in a `probe.json`, or None where there is none that can be read."""
+    try:
+        return TypeAdapter(ProbeResult).validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def caveats_of(
+    data: Embeddings, backbones: Sequence[BackboneResult], *, own: bool, reported_on: str
+) -> list[str]:
+    """A sentence for all that flatters a figure or limits what it says."""
+    first, *others = backbones
+    said = [
+        f"RankMe of {other.name} is {other.rankme / first.rankme:.2f} of {first.name}'s: below "
+        f"{COLLAPSE_BELOW} its features have begun to collapse, whatever the probe says."
+        for other in others
+        if other.rankme < COLLAPSE_BELOW * first.rankme
+    ]
+    if len({backbone.precision for backbone in backbones}) > 1:
+        each = ", ".join(f"{backbone.name} in {backbone.precision}" for backbone in backbones)
+        said.append(
+            f"Features are of different precision ({each}): where bf16 turned none of a backbone's "
+            "features (cosine to fp32 at least 0.999) it was used."
+        )
+    if own and reported_on == "val":
+        said.append(
+            "No test split: validation chose (C, learning rate, best checkpoint) and is what is "
+            "reported, as eva does on such data. These scores are optimistic."
+        )
+    if not own and not data.groups:
+        said.append(
+            "No slide or patient ids (no groups.csv): neighbouring patches can fall on both sides "
+            "of a split, so these scores are optimistic. Compare them with each other only."
+        )
+    if not own and any("eva" in b.probes or b.few_shot for b in backbones):
+        said.append(
+            "eva's heads and few-shot see the first split alone: their sd is over runs (first head, "
+            "batches) and draws, that of the others over splits."
+        )
+    said += sorted({s.interval_note for b in backbones for s in b.probes.values()} - {""})
+    said.append(
+        "The sd is over runs on one split; it does not tell how another data set would differ."
+        if own
+        else "The sd is over splits of one data set; it does not tell how another data set would differ."
+    )
+    return said

@@ -1,0 +1,103 @@
+"""A probing's tables, as a person reads them."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.table import Table
+
+from pathfm.probing.measuring import Scores
+from pathfm.probing.result import ProbeResult
+from pathfm.runtime import console
+
+_NAMES = {"logistic": "logistic", "eva": "eva's head"}
+
+
+def show(result: ProbeResult) -> None:
+    """Prints the scores, the per-class recall, few-shot, the verdict and the caveats."""
+    out = console()
+    out.print(about(result), markup=False, highlight=False)
+    out.print(score_table(result))
+    out.print(recall_table(result))
+    if any(b.few_shot for b in result.backbones):
+        out.print(shot_table(result))
+    if result.paired:
+        out.print(result.verdict, markup=False, highlight=False)
+    for caveat in result.caveats:
+        out.print(f"note: {caveat}", markup=False, highlight=False)
+
+
+def about(result: ProbeResult) -> str:
+    """What was measured on what, and what chose."""
+    if result.own_splits:
+        how = (
+            f"{result.n_train:,} train / {result.n_val:,} val / {result.n_test:,} test, its own split"
+            if result.reported_on == "test"
+            else f"{result.n_train:,} train / {result.n_val:,} val (chooses and reports), its own split"
+        )
+    else:
+        how = f"{result.n_train:,} train / {result.n_test:,} test, {result.n_seeds} splits"
+    return (
+        f"{result.data}: {result.n:,} pictures, {len(result.classes)} classes, input "
+        f"{result.input_px} px, {how}. Balanced accuracy, %, mean ± sd over "
+        f"{'runs' if result.own_splits else 'splits'}"
+        f"{', [95 % interval]' if _intervals(result) else ''}:"
+    )
+
+
+def score_table(result: ProbeResult) -> Table:
+    """One row a backbone, one column a probe."""
+    probes = list(result.backbones[0].probes)
+    mixed = len({b.precision for b in result.backbones}) > 1
+    table = Table("backbone")
+    for probe in probes:
+        name = f"kNN, k={result.k}" if probe == "knn" else _NAMES[probe]
+        if probe == "eva":
+            name += f", {len(result.backbones[0].probes[probe].values)} runs"
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("RankMe", justify="right", no_wrap=True)
+    for b in result.backbones:
+        table.add_row(
+            escape(f"{b.name} ({b.precision})" if mixed else b.name),
+            *(_told(b.probes[probe]) for probe in probes),
+            f"{b.rankme:.1f} of {b.dim}",
+        )
+    return table
+
+
+def recall_table(result: ProbeResult) -> Table:
+    """Recall of each class by the logistic probe."""
+    table = Table("backbone", title="recall of each class, %, logistic", title_justify="left")
+    for name in result.classes:
+        table.add_column(escape(name), justify="right")
+    for b in result.backbones:
+        values = b.probes["logistic"].recall
+        table.add_row(escape(b.name), *(f"{100 * value:.0f}" for value in values))
+    return table
+
+
+def shot_table(result: ProbeResult) -> Table:
+    """One row a backbone and method, one column a number of shots."""
+    first = next(b for b in result.backbones if b.few_shot)
+    some = next(iter(first.few_shot.values()))
+    title = f"few-shot, balanced accuracy, %, mean ± sd over {len(some.values[0])} draws"
+    table = Table("backbone", "method", title=title, title_justify="left")
+    for k in some.shots:
+        table.add_column(f"k={k}", justify="right", no_wrap=True)
+    for b in result.backbones:
+        for method, scores in b.few_shot.items():
+            cells = zip(scores.mean, scores.sd, strict=True)
+            told = (f"{100 * mean:.1f} ± {100 * sd:.1f}" for mean, sd in cells)
+            table.add_row(escape(b.name), method, *told)
+    return table
+
+
+def _intervals(result: ProbeResult) -> bool:
+    return any(s.interval for b in result.backbones for s in b.probes.values())
+
+
+def _told(scores: Scores) -> str:
+    text = f"{100 * scores.mean:.1f} ± {100 * scores.sd:.1f}"
+    if scores.interval:
+        low, high = (100 * x for x in scores.interval)
+        text += escape(f" [{low:.1f}, {high:.1f}]")
+    return text
