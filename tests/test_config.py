@@ -119,6 +119,13 @@ def test_a_key_said_twice_is_refused_with_its_line_and_merged_ones_are_not(tmp_p
     assert read_yaml(yaml)["optim"] == {"steps": 3}
     yaml.write_text("a: &o {steps: 3}\nb: &p {steps: 4}\nc: {<<: *o, <<: *p}\n")
     assert read_yaml(yaml)["c"] == {"steps": 4}
+    nested = "base: &b {s: 1}\nouter: {derived: &d {<<: *b, s: 2}}\nthird: {<<: *d, x: 1, 1: 2, '1': 3}\n"
+    yaml.write_text(nested)
+    assert read_yaml(yaml)["third"] == {"s": 2, "x": 1, 1: 2, "1": 3}
+    for text in ("slides: {{ x }}", "? [a, b]\n: 1", "{a: 1}: 2"):
+        yaml.write_text(text)
+        with pytest.raises(PathfmError, match=r"mine.yaml, line 1: not valid YAML"):
+            read_yaml(yaml)
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:

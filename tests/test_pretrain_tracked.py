@@ -38,6 +38,8 @@ def test_twenty_kills_of_the_run_and_three_of_the_server_leave_every_step_once(
     given = save_config(
         config(small_corpus, out, tracking=tracking, **changes), tmp_path, "given.yaml"
     )
+    times_ms = [row["time_ms"] for row in read_metrics(whole)]
+    step_s = (times_ms[-1] - times_ms[0]) / 1000 / len(times_ms)
     chance, kills, server = random.Random(5), 0, start_server(uri, port, tmp_path)
     try:
         with Nursery("mlflow.tracking") as nursery:
@@ -45,14 +47,15 @@ def test_twenty_kills_of_the_run_and_three_of_the_server_leave_every_step_once(
                 done = _rows(out)
                 pid = nursery.start(given, log)
                 until = done + chance.randint(1, 4) if kills < KILLS else 10**9
-                dies = SERVER_DEATHS.get(kills)
+                dies, deadline_s = SERVER_DEATHS.get(kills), time.monotonic() + 120
                 while _rows(out) < until and not (out / "summary.json").exists():
                     if dies == "between two steps" and _rows(out) > done:
                         kill(server)
+                    assert time.monotonic() < deadline_s, log.read_text()
                     time.sleep(0.002)
                 if until == 10**9:
                     break
-                time.sleep(chance.uniform(0, 0.1))
+                time.sleep(chance.uniform(0, 2 * step_s))
                 os.kill(pid, signal.SIGKILL)
                 assert nursery.ended(pid) == -signal.SIGKILL, log.read_text()
                 kills += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathfm.tracking import (
     sqlite_file,
     ui_command,
 )
-from pathfm.tracking.journal import METRICS, Journal
+from pathfm.tracking.journal import METRICS, Journal, read_state
 from tests.mlflow_server import free_port, kill, start_server
 from tests.mlflow_store import new_store
 
@@ -107,11 +108,45 @@ def test_a_copied_folder_is_a_run_of_its_own_and_a_moved_one_is_not(tmp_path: Pa
     assert life(tmp_path / "link", original, 7) == original
     third = tmp_path / "third"
     shutil.copytree(second, third)
+    assert replay(third) == 0  # looks, and goes on with nothing
     assert life(third, original, 9) not in (copied, original)
+    assert len(read_runs(uri, "pathfm")) == 3
     assert {step for step, _ in history(uri, original, "loss")} == {0, 5, 6, 7}
     assert {step for step, _ in history(uri, copied, "loss")} == {0, 1, 2}
     names = {run.run_id: run.name for run in read_runs(uri, "pathfm")}
     assert (names[original], names[copied]) == ("moved", "second")
+
+
+def test_a_copy_that_goes_back_to_its_checkpoint_holds_its_own_values(tmp_path: Path) -> None:
+    uri, first, copied = new_store(tmp_path), tmp_path / "first", tmp_path / "copied"
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"png")
+    with open_run(TrackingConfig(uri=uri), first, {"a": 1}) as run:
+        run.picture(picture)
+        for step in range(10):
+            run.log(step, loss=float(step))
+    shutil.copytree(first, copied)
+    with open_run(TrackingConfig(uri=uri), copied, {"a": 1}, None, run.run_id, last_step=4) as own:
+        for step in range(5, 8):
+            own.log(step, loss=100.0 + step)
+    assert sorted(history(uri, own.run_id, "loss")) == [
+        *((step, float(step)) for step in range(5)),
+        *((step, 100.0 + step) for step in range(5, 8)),
+    ]
+    assert len(history(uri, run.run_id, "loss")) == 10
+    assert make_client(uri).list_artifacts(run.run_id)
+    assert not make_client(uri).list_artifacts(own.run_id)
+
+
+@pytest.mark.parametrize("odd", ['{"folder": 3}', '{"copied_from": null}', "[null, 1]", "{}", "x"])
+def test_an_odd_state_file_is_none(tmp_path: Path, odd: str) -> None:
+    (tmp_path / "tracking.json").write_text(
+        odd.replace("{", '{"key": "k", ', 1) if '{"' in odd else odd
+    )
+    assert read_state(tmp_path) is None
+    (tmp_path / "tracking.json").unlink()
+    os.mkfifo(tmp_path / "tracking.json")
+    assert read_state(tmp_path) is None
 
 
 @pytest.mark.parametrize(

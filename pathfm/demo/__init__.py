@@ -58,6 +58,8 @@ def pretrain_settings(weights: str, given: Mapping[str, Any]) -> dict[str, Any]:
     values = copy.deepcopy(_PRETRAIN)
     if weights.startswith("random"):
         merge(values, _FROM_RANDOM)
+    if given.get("method", "dino") != "dino":
+        del values["dino"]
     merge(values, given)
     return values
 

@@ -10,13 +10,14 @@
     parallel.py        one method on several ranks: DDP, FSDP2, compiled blocks; batchnorm.py
     stopping.py        signals, and a gradient that is not finite
     records.py         sampled.jsonl, failures.jsonl, metrics, the bar: what a run leaves behind
+    seen.py            what the backbone has seen, in a file that stays with it
     watching.py        probe, RankMe, collapse, pictures on the way
     bookends.py        after the last step: summary.json and the backbone
     dry_run.py         what a run would read and cost, of forecast.py's plans
 
-A run folder: config.yaml, metrics.jsonl, sampled.jsonl, failures.jsonl, checkpoints/, backbone/,
-pictures/, summary.json. The same command goes on where a run was stopped or killed, on any number
-of ranks; bit for bit on a CPU with the same number.
+A run folder: config.yaml, metrics.jsonl, sampled.jsonl, seen.jsonl, failures.jsonl, checkpoints/,
+backbone/ (with pretrained_on.json), pictures/, summary.json. The same command goes on where a run was
+stopped or killed, on any number of ranks; bit for bit on a CPU with the same number.
 """
 
 from __future__ import annotations

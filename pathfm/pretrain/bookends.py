@@ -33,7 +33,9 @@ def finish(trainer: Trainer, records: Records, watch: Watch, feed: Feed) -> None
     backbone = whole_backbone(trainer)
     with together():
         if backbone is not None:
-            export_backbone(backbone, trainer.config.out / "backbone")
+            folder = trainer.config.out / "backbone"
+            export_backbone(backbone, folder)
+            records.save_seen(folder, trainer.done.step * trainer.config.batch_size)
             _sum_up(trainer, records, watched, feed, backbone.digest)
 
 

@@ -35,6 +35,7 @@ from pathfm.pretrain.resuming import (
     refuse_other_data,
     restore_computing,
 )
+from pathfm.pretrain.seen import open_seen
 from pathfm.pretrain.stopping import Told, device_numbers, listening, refuse_nonfinite
 from pathfm.pretrain.trainer import (
     Trainer,
@@ -259,11 +260,12 @@ def _open_records(
         params = as_dict(config)
         run_id = done.run_id or unfinished_run(config.out, params)
         tags = provenance() | {"stage": "pretrain", "init": done.init_note}
-        run = opened.enter_context(open_run(config.tracking, config.out, params, tags, run_id))
+        run = opened.enter_context(
+            open_run(config.tracking, config.out, params, tags, run_id, last_step=done.step - 1)
+        )
         run.cohort(feed.name, feed.digest)
         if feed.class_names:
             run.tag("labels.classes", ", ".join(feed.class_names))
-        run.truncate(done.step - 1)
         if run.last_step < done.step - 1:
             print(
                 f"pretrain: WARNING {config.out / 'metrics.jsonl'} ends before step "
@@ -275,4 +277,6 @@ def _open_records(
         bar = opened.enter_context(
             progress(config.steps * config.batch_size, "patches", "pretrain", patches)
         )
-    return Records(config, ranks, checkpoint, run, bar)
+    with together():
+        seen = open_seen(config, feed, checkpoint, ranks.first)
+    return Records(config, ranks, checkpoint, run, bar, seen)

@@ -21,6 +21,7 @@ from online_patching.stores.local import atomic_write_bytes
 from pathfm.checkpoint import Checkpoint
 from pathfm.pictures import mosaic, told_apart
 from pathfm.pretrain import PretrainConfig
+from pathfm.pretrain.seen import SEEN, Seen
 from pathfm.ranks import Ranks, gather_objects, together
 from pathfm.runtime import PathfmError, Progress, console, make_folder
 from pathfm.tracking import Run
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 SAMPLED, FAILURES = "sampled.jsonl", "failures.jsonl"
 _FLUSH_STEPS = 50
 _MAX_TOLD = 100
+Rows = list[dict[str, Any]]
 _FIELDS = ("draw", "slide_id", "x_px0", "y_px0", "width_px0", "height_px0", "mpp")
 
 
@@ -91,21 +93,27 @@ class Records:
         checkpoint: Checkpoint | None,
         run: Run | None,
         bar: Progress | None,
+        seen: Seen,
     ) -> None:
         state = checkpoint.state if checkpoint else {}
         draws_done = checkpoint.step * config.batch_size if checkpoint else 0
         rows_done, failed = state.get("sampled_rows", 0), state.get("failure_rows", 0)
+        digested = state.get("seen_rows", 0)
         # one that had reached its maximum stays as it is, also under a higher one: no gaps
         self._max_draw = rows_done if rows_done < draws_done else config.max_sampled_rows
-        self._ranks, self.run, self._bar = ranks, run, bar
-        self._logs: tuple[RowsLog, RowsLog] | None = None
-        self._waiting: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+        self._ranks, self.run, self._bar, self.seen = ranks, run, bar, seen
+        self._logs: tuple[RowsLog, RowsLog, RowsLog] | None = None
+        self._waiting: tuple[Rows, Rows, Rows] = ([], [], [])
         self._steps = 0
         self._told: set[str] = set()  # slides
         with together():
             if ranks.first:
                 out = config.out
-                self._logs = RowsLog(out / SAMPLED, rows_done), RowsLog(out / FAILURES, failed)
+                self._logs = (
+                    RowsLog(out / SAMPLED, rows_done),
+                    RowsLog(out / FAILURES, failed),
+                    RowsLog(out / SEEN, digested),
+                )
 
     @property
     def run_id(self) -> str | None:
@@ -117,16 +125,18 @@ class Records:
         """How much of each file belongs to this moment, for the checkpoint; after `flush`."""
         if self._logs is None:
             return {}
-        return {"sampled_rows": self._logs[0].rows, "failure_rows": self._logs[1].rows}
+        names = ("sampled_rows", "failure_rows", "seen_rows")
+        return {name: log.rows for name, log in zip(names, self._logs, strict=True)}
 
     def step(
         self, step: int, batch: FeedBatch, metrics: Mapping[str, float], facts: Mapping[str, str]
     ) -> None:
         """One optimizer step, `step` from 0."""
-        sampled, failed = self._waiting
+        sampled, failed, seen = self._waiting
         refs = (ref for ref in batch.refs if ref.draw < self._max_draw)
         sampled += [{name: getattr(ref, name) for name in _FIELDS} for ref in refs]
         failed += [f._asdict() for f in batch.failures if not f.filtered]
+        seen += self.seen.rows(batch)
         if self.run is not None:
             self.run.log(step, **metrics)
         if self._bar is not None:
@@ -139,7 +149,7 @@ class Records:
     def flush(self) -> None:
         """Everything handed in by all ranks is on disk when this returns; every rank must call it."""
         parts = gather_objects(self._waiting)
-        self._waiting = ([], [])
+        self._waiting = ([], [], [])
         with together():
             if self._logs is not None:
                 for number, log in enumerate(self._logs):
@@ -165,6 +175,11 @@ class Records:
         """Refer to a checkpoint."""
         if self.run is not None:
             self.run.checkpoint(path, digest)
+
+    def save_seen(self, folder: Path, draws: int) -> None:
+        """Write what a backbone in this folder has seen; on rank 0, after `flush`."""
+        assert self._logs is not None
+        self.seen.save(folder, self._logs[2], draws)
 
     def say(self, *lines: str) -> None:
         """Print, once for all ranks."""

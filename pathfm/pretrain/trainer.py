@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,6 +175,11 @@ def save(trainer: Trainer, feed: Feed, records: Records, watched: Mapping[str, A
         "watch": dict(watched),
         **records.state,
     }
+
+    def beside(folder: Path) -> None:
+        export_backbone(_exported(trainer, weights), folder / "backbone")
+        records.save_seen(folder / "backbone", done.step * config.batch_size)
+
     with together():
         if ranks.first:
             path = save_checkpoint(
@@ -182,9 +188,7 @@ def save(trainer: Trainer, feed: Feed, records: Records, watched: Mapping[str, A
                 weights | moments,
                 state,
                 keep_last=config.keep_checkpoints,
-                write_more=lambda folder: export_backbone(
-                    _exported(trainer, weights), folder / "backbone"
-                ),
+                write_more=beside,
             )
             records.checkpoint(path, digest_of(path))
 

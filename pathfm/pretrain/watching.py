@@ -236,8 +236,7 @@ class Watch:
         params |= {"pictures_to_fit": len(data.fit), "pictures_to_score": len(data.validation)}
         run_id = self._probe_run_id or unfinished_run(folder, params)
         tags = {"stage": "probe in training", "probe_digest": data.digest}
-        self._child = open_run(config, folder, params, tags, run_id, _CONNECT_S)
-        self._child.truncate(done or -1)
+        self._child = open_run(config, folder, params, tags, run_id, _CONNECT_S, done or -1)
         self._child.cohort(data.folder.root.name, data.digest, "evaluation")
         print(f"pretrain: probe every {self.config.probe_every_steps:,} steps: {data.words}")
 

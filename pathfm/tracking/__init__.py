@@ -6,7 +6,7 @@ journal.py     the files in the run's folder, written first
 lines.py       their rows, whatever a crash left of them
 high_water.py  what a store holds already and is never sent again
 shipper.py     the thread that brings them to the store, and replay()
-reading.py     read_runs(): what the store knows
+reading.py     read_runs(), read_artifacts(): what the store knows
 here           MLflow itself: the only file that imports it, and late, for that takes seconds
 """
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pathfm.runtime import without_secrets
 from pathfm.tracking.high_water import HighWater, Point, points_of
 from pathfm.tracking.journal import metric_values, read_metrics, unfinished_run
-from pathfm.tracking.reading import RunRecord, read_runs
+from pathfm.tracking.reading import RunRecord, read_artifacts, read_runs
 from pathfm.tracking.run import Run, open_run
 from pathfm.tracking.settings import (
     PARENT,
@@ -43,6 +43,7 @@ __all__ = [
     "TrackingConfig",
     "make_client",
     "open_run",
+    "read_artifacts",
     "read_metrics",
     "read_runs",
     "replay",

@@ -25,6 +25,8 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from online_patching.stores.local import atomic_write_bytes, atomic_write_text
 from pathfm.runtime import PathfmError, make_folder, scrubbed
 from pathfm.tracking.lines import drop_torn_line, lines_and_rows, row_of, rows_of, safe_cursor
@@ -60,6 +62,9 @@ class ShippingState:
         return {self.run_id, f"pending-{self.key}", *self.copied_from}
 
 
+_STATES = TypeAdapter(ShippingState)
+
+
 @dataclass(frozen=True)
 class Slice:
     """Rows that wait to be shipped, and the cursor after each of them."""
@@ -76,15 +81,16 @@ class Journal:
     `run_id` names the run to go on with (its MLflow id, or the "pending-..." id it had before the
     server answered). Without one, or with another run's, the folder's old journal is moved to
     `previous_runs/` and a new one begins; rows are never deleted. A copy of a folder that is still
-    where it was is a run of its own, with the rows of both.
+    where it was, as seen from here, is a run of its own: with the rows so far, without the pictures.
+    `goes_on` is False for who only ships what is there, copy or not.
     """
 
-    def __init__(self, folder: Path, run_id: str | None = None) -> None:
+    def __init__(self, folder: Path, run_id: str | None = None, *, goes_on: bool = True) -> None:
         self.folder = make_folder(folder)
         self._lock = threading.Lock()
         self._rewinds = 0
         self._differed = False
-        self.state = self._find_state(run_id)
+        self.state = self._find_state(run_id, goes_on)
         for name in (METRICS, TASKS, REPLACED):
             drop_torn_line(folder / name)
         self._replaced = {row["step"]: row for row in rows_of(folder / REPLACED)}
@@ -93,7 +99,7 @@ class Journal:
                 self.state,
                 metrics_bytes=safe_cursor(folder / METRICS, self.state.metrics_bytes),
                 tasks_bytes=safe_cursor(folder / TASKS, self.state.tasks_bytes),
-                folder=str(folder.resolve()),
+                folder=str(folder.resolve()) if goes_on else self.state.folder,
             )
         )
 
@@ -102,14 +108,17 @@ class Journal:
         """MLflow's id, or `pending-<key>` until the server has given one."""
         return self.state.run_id or f"pending-{self.state.key}"
 
-    def _find_state(self, run_id: str | None) -> ShippingState:
+    def _find_state(self, run_id: str | None, goes_on: bool) -> ShippingState:
         known = read_state(self.folder)
         fresh = ShippingState(key=uuid.uuid4().hex)
         if run_id and known and run_id in known.names:
-            if not _is_copy(self.folder, known):
+            if not goes_on or not _is_copy(self.folder, known):
                 return known
             _log.warning("%s is a copy of %s: a run of its own", self.folder, known.folder)
-            return replace(fresh, copied_from=sorted(known.names - {""}))
+            (self.folder / REPLACED).unlink(missing_ok=True)  # of what MLflow holds of the other
+            tasks = self.folder / TASKS
+            told = tasks.stat().st_size if tasks.exists() else 0  # their paths are the other's
+            return replace(fresh, copied_from=sorted(known.names - {""}), tasks_bytes=told)
         if run_id and not run_id.startswith("pending-"):
             return replace(fresh, run_id=run_id)  # read whole again: what MLflow holds is not sent
         self._set_aside(known.key if known else fresh.key)
@@ -194,16 +203,20 @@ class Journal:
             later = {row["step"]: row for _, row in pairs if row["step"] > last_step}
             if not later:
                 return
-            # of a step done three times the first row counts; rows before `last_step` stay as they are
-            known = {step: row for step, row in self._replaced.items() if step > last_step}
-            self._replaced = later | known
-            kept_first = [json.dumps(row) + "\n" for _, row in sorted(self._replaced.items())]
-            atomic_write_text(self.folder / REPLACED, "".join(kept_first))
+            if self.state.run_id or not self.state.copied_from:  # a copy's are nobody's yet
+                self._keep_first(later, last_step)
             data = b"".join(line for line, row in pairs if row["step"] <= last_step)
             atomic_write_bytes(path, data)
             self._rewinds += 1
             at = min(self.state.metrics_bytes, len(data))
             self.save(replace(self.state, metrics_bytes=at))
+
+    def _keep_first(self, later: Mapping[int, dict[str, Any]], last_step: int) -> None:
+        """Of a step done three times the first row counts; rows before `last_step` stay as they are."""
+        known = {step: row for step, row in self._replaced.items() if step > last_step}
+        self._replaced = {**later, **known}
+        kept_first = [json.dumps(row) + "\n" for _, row in sorted(self._replaced.items())]
+        atomic_write_text(self.folder / REPLACED, "".join(kept_first))
 
     def ship_again(self, *, new_run: bool = False) -> None:
         """Begin at the first row: the store lost some, or (`new_run`) the whole run."""
@@ -259,9 +272,10 @@ class Journal:
 
 def read_state(folder: Path) -> ShippingState | None:
     """The state in a folder, or None where there is none that can be read."""
+    path = folder / STATE
     try:
-        return ShippingState(**json.loads((folder / STATE).read_text()))
-    except (OSError, ValueError, TypeError):
+        return _STATES.validate_json(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError):
         return None
 
 
@@ -270,7 +284,10 @@ def _is_copy(folder: Path, state: ShippingState) -> bool:
     there = read_state(Path(state.folder)) if state.folder else None
     if there is None or there.key != state.key:
         return False
-    return not (Path(state.folder) / STATE).samefile(folder / STATE)
+    try:
+        return not Path(state.folder).samefile(folder)
+    except OSError:  # gone just now
+        return False
 
 
 def unfinished_run(folder: Path, params: Mapping[str, Any], free: Sequence[str] = ()) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pathfm.runtime import PathfmError, without_secrets
@@ -51,6 +53,35 @@ def read_runs(uri: str, experiment: str) -> list[RunRecord]:
             f"{', '.join(names) or 'none'}"
         )
     return sorted(_records(store, found.experiment_id), key=lambda run: (run.start_ms, run.run_id))
+
+
+def read_artifacts(
+    uri: str, run_id: str, names: Sequence[str], most_bytes: int = 64 << 20
+) -> dict[str, bytes]:
+    """Those files of a run that are called so, by name, at the root of its artifacts.
+
+    One that is larger than `most_bytes` is refused with a `PathfmError`, and so is a store whose artifacts
+    cannot be read (a folder that was moved, a server that does not answer).
+    """
+    from pathfm.tracking import MlflowStore  # late: the package itself imports this file
+
+    found: dict[str, bytes] = {}
+    try:
+        client = MlflowStore(uri).client
+        listed = {item.path: item.file_size or 0 for item in client.list_artifacts(run_id)}
+        with tempfile.TemporaryDirectory() as folder:
+            for name in sorted(set(names) & listed.keys()):
+                if listed[name] > most_bytes:
+                    raise PathfmError(
+                        f"{name} of run {run_id}: {listed[name]:,} bytes, more than {most_bytes:,}"
+                    )
+                found[name] = Path(client.download_artifacts(run_id, name, folder)).read_bytes()
+    except PathfmError:
+        raise
+    except Exception as error:
+        reason = without_secrets(" ".join(str(error).split()))[:200]
+        raise PathfmError(f"artifacts of run {run_id} cannot be read: {reason}") from error
+    return found
 
 
 def _records(store: MlflowStore, experiment_id: str) -> Iterator[RunRecord]:

@@ -23,14 +23,18 @@ def open_run(
     tags: Mapping[str, Any] | None = None,
     run_id: str | None = None,
     connect_s: float = 20.0,
+    last_step: int | None = None,
 ) -> Run:
     """A `Run` that records into `folder`; use it as a context manager.
 
     `run_id` goes on with that run (its params must not be repeated equal: one that changed is kept
     as the tag `param_changed.<name>`, since MLflow refuses to overwrite). Waits at most `connect_s`
-    for the store to hand out an id and goes on without one if it does not.
+    for the store to hand out an id and goes on without one if it does not. `last_step` forgets the
+    rows after it (`Run.truncate`) before anything is sent.
     """
     journal = Journal(folder, run_id)
+    if last_step is not None:
+        journal.truncate(last_step)
     run = Run(config, journal)
     name = config.run_name or folder.resolve().name
     commit = git_commit()

@@ -167,7 +167,7 @@ def replay(folder: Path, uri: str | None = None, experiment: str | None = None) 
         run_name=state.run_name or None,
         parent_run_id=state.parent_run_id or None,
     )
-    journal = Journal(folder, state.run_id or f"pending-{state.key}")
+    journal = Journal(folder, state.run_id or f"pending-{state.key}", goes_on=False)
     waiting = journal.pending_rows
     try:
         Shipper(base, journal).ship()
