@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -62,6 +62,12 @@ class Facts:
         for split, of_classes in self.class_counts.items():
             if len(of_classes) != len(self.classes) or sum(of_classes) != self.counts[split]:
                 raise ValueError(f"{self.name}: the class counts of {split} are not its count")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        values = [
+            getattr(self, item.name) for item in fields(self)
+        ]  # mapping proxies do not travel
+        return (Facts, tuple(dict(v) if isinstance(v, Mapping) else v for v in values))
 
     @property
     def selects_on_reported(self) -> bool:

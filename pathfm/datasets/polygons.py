@@ -18,6 +18,7 @@ def fill_polygon(mask: NDArray[np.uint8], vertices: NDArray[np.float64], value: 
     """
     if not len(vertices):
         return
+    mask, vertices = mask.T, vertices[:, ::-1]  # rays run along y: eva hands its x over as rows
     height, width = mask.shape
     left, top = np.clip(np.floor(vertices.min(axis=0)), 0, (width, height)).astype(int)
     right, bottom = np.clip(np.ceil(vertices.max(axis=0)) + 1, 0, (width, height)).astype(int)

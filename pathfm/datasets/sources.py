@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from online_patching import read_slide_index
+from online_patching.errors import PatchingError
+from online_patching.stores import is_remote
 from pathfm.datasets.benchmark import Benchmark, Facts, SlideSource, Source
 from pathfm.datasets.folder import MAX_PIXELS, read_picture
 from pathfm.runtime import PathfmError
@@ -36,18 +39,26 @@ class PictureFiles:
 
 @dataclass(frozen=True)
 class SlideFiles:
-    """Whole slides, paths relative to the root."""
+    """Whole slides: paths relative to the root, or URIs."""
 
     root: Path
     paths: tuple[str, ...]
 
     def slide(self, i: int) -> str:
-        """The slide's path."""
-        return str(self.root / self.paths[i])
+        """The slide's path or URI."""
+        path = self.paths[i]
+        return path if is_remote(path) else str(self.root / path)
 
     def content(self, i: int) -> str:
-        """A digest of the file's size and of the MiB at either end of it."""
-        return ends_digest(self.root / self.paths[i])
+        """A digest of the file's size and of the MiB at either end of it; of a folder or a remote
+        slide, of its tile tables."""
+        uri = self.slide(i)
+        if not is_remote(uri) and not Path(uri).is_dir():
+            return ends_digest(Path(uri))
+        try:
+            return read_slide_index(uri).digest
+        except PatchingError as error:
+            raise PathfmError(str(error)) from None
 
 
 def file_digest(path: Path) -> str:
