@@ -340,5 +340,5 @@ def test_mean_pooling_is_logistic_regression_on_means() -> None:
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_remedy() -> None:
     bags = some_bags(24, 2)
     parts = grouped_folds(bags.labels, bags.groups, bags.classes, 3)[0]
-    with pytest.raises(PathfmError, match="the loss is nan on slides such as .*: give a lower lr"):
+    with pytest.raises(PathfmError, match=r"the loss is nan on slides such as .*: give a lower lr"):
         fit_run(bags, parts, SlideProtocol(max_epochs=9, lr=1e30))
