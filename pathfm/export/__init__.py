@@ -6,6 +6,7 @@
         recipe.yaml         the run's settings, without places on anybody's machine
         eva/TASK.yaml       what `eva predict_fit --config` takes to evaluate it (eva.py)
         export.json         digests, and what this folder was made of
+        pretrained_on.json  what the backbone has seen, as digests and salted ids (docs/uncertainty.md)
 
 `timm.create_model("local-dir:OUT", pretrained=True)` loads it. Slide names, paths and the tracking
 server stay behind: they may name patients and places.
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, Field
 
+from pathfm.leakage import PRETRAINED_ON, PretrainedOn
 from pathfm.runtime import PathfmError, make_folder, one_line, provenance
 
 if TYPE_CHECKING:  # torch is imported when there is work, not for --help
@@ -113,6 +115,9 @@ def run(config: ExportConfig) -> ExportResult:
         "probes": [table.digest for table in tables],
         "pathfm": provenance()["version.pathfm"],
     }
+    seen = _pretrained_on(source.weights)
+    if seen:
+        facts["pretrained_on"] = hashlib.sha256(seen.encode()).hexdigest()
     key = hashlib.sha256(json.dumps([facts, source.recipe], sort_keys=True).encode()).hexdigest()
     if _holds(config.out, key):
         print(f"export: {config.out} is up to date")
@@ -121,6 +126,7 @@ def run(config: ExportConfig) -> ExportResult:
         "README.md": model_card(name, config.licence, source, tables),
         "recipe.yaml": yaml.safe_dump(source.recipe, sort_keys=False, allow_unicode=True),
         "export.json": json.dumps(facts | {"key": key}, indent=1) + "\n",
+        **({PRETRAINED_ON: seen} if seen else {}),
         **{f"eva/{task}.yaml": text for task, text in eva_configs(name, source.backbone).items()},
     }
     _write(config.out, source.backbone, texts)
@@ -162,6 +168,13 @@ def read_run(config: ExportConfig) -> Source:
         )
     backbone = load_backbone("", str(checkpoint.path))
     return Source(backbone, folder, recipe, {}, steps, checkpoint.path / "backbone")
+
+
+def _pretrained_on(weights: Path) -> str:
+    """The list of what the backbone has seen, checked; "" where a run has none. PathfmError if damaged."""
+    if PretrainedOn.load(weights) is None:
+        return ""
+    return (weights / PRETRAINED_ON).read_text(encoding="utf-8")
 
 
 def _steps_of(summary: dict[str, Any], folder: Path) -> int:
