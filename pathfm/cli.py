@@ -40,8 +40,11 @@ VERBS = {
         "mask models and thresholds against drawn truth, worst slide first"
     ),
     "pretrain": Verb("corpus -> a self-supervised backbone, with checkpoints that resume"),
+    "check-data": Verb("a benchmark, labelled folder or table: is it whole and readable?", ("data",)),
     "embed": Verb("backbone + labelled patches -> frozen features"),
     "probe": Verb("backbones + labelled patches -> linear probe and kNN, mean and sd"),
+    "probe-slides": Verb("bags of features + slide labels -> ABMIL and mean pooling, by patient"),
+    "robustness": Verb("models on corrupted patches: mCE, calibration, wrong labels, site index"),
     "compare": Verb("runs of an MLflow experiment, side by side"),
     "export": Verb(
         "a run -> a folder others can use: weights, model card, kaiko-eva configs", ("run",)

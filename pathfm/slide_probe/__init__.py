@@ -3,7 +3,9 @@
 bags.py     Bags: features a slide, labels, patients, splits
 folds.py    the three parts of a split, checked; folds that keep patients together
 abmil.py    the heads
+table.py    a folder of HDF5 and a CSV -> Bags
 fit.py      the protocol: one run, its best epoch, its probabilities
+runs.py     several runs, on given splits or folds, with an interval over patients
 """
 
 from pathfm.slide_probe.bags import Bags, bags_of

@@ -12,7 +12,6 @@ from pathfm.runtime import PathfmError
 
 Features = NDArray[np.float32]
 
-LARGEST_BAG_BYTES = 8 << 30
 SPLITS = ("train", "val", "test")
 
 
@@ -138,3 +137,12 @@ def bags_of(
         patients=tuple(patients),
         splits=tuple(splits),
     )
+
+
+def same_slides(found: Sequence[Bags], names: Sequence[str]) -> None:
+    """Raises PathfmError unless all bags are of the same slides with the same labels and splits."""
+    first = found[0]
+    for name, bags in zip(names[1:], found[1:], strict=True):
+        same = bags.slides == first.slides and bags.splits == first.splits
+        if not same or not np.array_equal(bags.labels, first.labels):
+            raise PathfmError(f"{names[0]} and {name} are not of the same slides: embed both again")

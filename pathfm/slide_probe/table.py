@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,32 +26,47 @@ def read_bags(folder: Path, labels: Path) -> Bags:
     Raises PathfmError for a slide without its bag, and as `Bags` does.
     """
     rows = _rows(labels)
-    files = find_bags(folder)
     slides = [row["slide"].removesuffix(".h5") for row in rows]
-    missing = [slide for slide in slides if slide not in files]
-    if missing:
-        raise PathfmError(
-            f"{labels}: {len(missing)} of {len(slides)} slides have no bag in {folder}, the first is "
-            f"{missing[0]!r}: embed them, or take them out of the table"
-        )
     names = sorted({row["label"] for row in rows}, key=_natural)
     splits = tuple(row["split"] for row in rows)
     if any(splits) and not all(splits):
         bare = slides[splits.index("")]
         raise PathfmError(f"{labels}: slide {bare!r} has no split and others do: fill all or none")
-    first = read_bag(files[slides[0]])
+    numbers = np.array([names.index(row["label"]) for row in rows], np.int64)
+    patients = tuple(row["patient"] for row in rows)
+    return bags_of_samples(folder, str(labels), slides, numbers, names, patients, splits)
+
+
+def bags_of_samples(
+    folder: Path,
+    table: str,
+    slides: Sequence[str],
+    labels: NDArray[np.int64],
+    classes: Sequence[str],
+    patients: Sequence[str],
+    splits: Sequence[str],
+) -> Bags:
+    """Bags of a folder for slides named by a table. Raises PathfmError for a slide without its bag."""
+    files = find_bags(folder)
+    missing = [slide for slide in slides if slide not in files]
+    if missing:
+        raise PathfmError(
+            f"{table}: {len(missing)} of {len(slides)} slides have no bag in {folder}, the first is "
+            f"{missing[0]!r}: embed them, or take them out of the table"
+        )
+    ids = tuple(slides)
 
     def source(i: int) -> NDArray[np.float32]:
-        return read_bag(files[slides[i]]).features
+        return read_bag(files[ids[i]]).features
 
     return Bags(
-        slides=tuple(slides),
-        labels=np.array([names.index(row["label"]) for row in rows], np.int64),
-        classes=tuple(names),
-        dim=int(first.features.shape[1]),
+        slides=ids,
+        labels=labels,
+        classes=tuple(classes),
+        dim=int(source(0).shape[1]),
         source=source,
-        patients=tuple(row["patient"] for row in rows),
-        splits=splits if all(splits) else (),
+        patients=tuple(patients),
+        splits=tuple(splits) if all(splits) else (),
     )
 
 
