@@ -25,7 +25,7 @@ Task = Literal["classification", "slide", "segmentation"]
 SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 
-_STREAM_SHOTS = 403
+_STREAM_SHOTS = 423
 _SHARE_TOLERANCE = 0.01
 
 
