@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,10 +30,15 @@ from pathfm.leakage import (
     seen_by,
     slide_keys,
 )
-from pathfm.leakage.digests import MOST_BITS, digests_of, turned
+from pathfm.leakage.beside import check_beside, read_beside
+from pathfm.leakage.digests import MOST_BITS, stacked, turned
 from pathfm.leakage.seen import public_id
 from pathfm.runtime import PathfmError
 from tests.conftest import noise
+
+
+def digests_of(pictures):
+    return stacked(map(digest_picture, pictures))
 
 
 def tissue(n=12, size=160, seed=0):
@@ -292,6 +298,65 @@ def test_a_result_is_the_same_after_it_was_written_into_a_header():
 def test_a_damaged_result_is_refused(text):
     with pytest.raises(PathfmError, match="damaged record"):
         Leaks.from_json(text)
+
+
+@pytest.fixture
+def embedded(tmp_path):
+    """A data set of six pictures, two of which the weights in `weights` have seen, and a place for features."""
+    pictures = tissue(6)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "config.json").write_text("{}")
+    (weights / "model.safetensors").write_bytes(b"")
+    seen(digest_batch(pictures[:2])).save(weights)
+    counted = SimpleNamespace(reads=0)
+
+    class Pictures:
+        paths = tuple(f"{i}.png" for i in range(6))
+        groups = ("Patient 1", *paths[1:])
+
+        def __len__(self):
+            return 6
+
+        def read(self, i):
+            counted.reads += 1
+            return pictures[i]
+
+    return SimpleNamespace(
+        at=tmp_path / "mine.safetensors", weights=str(weights), samples=Pictures(), counted=counted
+    )
+
+
+def test_leaks_lie_beside_the_features_and_are_looked_for_once(embedded):
+    e = embedded
+    found = check_beside(e.at, "key", e.weights, e.samples, threads=2)
+    assert found.rows == {"patch": (0, 1)}
+    assert read_beside(e.at, "key") == found
+    assert check_beside(e.at, "key", e.weights, e.samples) == found
+    assert e.counted.reads == 6
+    seen(digest_batch(tissue(6)[:3])).save(Path(e.weights))  # another list
+    assert check_beside(e.at, "key", e.weights, e.samples).rows == {"patch": (0, 1, 2)}
+
+
+def test_what_was_found_for_other_features_is_not_taken(embedded):
+    check_beside(embedded.at, "key", embedded.weights, embedded.samples)
+    assert not read_beside(embedded.at, "another key").known
+    assert not read_beside(embedded.at.with_name("other.safetensors"), "key").known
+    assert not check_beside(embedded.at, "key", "python:module:function", embedded.samples).known
+
+
+def test_a_path_that_stands_for_a_group_is_no_patient(embedded):
+    named = [public_id("1.png"), public_id("Patient 1")]
+    seen(patients=named).save(Path(embedded.weights))
+    found = check_beside(embedded.at, "key", embedded.weights, embedded.samples)
+    assert found.rows == {"patient": (0,)}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"key": "key"}', '{"key": "key", "leaks": 3}'])
+def test_a_damaged_file_beside_features_is_refused(embedded, text):
+    embedded.at.with_name("mine.leaks.json").write_text(text)
+    with pytest.raises(PathfmError, match="damaged"):
+        read_beside(embedded.at, "key")
 
 
 def test_evidence_of_another_length_is_refused():

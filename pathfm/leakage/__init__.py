@@ -3,10 +3,12 @@
     digests.py   256 bits of a picture that copies of it share
     seen.py      PretrainedOn: slides, patients and sampled patches of a cohort, a small file
     check.py     leaks(): which samples of a data set were in it; refuse_or_mark()
+    beside.py    what was found, in a file beside the features
 
 docs/uncertainty.md says what is found, and what cannot be.
 """
 
+from pathfm.leakage.beside import check_beside, read_beside
 from pathfm.leakage.check import (
     Evidence,
     Leaks,
@@ -28,6 +30,7 @@ __all__ = [
     "Policy",
     "PretrainedOn",
     "Stage",
+    "check_beside",
     "check_pictures",
     "check_slides",
     "digest_batch",
@@ -35,6 +38,7 @@ __all__ = [
     "distances",
     "leaks",
     "patient_ids",
+    "read_beside",
     "refuse_or_mark",
     "seen_by",
     "slide_keys",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from online_patching import read_slide_index
 from online_patching.errors import PatchingError, redact
-from pathfm.leakage.digests import MOST_BITS, Digests, digests_of, distances
+from pathfm.leakage.digests import MOST_BITS, Digests, digest_picture, distances, stacked
 from pathfm.leakage.seen import SHORTEST_NAME, Ids, PretrainedOn, patient_ids, slide_key
 from pathfm.runtime import PathfmError
 
@@ -171,11 +172,13 @@ def check_pictures(
     groups: Sequence[str] = (),
     names: Sequence[str] = (),
     ids: Ids | None = None,
+    threads: int = 1,
 ) -> Leaks:
     """`leaks` of n pictures that `read(i)` gives as uint8 (h, w, 3); reads none unless patches are listed."""
     patches = None
     if seen is not None and len(seen.patches):
-        patches = digests_of(read(i) for i in range(n))
+        with ThreadPoolExecutor(threads, "pathfm-digest") as pool:
+            patches = stacked(pool.map(lambda i: digest_picture(read(i)), range(n)))
     return leaks(Evidence(n, groups, (), patches, names), seen, ids)
 
 

@@ -97,9 +97,9 @@ def distances(digests: Digests, known: Digests) -> tuple[NDArray[np.int64], NDAr
     return fewest, which
 
 
-def digests_of(pictures: Iterable[Pixels]) -> Digests:
-    """Digests (n, 32) of pictures of any sizes, one after the other."""
-    found = [digest_picture(pixels) for pixels in pictures]
+def stacked(digests: Iterable[Digests]) -> Digests:
+    """Digests of single pictures as rows (n, 32)."""
+    found = list(digests)
     return np.stack(found) if found else np.zeros((0, DIGEST_BYTES), np.uint8)
 
 
