@@ -138,12 +138,16 @@ def _open(config: EmbedConfig) -> Benchmark:
         is_table = config.data.suffix.lower() == ".csv"
         mpp = config.mpp if is_table else None
         found = open_dataset(str(config.data), mpp=mpp, size_px=config.input_px)
-    if found.facts.task != "classification":
-        raise PathfmError(
-            f"{found.name}: a {found.facts.task} data set is not embedded picture by picture. Slides: "
-            "index them, find their foreground, and give the corpus as data"
-        )
+    _refuse_other_tasks(found)
     return found if config.per_class is None else some_of(found, config.per_class, config.seed)
+
+
+def _refuse_other_tasks(samples: Benchmark) -> None:
+    if samples.facts.task != "classification":
+        raise PathfmError(
+            f"{samples.name}: a {samples.facts.task} data set is not embedded picture by picture. "
+            "Slides: index them, find their foreground, and give the corpus as data"
+        )
 
 
 def _info(
