@@ -54,11 +54,17 @@ def make_breakhis(root: Path) -> Path:
     paint = Painter(3)
     top = root / "BreaKHis_v1" / "histology_slides" / "breast"
     kinds = (
-        ("benign", "tubular_adenoma", "TA", ("14-3411F", "14-16184CD", "14-13200")),
+        ("benign", "tubular_adenoma", "TA", ("14-3411F", "14-16184CD", "14-15275", "14-13200")),
         ("benign", "adenosis", "A", ("14-22549AB",)),
-        ("benign", "fibroadenoma", "F", ("14-9133", "14-23060CD")),
-        ("malignant", "mucinous_carcinoma", "MC", ("14-19979", "14-10147")),
-        ("malignant", "ductal_carcinoma", "DC", ("14-5695", "14-2523", "15-2773")),
+        ("benign", "fibroadenoma", "F", ("14-9133", "14-23060CD", "14-21998CD", "14-21998EF")),
+        (
+            "malignant",
+            "mucinous_carcinoma",
+            "MC",
+            ("14-19979", "14-10147", "13-18842D", "14-16875"),
+        ),
+        ("malignant", "ductal_carcinoma", "DC", ("14-5695", "14-2523", "15-2773", "14-3909")),
+        ("malignant", "ductal_carcinoma", "DC", ("14-15792", "14-16716", "14-5287")),
         ("malignant", "lobular_carcinoma", "LC", ("14-12204",)),
     )
     for side, folder, kind, patients in kinds:
@@ -141,13 +147,16 @@ def make_unitopatho(root: Path) -> Path:
 
 
 def make_camelyon16(root: Path) -> Path:
-    names = ("normal/normal_001", "normal/normal_010", "normal/normal_033", "tumor/tumor_001")
-    for number, name in enumerate((*names, "tumor/tumor_002")):
-        small_slide(root / "training" / f"{name}.tif", number)
-    for name, number in (("test_001", 20), ("test_002", 21)):
-        small_slide(root / "testing" / "images" / f"{name}.tif", number)
-    rows = "test_001,Tumor,IDC,Macro\ntest_002,Normal,None,None\ntest_003,Normal,None,None\n"
-    (root / "testing" / "reference.csv").write_text(rows)
+    """All 399 slides by name; nobody opens them: eva does only when it cuts patches."""
+    names = [f"training/normal/normal_{n:03}" for n in range(1, 161) if n != 86]
+    names += [f"training/tumor/tumor_{n:03}" for n in range(1, 112)]
+    names += [f"testing/images/test_{n:03}" for n in range(1, 131) if n != 49]
+    for folder in ("training/normal", "training/tumor", "testing/images", "testing/evaluation"):
+        (root / folder).mkdir(parents=True)
+    for name in names:
+        (root / f"{name}.tif").write_bytes(b"II*\0" + name.encode())
+    rows = [f"test_{n:03},{'Tumor' if n % 3 else 'Normal'},IDC,Macro" for n in range(1, 131)]
+    (root / "testing/reference.csv").write_text("\n".join(rows) + "\n")
     return root
 
 
