@@ -10,6 +10,7 @@ samples.py     labelled pictures -> input, a few batches ahead
 computing.py   input -> features, part by part, on one rank or many
 parts.py       files of 1,024 rows: what a killed run goes on from
 slides.py      the slides of a corpus -> a bag of features each, for MIL tools
+slide_tasks.py which slides, which patches of each, whose task
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from pathfm.embed.slides import embed_slides, is_corpus
 from pathfm.embeddings import Embeddings, EmbeddingsInfo, stored_key
 from pathfm.embeddings.info import describe_transform
 from pathfm.embeddings.table import save_streamed
+from pathfm.leakage import check_beside, salt_at_hand
 from pathfm.metrics import rankme
 from pathfm.models import Embedder, load_model
 from pathfm.models.loading import names_its_architecture
@@ -112,6 +114,7 @@ def _embed_pictures(config: EmbedConfig, model: Embedder, ranks: Ranks) -> Embed
     if (there := gather_objects(found)[0]) is not None:
         if ranks.first:
             print(f"embed {config.name}: {there.path} is up to date ({len(samples):,} pictures)")
+        _look_for_leaks(config, samples, there.path, ranks)
         return EmbedResult(there.path, True, 0.0, there.rankme)
     with together():
         first_batch = range(min(config.batch_size, len(samples)))
@@ -121,7 +124,19 @@ def _embed_pictures(config: EmbedConfig, model: Embedder, ranks: Ranks) -> Embed
                 config, model, plan, lambda: np.stack([make(i) for i in first_batch])
             )
     info = replace(info, precision=gather_objects(chosen)[0])
-    return _compute(config, model, samples, make, info, ranks)
+    made = _compute(config, model, samples, make, info, ranks)
+    _look_for_leaks(config, samples, made.path, ranks)
+    return made
+
+
+def _look_for_leaks(config: EmbedConfig, samples: Benchmark, path: Path, ranks: Ranks) -> None:
+    """Writes beside the features which pictures the backbone had seen, for `probe` to refuse or mark."""
+    with together():
+        if ranks.first:
+            key, ids = str(stored_key(path)), salt_at_hand(config.out)
+            found = check_beside(path, key, config.weights, samples, config.threads, ids)
+            if found.mask().any():
+                print(f"embed {config.name}: WARNING {found.told()}")
 
 
 def _input(
