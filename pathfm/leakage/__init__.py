@@ -8,7 +8,7 @@
 docs/uncertainty.md says what is found, and what cannot be.
 """
 
-from pathfm.leakage.beside import check_beside, read_beside
+from pathfm.leakage.beside import check_beside, marks_of, read_beside, salt_at_hand
 from pathfm.leakage.check import (
     Evidence,
     Leaks,
@@ -37,9 +37,11 @@ __all__ = [
     "digest_picture",
     "distances",
     "leaks",
+    "marks_of",
     "patient_ids",
     "read_beside",
     "refuse_or_mark",
+    "salt_at_hand",
     "seen_by",
     "slide_keys",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from online_patching.stores.local import atomic_write_text
-from pathfm.leakage.check import Leaks, check_pictures, seen_by
+from pathfm.cohorts import CohortOptions, Salt
+from pathfm.cohorts.salting import ENVIRONMENT
+from pathfm.leakage.check import Leaks, Policy, check_pictures, refuse_or_mark, seen_by
 from pathfm.leakage.seen import Ids, PretrainedOn
 from pathfm.runtime import PathfmError
 
@@ -60,6 +63,26 @@ def check_beside(
         facts = about | {"leaks": json.loads(found.to_json())}
         atomic_write_text(path, json.dumps(facts) + "\n")
     return found
+
+
+def salt_at_hand(corpus: Path) -> Salt | None:
+    """The salt that PATHFM_SALT holds, so that patients can be compared by id; None where it is unset."""
+    return Salt(CohortOptions(), corpus) if os.environ.get(ENVIRONMENT) else None
+
+
+def marks_of(
+    given: Sequence[tuple[str, Path, str]], policy: Policy, rows: NDArray[np.int64] | None = None
+) -> list[str]:
+    """What a table of these features must say of leaks: of each (name, file, key) that is not clean a line.
+
+    rows: those that are reported; None: all. PathfmError where one was seen and that is refused.
+    """
+    lines = []
+    for name, path, key in given:
+        line = refuse_or_mark(read_beside(path, key), policy, rows)
+        if line:
+            lines.append(f"{name}: {line}")
+    return lines
 
 
 def read_beside(embeddings: Path, key: str) -> Leaks:

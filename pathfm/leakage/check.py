@@ -215,7 +215,7 @@ def refuse_or_mark(
     line = found.told(rows)
     if seen.any() and policy == "refuse":
         raise PathfmError(
-            f"{line} First: {', '.join(found.examples)}. Scores on them say nothing about new patients: leave "
+            f"{line} Among them {', '.join(found.examples)}. Scores on them say nothing about new patients: leave "
             "them out, or report it with --leaks mark"
         )
     compared = len(found.compared) > 0 or not found.cohorts
