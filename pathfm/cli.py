@@ -44,6 +44,7 @@ VERBS = {
     "embed": Verb("backbone + labelled patches -> frozen features"),
     "probe": Verb("backbones + labelled patches -> linear probe and kNN, mean and sd"),
     "probe-slides": Verb("bags of features + slide labels -> ABMIL and mean pooling, by patient"),
+    "probe-segmentation": Verb("backbones + class masks -> heads on patch tokens, mean Dice"),
     "robustness": Verb("models on corrupted patches: mCE, calibration, wrong labels, site index"),
     "compare": Verb("runs of an MLflow experiment, side by side"),
     "export": Verb(
