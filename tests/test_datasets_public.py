@@ -158,6 +158,14 @@ def test_pandas_shuffle_is_the_one_of_numpy_that_eva_had() -> None:
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "c55ee4d2dea59585"
 
 
+def test_noisy_labels_of_panda_are_left_out(copies: dict[str, Benchmark]) -> None:
+    rows = (copies["panda"].root / "train_with_noisy_labels.csv").read_text().splitlines()[1:]
+    noisy = {row.split(",")[0] for row in rows if row.endswith(",0")}
+    assert len(noisy) == 13
+    assert len(copies["panda"]) == 126 - 13
+    assert not noisy & set(copies["panda"].groups)
+
+
 # --- what a data set can do -----------------------------------------------------------------------
 
 
