@@ -98,7 +98,13 @@ def test_a_file_without_a_name_is_called_as_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"pooling": "mean"}, {"transform": "t"}, {"storage": "bf16"}, {"input_px": 112}],
+    [
+        {"backbone": "vit_quickgelu"},
+        {"pooling": "mean"},
+        {"transform": "t"},
+        {"storage": "bf16"},
+        {"input_px": 112},
+    ],
 )
 def test_the_key_follows_the_way_from_picture_to_number(change: dict[str, object]) -> None:
     assert replace(INFO, **change).key != INFO.key

@@ -110,7 +110,10 @@ def _embed_pictures(config: EmbedConfig, model: Embedder, ranks: Ranks) -> Embed
     assert info is not None
     make = partial(_input, samples, config.input_px, scales)
     usable = {plan} | ({"fp32"} if config.precision == "auto" else set())
-    found = _find(config, [replace(info, precision=p) for p in usable]) if ranks.first else None
+    found = None
+    with together():
+        if ranks.first:
+            found = _find(config, [replace(info, precision=p) for p in usable])
     if (there := gather_objects(found)[0]) is not None:
         if ranks.first:
             print(f"embed {config.name}: {there.path} is up to date ({len(samples):,} pictures)")

@@ -36,7 +36,8 @@ class EmbedConfig(BaseModel, frozen=True, extra="forbid"):
     """What to embed, with what."""
 
     data: Path = Field(
-        description="labelled folder (DATA/<class>/*.png|jpg|tif), or a corpus: its slides"
+        description="labelled folder (DATA/<class>/*.png|jpg|tif, or DATA/train|val|test/<class>/...), "
+        "a .csv, a public data set as NAME=FOLDER, or a corpus: its slides"
     )
     weights: str = Field(description=WEIGHTS_HELP)
     backbone: str = Field(

@@ -35,6 +35,7 @@ class EmbeddingsInfo:
     def key(self) -> str:
         """A digest of what the features depend on; the name and the notes are not part of it."""
         parts = (
+            self.backbone,  # two architectures may have the very same tensors (GELU, QuickGELU)
             self.backbone_digest,
             self.data_digest,
             str(self.input_px),
