@@ -41,7 +41,7 @@ VERBS = {
     ),
     "pretrain": Verb("corpus -> a self-supervised backbone, with checkpoints that resume"),
     "check-data": Verb("a benchmark, labelled folder or table: is it whole and readable?", ("data",)),
-    "embed": Verb("backbone + labelled patches -> frozen features"),
+    "embed": Verb("any model + labelled pictures, or a corpus -> frozen features"),
     "probe": Verb("backbones + labelled patches -> linear probe and kNN, mean and sd"),
     "probe-slides": Verb("bags of features + slide labels -> ABMIL and mean pooling, by patient"),
     "probe-segmentation": Verb("backbones + class masks -> heads on patch tokens, mean Dice"),
