@@ -122,7 +122,10 @@ def make_patch_camelyon(root: Path, n: Sequence[int] = (24, 10, 8)) -> Path:
     for part, rows in zip(("train", "valid", "test"), n, strict=True):
         stem = f"camelyonpatch_level_2_split_{part}"
         with h5py.File(root / f"{stem}_x.h5", "w") as file:
-            file["x"] = rng.integers(0, 256, (rows, 96, 96, 3), np.uint8)
+            pixels = rng.integers(0, 256, (rows, 96, 96, 3), np.uint8)
+            file.create_dataset(
+                "x", data=pixels, chunks=(min(5, rows), 96, 96, 3), compression="gzip"
+            )
         with h5py.File(root / f"{stem}_y.h5", "w") as file:
             file["y"] = rng.permutation(np.arange(rows) % 2).astype(np.uint8).reshape(-1, 1, 1, 1)
     return root

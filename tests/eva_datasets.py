@@ -112,4 +112,39 @@ def main() -> None:
             split: slides(kind(here, samplers.GridSampler(), split=split, download_dir=here), True)
             for split in ("train", "val", "test")
         }
-    print(json.dumps(found))
+    print(json.dumps({"samples": found, "classes": classes(eva), "counts": counts(eva)}))
+
+
+def classes(eva: Any) -> dict[str, list[str]]:
+    """Class names in the order of their numbers."""
+    kinds = {
+        "bach": eva.BACH,
+        "bracs": eva.BRACS,
+        "breakhis": eva.BreaKHis,
+        "crc": eva.CRC,
+        "gleason": eva.GleasonArvaniti,
+        "mhist": eva.MHIST,
+        "unitopatho": eva.UniToPatho,
+        "patch_camelyon": eva.PatchCamelyon,
+        "camelyon16": eva.Camelyon16,
+        "panda": eva.PANDA,
+        "consep": eva.CoNSeP,
+        "monusac": eva.MoNuSAC,
+    }
+    return {name: list(kind.classes.fget(None)) for name, kind in kinds.items()}
+
+
+def counts(eva: Any) -> dict[str, dict[str, int]]:
+    """Samples a split, where a class keeps them as data."""
+    kept = {
+        "bracs": eva.BRACS._expected_dataset_lengths,
+        "breakhis": eva.BreaKHis._expected_dataset_lengths,
+        "gleason": eva.GleasonArvaniti._expected_dataset_lengths,
+        "patch_camelyon": eva.PatchCamelyon._expected_length,
+        "unitopatho": eva.UniToPatho._expected_dataset_lengths,
+        "consep": eva.CoNSeP._expected_dataset_lengths,
+    }
+    found = {name: {k: v for k, v in of.items() if k} for name, of in kept.items()}
+    monusac = eva.MoNuSAC._expected_dataset_lengths
+    found["monusac"] = {"train": monusac["train"], "val": monusac["test"]}
+    return found

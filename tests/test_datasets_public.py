@@ -131,6 +131,47 @@ def test_slides_of_camelyon_are_named_not_read(camelyon: Path) -> None:
         found.mask(0)
 
 
+# --- masks ----------------------------------------------------------------------------------------
+
+
+def test_consep_has_epithelium_in_one_class_and_spindle_shaped_cells_in_another(
+    tmp_path: Path,
+) -> None:
+    root = MAKERS["consep"](tmp_path)
+    types = np.arange(40 * 60).reshape(40, 60) % 8
+    scipy.io.savemat(root / "Train/Labels/train_1.mat", {"type_map": types.astype(np.float64)})
+    mask = open_dataset("consep", root, partial=True).mask(0)
+    assert mask[0, :16].tolist() == [0, 1, 2, 3, 3, 4, 4, 4] * 2
+
+
+def test_a_later_polygon_covers_an_earlier_one_and_odd_names_are_ambiguous(tmp_path: Path) -> None:
+    root = MAKERS["monusac"](tmp_path)
+
+    def drawn(name: str, *corners: tuple[float, float]) -> str:
+        vertices = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in corners)
+        return (
+            f'<Annotation><Attributes><Attribute Name="{name}"/></Attributes><Regions><Region>'
+            f"<Vertices>{vertices}</Vertices></Region></Regions></Annotation>"
+        )
+
+    text = drawn("Macrophage", (2, 1), (6, 1), (6, 4), (2, 4)) + drawn(
+        "Cell", (5, 3), (9, 3), (9, 8)
+    )
+    (root / f"{SITE}.xml").write_text(f"<Annotations>{text}</Annotations>")
+    mask = open_dataset("monusac", root, partial=True).mask(0)
+    assert mask.shape == (37, 52)  # height, width; x runs along the width
+    assert [mask[1, 2], mask[4, 6], mask[3, 4], mask[3, 5], mask[3, 9], mask[7, 9]] == [
+        4,
+        5,
+        4,
+        5,
+        5,
+        5,
+    ]
+    assert mask[4, 2] == 4
+    assert (mask[:, 10:] == 0).all()
+
+
 # --- PANDA's split --------------------------------------------------------------------------------
 
 

@@ -61,7 +61,7 @@ class Facts:
         object.__setattr__(self, "class_counts", MappingProxyType(dict(self.class_counts)))
         for split, of_classes in self.class_counts.items():
             if len(of_classes) != len(self.classes) or sum(of_classes) != self.counts[split]:
-                raise ValueError(f"{self.name}: the class counts of {split} are not its count")
+                raise PathfmError(f"{self.name}: the class counts of {split} are not its count")
 
     def __reduce__(self) -> tuple[object, ...]:
         values = [
