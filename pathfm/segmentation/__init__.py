@@ -10,5 +10,6 @@ synthetic/         synthetic thumbnails of known truth, with what goes wrong on 
 truth.py           tissue drawn by hand, in drawn/
 scores.py          Dice, IoU, MCC, boundary F, tissue lost, glass taken
 thresholds.py      what a model has to be better than: Otsu, CLAM's saturation, HSV, entropy; no torch
+probe_*.py         the segmentation probe: heads on frozen tokens of any backbone, their Dice, their protocol
 tidy.py            specks removed, pinholes filled
 """
