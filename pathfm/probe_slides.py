@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,6 +66,10 @@ class ProbeSlidesConfig(BaseModel, frozen=True, extra="forbid"):
         None, ge=1, description="patches of a slide used at most, evenly spaced; unset: all"
     )
     memory_gib: float = Field(8.0, ge=0, description="bags kept in memory, GiB; the rest is reread")
+    leaks: Literal["refuse", "mark"] = Field(
+        "refuse",
+        description="slides that a backbone has seen in pretraining: refuse them, or mark the table",
+    )
     device: str = Field("auto", description="auto, cpu or cuda:N")
     tracking: TrackingConfig = Field(TrackingConfig(), description="where the run is recorded")
 
@@ -115,9 +119,11 @@ def run(config: ProbeSlidesConfig) -> SlideProbeResult:
     same_slides(found, names)
     if config.n_folds is None and not found[0].splits:
         raise PathfmError(f"{config.labels} has no splits: add a column split, or give --n_folds 5")
+    notes = _leaks(config, names, found)
     path, key = config.out / RESULT, _key(config, found)
     earlier = _load(path)
-    if earlier is not None and earlier.key == key:
+    told = earlier is not None and set(notes) <= set(earlier.caveats)
+    if earlier is not None and earlier.key == key and told:
         print(f"probe-slides: {path} is up to date")
         show(earlier)
         return earlier
@@ -132,6 +138,7 @@ def run(config: ProbeSlidesConfig) -> SlideProbeResult:
     with open_run(tracking, config.out, as_dict(config), tags) as tracked:
         tracked.cohort(config.labels, _digest(found[0]), "evaluation")
         result = _probe(config, key, names, found)
+        result = replace(result, caveats=[*result.caveats, *notes])
         atomic_write_text(path, json.dumps(asdict(result), indent=1) + "\n")
         for model in result.models:
             at = f"{model.name}/{model.protocol}"
@@ -142,6 +149,15 @@ def run(config: ProbeSlidesConfig) -> SlideProbeResult:
     show(result)
     print(f"written: {path}")
     return result
+
+
+def _leaks(config: ProbeSlidesConfig, names: Sequence[str], found: Sequence[Bags]) -> list[str]:
+    """What must be said of slides that a backbone had seen; refuses them where that is asked for."""
+    from pathfm.leakage import mark_of_bags
+
+    triples = zip(names, config.bags, found, strict=True)
+    lines = [mark_of_bags(n, folder, bags.slides, config.leaks) for n, folder, bags in triples]
+    return [line for line in lines if line]
 
 
 def _probe(

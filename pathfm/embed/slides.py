@@ -24,6 +24,7 @@ from pathfm.embed.samples import Pixels
 from pathfm.embed.settings import EmbedConfig, EmbedResult
 from pathfm.embed.slide_tasks import OfOneSlide, Task, choose, list_tasks, open_grid, share
 from pathfm.embeddings.bags import FOLDER, bag_key, write_bag
+from pathfm.leakage import check_bags
 from pathfm.models import Embedder
 from pathfm.ranks import Ranks, gather_objects, together
 from pathfm.runtime import (
@@ -165,6 +166,9 @@ def _finish(
         quoted = ('{},"{}"\n'.format(name, why.replace('"', '""')) for name, why in failed)
         atomic_write_text(listed, "slide_id,reason\n" + "".join(quoted))
         print(f"embed {config.name}: {len(failed):,} slides could not be read, see {listed}")
+    leaks = check_bags(folder, config.weights, config.data)
+    if leaks.mask().any():
+        print(f"embed {config.name}: WARNING {leaks.told()}")
     good, patches = len(tasks) - len(failed), sum(len(task.chosen) for task in tasks)
     record, tags = config.out / "tracking" / config.name, provenance() | {"stage": "embed"}
     with open_run(config.own_tracking, record, as_dict(config), tags) as tracked:

@@ -6,19 +6,15 @@ patches at every so-manieth draw. Which draws follows from the config alone.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from online_patching import Corpus
 from pathfm.checkpoint import Checkpoint
-from pathfm.cohorts.names import barcode_of
 from pathfm.leakage import DIGEST_BYTES, PretrainedOn, Stage, digest_batch, seen_by, slide_keys
-from pathfm.leakage.seen import SHORTEST_NAME, public_id
+from pathfm.leakage.corpora import json_lines, slides_of
 from pathfm.pretrain import PretrainConfig
 from pathfm.pretrain.feed import Feed, FeedBatch
 
@@ -29,7 +25,6 @@ SEEN = "seen.jsonl"
 MOST_OF_SLIDES, MOST_OF_FOLDER = 4_096, 100_000
 """Digests a run keeps. Patches of slides are cut anywhere and hardly ever meet a data set's own; pictures
 of a folder are met again as they are, so of those it keeps as many as there are."""
-_JOURNAL = "index.journal"  # one JSON object a slide: docs/indexing.md
 
 
 class Seen:
@@ -52,7 +47,7 @@ class Seen:
     def save(self, folder: Path, log: RowsLog, draws: int) -> None:
         """Writes the file beside a backbone that has seen so many draws."""
         assert self._cohort is not None
-        found = [bytes.fromhex(row["digest"]) for row in _json_lines(log.path)]
+        found = [bytes.fromhex(row["digest"]) for row in json_lines(log.path)]
         patches = np.frombuffer(b"".join(found), np.uint8).reshape(-1, DIGEST_BYTES)
         *earlier, stage = self._cohort.stages
         stage = replace(stage, draws=draws, every=self.every, patches=len(patches))
@@ -71,8 +66,9 @@ def open_seen(
         return Seen(config, None)
     slides, patients = np.zeros((0, 16), np.uint8), tuple[str, ...]()
     if config.labels.source != "patches":
-        corpus = Corpus.open(config.corpus)
-        slides, patients = _of_corpus(corpus, config.corpus)
+        listed = list(slides_of(config.corpus))
+        slides = slide_keys([slide.digest for slide in listed])
+        patients = tuple({patient for slide in listed for patient in slide.patients})
     stage = Stage(feed.name, feed.digest, 0, len(slides), len(patients))
     patches = np.zeros((0, DIGEST_BYTES), np.uint8)
     own = PretrainedOn((stage,), slides, patients, patches)
@@ -93,37 +89,3 @@ def _earlier(config: PretrainConfig, checkpoint: Checkpoint | None) -> Pretraine
             f"It started from {name}, of which it is not known what that had seen."
         )
     return found
-
-
-def _of_corpus(corpus: Corpus, folder: Path) -> tuple[Any, tuple[str, ...]]:
-    """Slides, (n, 16), and patients of a corpus, from its journal where it has one."""
-    known = {
-        str(row["slide_id"]): row for row in _json_lines(folder / _JOURNAL) if "slide_id" in row
-    }
-    digests: list[str] = []
-    patients: set[str] = set()
-    for number, slide_id in enumerate(corpus.slide_ids):
-        row = known.get(slide_id, {})
-        digests.append(str(row.get("digest") or corpus.index(number).digest))
-        barcode, patient, salt = barcode_of(slide_id), str(row.get("patient", "")), row.get("salt")
-        if barcode:
-            patients.add(public_id(barcode))
-        if salt == "plain" and len(patient) >= SHORTEST_NAME:
-            patients.add(public_id(patient))
-        elif salt and patient and salt != "plain":
-            patients.add(f"{salt} {patient}")
-    return slide_keys(digests), tuple(patients)
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file of lines; what is torn or no object is left out, as is a missing file."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
