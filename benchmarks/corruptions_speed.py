@@ -49,8 +49,7 @@ def main() -> None:
     lines = [
         about_this_run("imagecorruptions-imaug", "numpy", "scipy", "pillow", "opencv-python"),
         "",
-        f"one thread on one core, {args.patches} patches of {SIDE_PX} px a block, {args.blocks} blocks, "
-        f"severity {SEVERITY}",
+        f"one thread on one core, {args.patches} patches of {SIDE_PX} px a block, {args.blocks} blocks",
         "",
         f"{'':12}{'ours, ms of CPU':>16}{'imagecorruptions':>18}   how many times as fast ours is, by the clock",
     ]
