@@ -61,7 +61,8 @@ class Drawn:
     def rows(self, run: int, epoch: int) -> Rows:
         """eva's epoch; the last, which the steps cut off, filled up with rows that are not reached."""
         drawn = self.order[epoch * self.n_train : (epoch + 1) * self.n_train]
-        return self.train[np.concatenate([drawn, np.zeros(self.n_train - len(drawn), np.int64)])]
+        whole = np.concatenate([drawn, np.zeros(self.n_train - len(drawn), np.int64)])
+        return np.asarray(self.train[whole])
 
 
 def ask_eva(

@@ -12,17 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, Field, field_validator
 
 from online_patching.stores.local import atomic_write_text
 from pathfm.datasets import Split, stratified_split
 from pathfm.embeddings import Embeddings
-from pathfm.probing.few_shot import SHOTS, check_shots
+from pathfm.leakage import marks_of
+from pathfm.probing.few_shot import check_shots
 from pathfm.probing.files import write_eva_results, write_predictions
 from pathfm.probing.measuring import (
     PROBES,
@@ -36,25 +35,20 @@ from pathfm.probing.measuring import (
     parts_of,
     probe_backbone,
 )
-from pathfm.probing.options import Also
 from pathfm.probing.parts import Parts
-from pathfm.probing.protocol import EVA_BATCH, EVA_LEARNING_RATE, EVA_RUNS, EVA_STEPS, HeadProtocol
 from pathfm.probing.recording import record_backbone
 from pathfm.probing.result import ProbeResult, caveats_of, load_result
+from pathfm.probing.settings import EvaConfig, ProbeConfig
 from pathfm.probing.telling import show
 from pathfm.runtime import (
     PathfmError,
     as_dict,
     make_folder,
-    pick_device,
     progress,
     provenance,
     save_config,
 )
 from pathfm.tracking import Run, TrackingConfig, open_run
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "PROBES",
@@ -79,101 +73,16 @@ RESULT = "probe.json"
 _FORMAT = "pathfm.probe.2"  # raised when the same options give other figures
 
 
-class EvaConfig(BaseModel, frozen=True, extra="forbid"):
-    """How eva's heads are trained; the defaults are kaiko-eva 0.4.5's. Used with `--also eva`."""
-
-    learning_rates: tuple[float, ...] = Field(
-        (EVA_LEARNING_RATE,),
-        min_length=1,
-        max_length=64,
-        description="AdamW's, all trained at once; with several, validation chooses one for all runs",
-    )
-    n_runs: int = Field(
-        EVA_RUNS, ge=1, le=1000, description="first heads and batch orders, trained at once"
-    )
-    n_steps: int = Field(EVA_STEPS, ge=1, le=10_000_000, description="most steps of each")
-    batch_size: int = Field(EVA_BATCH, ge=1, le=1 << 20, description="samples a step")
-    weight_decay: float = Field(0.01, ge=0, le=10, description="AdamW's, of the bias too")
-    patience: int | None = Field(
-        None,
-        ge=1,
-        description="epochs without a better validation score before a head stops; unset: a fifth of "
-        "the steps, which is eva's figure for each of its data sets",
-    )
-    device: str = Field("auto", description="auto, cpu or cuda:N")
-
-
-class ProbeConfig(BaseModel, frozen=True, extra="forbid"):
-    """Which features to probe, and how often."""
-
-    embeddings: list[Path] = Field(
-        min_length=1,
-        description="files written by embed, or folders of them; the first is the "
-        "baseline the others are compared with (in a folder: `init`, else the first by name)",
-    )
-    out: Path = Field(Path("probe"), description="folder for probe.json")
-    also: tuple[Also, ...] = Field(
-        (),
-        description="protocols besides the logistic probe and kNN: eva (linear heads as kaiko-eva "
-        "trains them, minutes on a CPU), few-shot",
-    )
-    n_seeds: int = Field(
-        5,
-        ge=1,
-        le=1000,
-        description="repeats, each with its own split and head; data with splits of its own is probed "
-        "on these, once",
-    )
-    seed: int = Field(0, ge=0, description="key of all splits, heads and draws")
-    test_share: float = Field(0.3, gt=0, lt=1, description="share of each class tested on")
-    validation_share: float = Field(
-        0.2, gt=0, lt=1, description="share of the training half that chooses C"
-    )
-    c_values: tuple[float, ...] = Field(
-        (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 1.0),
-        min_length=1,
-        description="inverse L2 strengths tried (scikit-learn's C)",
-    )
-    k: int = Field(20, ge=1, le=10_000, description="neighbours of the kNN probe")
-    eva: EvaConfig = Field(EvaConfig(), description="eva's heads")
-    shots: tuple[int, ...] = Field(
-        SHOTS, min_length=1, max_length=64, description="samples a class of few-shot"
-    )
-    resamples: int = Field(
-        20, ge=2, le=10_000, description="draws of each number of shots in few-shot"
-    )
-    tracking: TrackingConfig = Field(TrackingConfig(), description="where the run is recorded")
-
-    @field_validator("eva")
-    @classmethod
-    def _makes_sense(cls, eva: EvaConfig) -> EvaConfig:
-        try:
-            _protocol(eva, 0)
-        except PathfmError as error:
-            raise ValueError(str(error)) from None
-        return eva
-
-    def head_protocol(self) -> HeadProtocol:
-        """How eva's heads are trained."""
-        return _protocol(self.eva, self.seed)
-
-    def eva_device(self) -> torch.device:
-        """Where eva's heads are trained."""
-        return pick_device(self.eva.device)
-
-
-def _protocol(eva: EvaConfig, seed: int) -> HeadProtocol:
-    return HeadProtocol(**eva.model_dump(exclude={"device"}), seed=seed)
-
-
 def run(config: ProbeConfig) -> ProbeResult:
     """Probes every file, writes `<out>/probe.json`, prints the table and the verdict.
 
     A rerun with the same features and options prints what is there.
     """
-    parts = [Embeddings.load(path) for path in find_embeddings(config.embeddings)]
+    files = find_embeddings(config.embeddings)
+    parts = [Embeddings.load(path) for path in files]
     check_comparable(parts)
-    path, key = config.out / RESULT, result_key(parts, config)
+    notes = _leaks(files, parts, config)
+    path, key = config.out / RESULT, result_key(parts, config, notes)
     earlier = load_result(path)
     if earlier is not None and earlier.key == key:
         print(f"probe: {path} is up to date")
@@ -189,7 +98,8 @@ def run(config: ProbeConfig) -> ProbeResult:
         each = 1 if isinstance(splits, Parts) else len(splits)
         with progress(len(parts) * each, "probes", "probe") as bar:
             measured = [measure(part, splits, config, bar.advance) for part in parts]
-        result = _result(key, config, first, splits, measured)
+        result = _result(key, config, first, splits, measured, files)
+        result = replace(result, caveats=[*result.caveats, *notes])
         for part, one in zip(parts, measured, strict=True):
             _write(config, part, one, result.reported_on)
         atomic_write_text(path, json.dumps(asdict(result), indent=1) + "\n")
@@ -201,6 +111,13 @@ def run(config: ProbeConfig) -> ProbeResult:
     show(result)
     print(f"written: {path}")
     return result
+
+
+def _leaks(files: Sequence[Path], parts: Sequence[Embeddings], config: ProbeConfig) -> list[str]:
+    """What must be said of pictures that a backbone had seen; refuses those that are reported."""
+    own = Parts.of_names(parts[0].splits) if any(parts[0].splits) else None
+    names = [(part.info.name, path, part.info.key) for path, part in zip(files, parts, strict=True)]
+    return marks_of(names, config.leaks, own.reported if own else None)
 
 
 def _tracking(config: ProbeConfig) -> TrackingConfig:
@@ -240,10 +157,10 @@ def _record(tracked: Run, backbones: Sequence[BackboneResult]) -> None:
         tracked.summary(**{f"{backbone.name}/rankme": backbone.rankme})
 
 
-def result_key(parts: Sequence[Embeddings], config: ProbeConfig) -> str:
+def result_key(parts: Sequence[Embeddings], config: ProbeConfig, notes: Sequence[str] = ()) -> str:
     """A digest of everything the result depends on."""
     options = config.model_dump(mode="json", exclude={"embeddings", "out", "tracking"})
-    facts = [_FORMAT, options, [[part.info.name, part.info.key] for part in parts]]
+    facts = [_FORMAT, options, [[part.info.name, part.info.key] for part in parts], list(notes)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -293,6 +210,7 @@ def _result(
     data: Embeddings,
     splits: Parts | Sequence[Split],
     measured: Sequence[Measured],
+    files: Sequence[Path],
 ) -> ProbeResult:
     own = splits if isinstance(splits, Parts) else None
     first = own or parts_of(data, splits[0], config, 0)  # type: ignore[index]
@@ -322,4 +240,5 @@ def _result(
         n_val=len(first.val),
         reported_on=first.reported_on,
         also=list(config.also),
+        embeddings=[str(path) for path in files],
     )

@@ -14,6 +14,7 @@ from pathfm.probing.heads import TrainedHeads, train_heads
 from pathfm.probing.orders import Balanced, Shuffled, draw_shots, linear_start
 from pathfm.probing.parts import Parts
 from pathfm.probing.protocol import TASKS, HeadProtocol, ten_shot
+from pathfm.probing.selecting import Kept
 from pathfm.runtime import PathfmError
 from tests.test_metrics import blobs
 
@@ -216,14 +217,7 @@ def test_ten_shot_is_fifty_runs_of_new_samples_validated_every_tenth_epoch() -> 
 
 
 def test_an_improvement_within_min_delta_keeps_the_best_but_not_the_patience() -> None:
-    from pathfm.probing.heads import _Kept
-
-    class Training:
-        runs, rates, outputs, device = 1, 1, 1, torch.device("cpu")
-        heads = torch.zeros(1, 2, 1)
-        protocol = HeadProtocol(min_delta=0.05)
-
-    kept = _Kept(Training(), patience=2)  # type: ignore[arg-type]
+    kept = Kept(torch.zeros(1, 2, 1), (1, 1), patience=2, min_delta=0.05)
     for step, score in enumerate([0.50, 0.53, 0.54, 0.9], start=1):
         kept.update(torch.tensor([[score]]), torch.full((1, 2, 1), score), step)
     assert kept.stopped_step.item() == 3  # 0.53 and 0.54 are not 0.05 better than 0.50

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torchmetrics import classification as tm
 
-from pathfm.probing.scores import eva_metrics, macro_accuracy, statistics_of
+from pathfm.probing.scores import eva_metrics, statistics_of
+from pathfm.probing.selecting import macro_accuracy
 
 
 def drawn(seed: int, n: int, n_classes: int, present: int) -> tuple[np.ndarray, np.ndarray]:

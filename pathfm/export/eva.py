@@ -8,38 +8,16 @@ in the exported folder (or with MODEL_DIR naming it), downloads nothing of ours.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from pathfm.probing.protocol import EVA_BATCH, EVA_LEARNING_RATE, EVA_RUNS, EVA_STEPS, TASKS, Task
 
 if TYPE_CHECKING:
     from pathfm.backbone import Backbone
 
 _EVALUATED_PX = 224  # eva's protocol, whatever a model was trained at
-
-
-@dataclass(frozen=True)
-class Task:
-    """One of eva's patch tasks: its dataset class, and what its own config sets for it."""
-
-    dataset: str
-    n_classes: int
-    patience: int
-    splits: tuple[str, ...]
-    downloads: bool
-
-
-TASKS = {
-    "bach": Task("BACH", 4, 1250, ("train", "val"), True),
-    "bracs": Task("BRACS", 7, 167, ("train", "val", "test"), False),
-    "breakhis": Task("BreaKHis", 4, 500, ("train", "val"), True),
-    "crc": Task("CRC", 9, 7, ("train", "val"), True),
-    "gleason_arvaniti": Task("GleasonArvaniti", 4, 42, ("train", "val"), False),
-    "mhist": Task("MHIST", 2, 278, ("train", "test"), False),
-    "patch_camelyon": Task("PatchCamelyon", 2, 3, ("train", "val", "test"), True),
-    "unitopatho": Task("UniToPatho", 6, 100, ("train", "val"), False),
-}
 
 
 def eva_configs(name: str, backbone: Backbone) -> dict[str, str]:
@@ -89,9 +67,9 @@ def _trainer(key: str, task: Task, name: str) -> dict[str, Any]:
     root = _env("OUTPUT_ROOT", f"logs/{name}/offline/{key}")
     return _part(
         "eva.Trainer",
-        n_runs=_env("N_RUNS", 5),
+        n_runs=_env("N_RUNS", EVA_RUNS),
         default_root_dir=root,
-        max_steps=_env("MAX_STEPS", 12500),
+        max_steps=_env("MAX_STEPS", EVA_STEPS),
         checkpoint_type=_env("CHECKPOINT_TYPE", "best"),
         accelerator=_env("ACCELERATOR", "auto"),
         devices=_env("NUM_DEVICES", 1),
@@ -148,7 +126,7 @@ def _head(task: Task, dim: int) -> dict[str, Any]:
             "torch.nn.Linear", in_features=dim, out_features=1 if binary else task.n_classes
         ),
         criterion="torch.nn.BCEWithLogitsLoss" if binary else "torch.nn.CrossEntropyLoss",
-        optimizer=_part("torch.optim.AdamW", lr=_env("LR_VALUE", 0.0003)),
+        optimizer=_part("torch.optim.AdamW", lr=_env("LR_VALUE", EVA_LEARNING_RATE)),
         metrics={"common": [_part("eva.metrics.AverageLoss"), metrics]},
     )
 
@@ -156,7 +134,7 @@ def _head(task: Task, dim: int) -> dict[str, Any]:
 def _data(key: str, task: Task, name: str, backbone: Backbone) -> dict[str, Any]:
     stages = dict(zip(("train", "val", "test"), task.splits, strict=False))
     batch = {
-        "batch_size": _env("BATCH_SIZE", 256),
+        "batch_size": _env("BATCH_SIZE", EVA_BATCH),
         "num_workers": _env("N_DATA_WORKERS", 4),
     }
     loaders: dict[str, Mapping[str, Any]] = {"train": batch | {"shuffle": True}}

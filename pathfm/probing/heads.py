@@ -23,7 +23,7 @@ from torch import Tensor
 from pathfm.probing.orders import Orders, Shuffled, linear_start
 from pathfm.probing.parts import Parts, Rows, check_inputs
 from pathfm.probing.protocol import HeadProtocol
-from pathfm.probing.scores import macro_accuracy
+from pathfm.probing.selecting import Kept, macro_accuracy
 from pathfm.runtime import PathfmError
 
 _MAX_LOGITS = 1 << 25  # of validation rows times heads times outputs at once
@@ -135,7 +135,12 @@ class _Training:
         protocol = self.protocol
         per_epoch = protocol.steps_per_epoch(self.orders.n_train)
         losses = torch.zeros(protocol.n_steps, self.runs, self.rates, device=self.device)
-        kept = _Kept(self, protocol.patience_for(self.orders.n_train))
+        kept = Kept(
+            self.heads,
+            (self.runs, self.rates),
+            protocol.patience_for(self.orders.n_train),
+            protocol.min_delta,
+        )
         scores, at, epoch = [], [], 0
         while self.steps < protocol.n_steps and not kept.all_stopped:
             began = self.steps
@@ -220,37 +225,3 @@ class _Training:
             found.append(logits[..., 0] > 0 if self.n_classes == 2 else logits.argmax(dim=-1))
         predicted = torch.cat(found).to(torch.int64).T
         return macro_accuracy(self.y[self.val], predicted, self.n_classes).view(self.runs, -1)
-
-
-class _Kept:
-    """What did best on validation so far, and which heads have stopped: lightning's ModelCheckpoint and
-    EarlyStopping, a head each."""
-
-    def __init__(self, training: _Training, patience: int) -> None:
-        shape = (training.runs, training.rates)
-        self.patience, self.min_delta = patience, training.protocol.min_delta
-        self.outputs = training.outputs
-        self.heads = training.heads.clone()
-        self.score = torch.full(shape, -torch.inf, device=training.device)
-        self.reference = self.score.clone()
-        self.step = torch.zeros(shape, dtype=torch.int64, device=training.device)
-        self.waited, self.stopped_step = torch.zeros_like(self.step), torch.zeros_like(self.step)
-
-    @property
-    def all_stopped(self) -> bool:
-        """Whether no head can change any more."""
-        return bool((self.stopped_step > 0).all())
-
-    def update(self, score: Tensor, heads: Tensor, steps: int) -> None:
-        """Takes the scores (runs, rates) after so many steps into account."""
-        going = self.stopped_step == 0
-        better = going & (score > self.score)  # strictly: the first of equals stays
-        if bool(better.any()):
-            self.score = torch.where(better, score, self.score)
-            self.step[better] = steps
-            columns = better.repeat_interleave(self.outputs, dim=1).unsqueeze(1)
-            self.heads = torch.where(columns, heads, self.heads)
-        resets = score - self.min_delta > self.reference
-        self.reference = torch.where(resets, score, self.reference)
-        self.waited = torch.where(resets, 0, self.waited + 1)
-        self.stopped_step[going & (self.waited >= self.patience)] = steps

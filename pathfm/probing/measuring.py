@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +18,17 @@ from pathfm.datasets import Split, stratified_split
 from pathfm.embeddings import Embeddings
 from pathfm.metrics import confusion_matrix, initial_head, knn_predict, rankme, recall_per_class
 from pathfm.probing.few_shot import FewShotScores, few_shot
-from pathfm.probing.heads import TrainedHeads, train_heads
 from pathfm.probing.linear import fit_probe
-from pathfm.probing.options import ProbeOptions
 from pathfm.probing.parts import Parts, check_inputs
 from pathfm.probing.scores import eva_metrics
+from pathfm.probing.settings import ProbeConfig
 from pathfm.runtime import PathfmError, one_line
 from pathfm.uncertainty import Predictions
 from pathfm.uncertainty import compare as compare_predictions
 from pathfm.uncertainty import score as score_predictions
+
+if TYPE_CHECKING:
+    from pathfm.probing.heads import TrainedHeads
 
 PROBES = ("logistic", "knn")
 """Always there; "eva" is the third where it was asked for."""
@@ -92,7 +95,7 @@ class Measured:
     eva_val: list[dict[str, float]]  # and on validation
 
 
-def parts_of(data: Embeddings, split: Split, options: ProbeOptions, repeat: int) -> Parts:
+def parts_of(data: Embeddings, split: Split, options: ProbeConfig, repeat: int) -> Parts:
     """Train, validation and test of a repeat: `split`'s training half is parted once more."""
     groups = [data.groups[i] for i in split.train] if data.groups else ()
     inner = stratified_split(
@@ -108,7 +111,7 @@ def parts_of(data: Embeddings, split: Split, options: ProbeOptions, repeat: int)
 def probe_backbone(
     data: Embeddings,
     splits: Sequence[Split] | Parts,
-    options: ProbeOptions,
+    options: ProbeConfig,
     advance: Callable[[int], object] | None = None,
 ) -> BackboneResult:
     """All probes on every split, or on the data set's own."""
@@ -118,7 +121,7 @@ def probe_backbone(
 def measure(
     data: Embeddings,
     splits: Sequence[Split] | Parts,
-    options: ProbeOptions,
+    options: ProbeConfig,
     advance: Callable[[int], object] | None = None,
 ) -> Measured:
     """`probe_backbone` with the predictions and heads behind its figures."""
@@ -134,6 +137,8 @@ def measure(
     predictions, chosen = _plain(data, all_parts, own, options, advance)
     heads, eva, eva_val = None, [], []
     if "eva" in options.also:
+        from pathfm.probing.heads import train_heads  # brings torch
+
         parts, protocol = all_parts[0], options.head_protocol()
         heads = train_heads(
             data.features, data.labels, parts, n_classes, protocol, device=options.eva_device()
@@ -176,7 +181,7 @@ def _plain(
     data: Embeddings,
     all_parts: Sequence[Parts],
     own: bool,
-    options: ProbeOptions,
+    options: ProbeConfig,
     advance: Callable[[int], object] | None,
 ) -> tuple[dict[str, Predictions], list[float]]:
     """What logistic regression and kNN predict in every repeat, and the C that was chosen.

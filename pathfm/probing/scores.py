@@ -10,34 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pathfm.probing.protocol import EVA_BATCH
-
-
-def macro_accuracy(truth: Tensor, predicted: Tensor, n_classes: int) -> Tensor:
-    """What eva selects by, (heads,) float32: predictions (heads, n), truth (n,), both int64.
-
-    Mean recall over the classes that occur in truth or predictions; for two classes the mean of
-    sensitivity and specificity, whatever occurs. In float32, as torchmetrics, since ties decide.
-    """
-    heads, n = predicted.shape
-    first = torch.arange(heads, device=predicted.device).unsqueeze(1) * n_classes
-
-    def count(classes: Tensor) -> Tensor:
-        return torch.bincount((classes + first).flatten(), minlength=heads * n_classes)
-
-    asked = count(predicted).view(heads, n_classes)
-    there = count(truth.expand(heads, n)).view(heads, n_classes)
-    right = predicted == truth
-    found = torch.zeros_like(asked).scatter_add_(1, predicted, right.to(asked.dtype))
-    recall = found.float() / there.clamp(min=1).float()
-    if n_classes == 2:
-        return 0.5 * (recall[:, 0] + recall[:, 1])
-    occurs = (asked + there) > 0
-    return (recall * occurs / occurs.sum(dim=1, keepdim=True)).sum(dim=1)
 
 
 def eva_metrics(
@@ -48,20 +23,17 @@ def eva_metrics(
     logits (n, classes), or (n, 1) for two classes, rows in the data set's order: AverageLoss is the mean
     over batches of `batch` rows, a smaller last one counting as much as the others.
     """
-    z = torch.as_tensor(np.asarray(logits, np.float64))
-    y = torch.as_tensor(truth)
+    z = np.asarray(logits, np.float64)
     if n_classes == 2:
-        losses = torch.nn.functional.softplus(z[:, 0]) - z[:, 0] * y
-        predicted = (z[:, 0] > 0).numpy().astype(np.int64)
-        own = _binary(confusion(truth, predicted, 2))
-        own["BinaryAUROC"] = auroc(z[:, 0].numpy(), truth == 1)
+        losses = np.logaddexp(0.0, z[:, 0]) - z[:, 0] * truth
+        own = _binary(confusion(truth, (z[:, 0] > 0).astype(np.int64), 2))
+        own["BinaryAUROC"] = auroc(z[:, 0], truth == 1)
     else:
-        losses = torch.nn.functional.cross_entropy(z, y, reduction="none")
-        predicted = z.argmax(dim=1).numpy()
-        own = _multiclass(confusion(truth, predicted, n_classes))
-        shares = torch.softmax(z, dim=1).numpy()
-        own["MulticlassAUROC"] = _mean_auroc(shares, truth, n_classes)
-    means = [part.mean().item() for part in torch.split(losses, batch)]
+        logs = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
+        losses = -logs[np.arange(len(z)), truth]
+        own = _multiclass(confusion(truth, z.argmax(axis=1), n_classes))
+        own["MulticlassAUROC"] = _mean_auroc(np.exp(logs), truth, n_classes)
+    means = [losses[at : at + batch].mean() for at in range(0, len(losses), batch)]
     return {"AverageLoss": float(np.mean(means)), **own}
 
 
