@@ -65,6 +65,7 @@ def embed_slides(config: EmbedConfig, model: Embedder, ranks: Ranks) -> EmbedRes
     if not rows:
         if ranks.first:
             print(f"embed {config.name}: {folder / FOLDER} is up to date ({len(tasks):,} slides)")
+            _look_for_leaks(config)
         return EmbedResult(folder, True, 0.0, float("nan"))
     left = [task for task in tasks if task.row in set(rows)]
     began_s = time.monotonic()
@@ -149,6 +150,13 @@ def _inputs(config: EmbedConfig, source: OfOneSlide) -> Iterator[tuple[Pixels, N
                 yield np.stack(pixels), np.stack(corners, axis=1)
 
 
+def _look_for_leaks(config: EmbedConfig) -> None:
+    """Writes beside the bags which slides the backbone had seen, for `probe-slides` to refuse or mark."""
+    leaks = check_bags(config.out / config.name, config.weights, config.data)
+    if leaks.mask().any():
+        print(f"embed {config.name}: WARNING {leaks.told()}")
+
+
 def _finish(
     config: EmbedConfig,
     grid: GridSampler,
@@ -166,9 +174,7 @@ def _finish(
         quoted = ('{},"{}"\n'.format(name, why.replace('"', '""')) for name, why in failed)
         atomic_write_text(listed, "slide_id,reason\n" + "".join(quoted))
         print(f"embed {config.name}: {len(failed):,} slides could not be read, see {listed}")
-    leaks = check_bags(folder, config.weights, config.data)
-    if leaks.mask().any():
-        print(f"embed {config.name}: WARNING {leaks.told()}")
+    _look_for_leaks(config)
     good, patches = len(tasks) - len(failed), sum(len(task.chosen) for task in tasks)
     record, tags = config.out / "tracking" / config.name, provenance() | {"stage": "embed"}
     with open_run(config.own_tracking, record, as_dict(config), tags) as tracked:
