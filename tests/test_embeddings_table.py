@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import struct
 from dataclasses import replace
@@ -187,6 +188,17 @@ def test_blocks_are_streamed_and_all_columns_lie_aligned(tmp_path: Path) -> None
     assert all(places[k].start_byte % 8 == 0 for k in ("labels", "paths_ends"))
     assert places["features"].start_byte % 4 == 0
     np.testing.assert_array_equal(Embeddings.load(tmp_path / "e").features, e.features)
+
+
+def test_what_a_killed_writer_left_is_deleted_once_it_is_old(tmp_path: Path) -> None:
+    old, new = (tmp_path / f".e.safetensors.{name}.tmp" for name in ("old", "new"))
+    other = tmp_path / ".f.safetensors.old.tmp"
+    for left in (old, new, other):
+        left.write_bytes(b"half")
+    for left in (old, other):
+        os.utime(left, (0, 0))
+    made().save(tmp_path / "e.safetensors")
+    assert {p.name for p in tmp_path.iterdir()} == {new.name, other.name, "e.safetensors"}
 
 
 @pytest.mark.slow

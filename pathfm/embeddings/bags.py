@@ -8,7 +8,6 @@ made of is in attributes of the file. CLAM's data sets find `<data_dir>/h5_files
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from pathfm.embeddings.container import hidden_beside
 from pathfm.runtime import PathfmError
 
 FOLDER = "h5_files"
@@ -99,7 +99,7 @@ def write_bag(
         )
     if not np.isfinite(features).all():
         raise PathfmError(f"{path}: features that are not finite; the backbone has diverged")
-    hidden = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    hidden = hidden_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(hidden, "w") as file:

@@ -7,11 +7,13 @@ header, the header, and the tensors' bytes one after the other.
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
 import secrets
 import struct
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ MAX_HEADER_BYTES = 256 << 20
 _MAX_DIMENSIONS = 8
 _DTYPES = {"F32": "<f4", "BF16": "<u2", "I64": "<i8", "U8": "|u1"}
 _BLOCK_ROWS = 1 << 16
+_LEFTOVER_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _write_column(file: IO[bytes], path: Path, name: str, column: Column) -> Non
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A new file that takes the place of `path` when the block ends, and vanishes when it fails."""
-    hidden = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    hidden = hidden_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with hidden.open("xb") as file:
@@ -112,6 +115,18 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with suppress(OSError):
             hidden.unlink(missing_ok=True)
+
+
+def hidden_beside(path: Path) -> Path:
+    """A new name beside `path` for what will take its place.
+
+    What killed processes left of earlier ones is deleted once it is an hour old: it can be large.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _LEFTOVER_S:
+                left.unlink()
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def read_places(path: Path) -> tuple[dict[str, Any], dict[str, Place]]:
