@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from pathfm.datasets import LabelledFolder, open_dataset, scan_folder
 from pathfm.datasets.preparing import fit, prepare
 from pathfm.runtime import PathfmError
 from tests.datasets_mini import Painter, small_slide
+from tests.servers import FaultServer
 
 
 def table(folder: Path, text: str) -> Path:
@@ -157,6 +160,24 @@ def test_a_slide_that_is_none_is_told_when_read(slide: Path) -> None:
         found.read(0)
     with pytest.raises(PathfmError, match="upscale"):
         open_dataset(path, mpp=0.05, size_px=16).read(1)
+
+
+def test_slides_behind_a_server_are_read_by_several_threads_as_local_ones(
+    slide: Path, fault_server: FaultServer, tmp_path: Path
+) -> None:
+    shutil.copy(slide, fault_server.root / "far.tif")
+    places = [(float(x), float(y)) for x in (20, 45, 80) for y in (12, 31, 60)]
+    text = "slide,x_um,y_um,label\n" + "".join(
+        f"{{}},{x},{y},{'ab'[i % 2]}\n" for i, (x, y) in enumerate(places)
+    )
+    near = open_dataset(table(slide.parent, text.replace("{}", "a.tif")), mpp=0.5, size_px=32)
+    uri = f"{fault_server.url}/far.tif"
+    far = open_dataset(table(tmp_path, text.replace("{}", uri)), mpp=0.5, size_px=32)
+    with ThreadPoolExecutor(4) as pool:
+        for i, pixels in enumerate(pool.map(far.read, range(len(far)))):
+            np.testing.assert_array_equal(pixels, near.read(i))
+    assert far.paths[0] == f"{uri}#20,12 um"
+    assert far.subset(np.arange(1)).digest == far.subset(np.arange(1)).digest
 
 
 def test_a_table_of_slides_is_a_slide_task(slide: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -37,6 +38,7 @@ class _Slides:
         self._stores = Stores()
         self._lock = threading.Lock()
         self._slides: OrderedDict[tuple[str, float], Slide] = OrderedDict()
+        weakref.finalize(self, self._stores.close)  # connections end with the data set
 
     def slide(self, place: Place) -> Slide:
         key = (place.slide, place.slide_mpp)
