@@ -1,8 +1,9 @@
 """What kaiko-eva itself does with given embeddings: run in a process of its own by probe_parity.py.
 
-    probe_parity_eva.py TASK_FOLDER STEPS PATIENCE
+    probe_parity_eva.py TASK_FOLDER STEPS PATIENCE [BATCH]
 
-TASK_FOLDER holds `task.safetensors` (features, labels, train, val, head, bias). eva's own classes are
+TASK_FOLDER holds `task.safetensors` (features, labels, train, val, head, bias); a head of one output is that
+of two classes, with eva's logistic loss and binary metrics. eva's own classes are
 run unchanged: Trainer, HeadModule, DataModule, EmbeddingsClassificationDataset, its metrics and its
 session recorder. Left out, all to its advantage: TensorBoard, the progress bar, worker processes, and reading
 a .pt file a sample a step (each is read once and kept). Added: what was drawn and lost is written down.
@@ -21,12 +22,17 @@ import lightning.pytorch as pl
 import torch
 from eva.core import DataModule, HeadModule, Trainer
 from eva.core.data import dataloaders, datamodules, datasets
-from eva.core.metrics import AverageLoss, MulticlassClassificationMetrics
+from eva.core.metrics import (
+    AverageLoss,
+    BinaryClassificationMetrics,
+    MulticlassClassificationMetrics,
+)
 from eva.core.metrics.structs import MetricsSchema
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
-MONITOR = "val/MulticlassAccuracy"
+MONITOR = {True: "val/BinaryBalancedAccuracy", False: "val/MulticlassAccuracy"}
+"""By whether there are two classes."""
 
 
 class Kept(datasets.EmbeddingsClassificationDataset):  # type: ignore[misc]
@@ -51,6 +57,9 @@ NOTED: dict[str, list[float]] = {"losses": [], "accuracy": [], "loss": [], "fit_
 class Notes(Callback):  # type: ignore[misc]
     """The loss of every step, the scores of every validation of a fit, when it began and ended."""
 
+    def __init__(self, monitor: str) -> None:
+        self.monitor = monitor
+
     def on_fit_start(self, *_: object) -> None:
         """Begins the clock."""
         NOTED["fit_s"].append(time.perf_counter())
@@ -66,7 +75,7 @@ class Notes(Callback):  # type: ignore[misc]
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         """Notes what the callbacks that choose and stop are shown."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            NOTED["accuracy"].append(float(trainer.callback_metrics[MONITOR]))
+            NOTED["accuracy"].append(float(trainer.callback_metrics[self.monitor]))
             NOTED["loss"].append(float(trainer.callback_metrics["val/AverageLoss"]))
 
 
@@ -83,20 +92,23 @@ def write_embeddings(folder: Path, task: dict[str, torch.Tensor]) -> Path:
     return root
 
 
-def main(folder: Path, steps: int, patience: int) -> None:
+def main(folder: Path, steps: int, patience: int, batch: int = 256) -> None:
     """One session of one run."""
     task = load_file(folder / "task.safetensors")
     root = write_embeddings(folder, task)
-    n_classes, dim = task["head"].shape
-    head = torch.nn.Linear(dim, n_classes)
+    outputs, dim = task["head"].shape
+    binary = outputs == 1
+    monitor = MONITOR[binary]
+    head = torch.nn.Linear(dim, outputs)
     with torch.no_grad():
         head.weight.copy_(task["head"])
         head.bias.copy_(task["bias"])
+    targets = {"target_transforms": torch.Tensor.float} if binary else {}
     data = {
-        split: Kept(root=str(root), manifest_file="manifest.csv", split=split)
+        split: Kept(root=str(root), manifest_file="manifest.csv", split=split, **targets)
         for split in ("train", "val")
     }
-    loader: dict[str, Any] = {"batch_size": 256, "num_workers": 0, "pin_memory": False}
+    loader: dict[str, Any] = {"batch_size": batch, "num_workers": 0, "pin_memory": False}
     loader |= {"persistent_workers": False, "prefetch_factor": None}
     module = DataModule(
         datasets=datamodules.schemas.DatasetsSchema(**data),
@@ -105,11 +117,12 @@ def main(folder: Path, steps: int, patience: int) -> None:
             val=dataloaders.DataLoader(**loader),
         ),
     )
+    own = BinaryClassificationMetrics() if binary else MulticlassClassificationMetrics(outputs)
     model = HeadModule(
         head=head,
-        criterion=torch.nn.CrossEntropyLoss(),
+        criterion=torch.nn.BCEWithLogitsLoss() if binary else torch.nn.CrossEntropyLoss(),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4),
-        metrics=MetricsSchema(common=[AverageLoss(), MulticlassClassificationMetrics(n_classes)]),
+        metrics=MetricsSchema(common=[AverageLoss(), own]),
     )
     trainer = Trainer(
         n_runs=1,
@@ -118,9 +131,9 @@ def main(folder: Path, steps: int, patience: int) -> None:
         checkpoint_type="best",
         accelerator="cpu",
         callbacks=[
-            ModelCheckpoint(filename="best", save_top_k=1, monitor=MONITOR, mode="max"),
-            EarlyStopping(min_delta=0, patience=patience, monitor=MONITOR, mode="max"),
-            Notes(),
+            ModelCheckpoint(filename="best", save_top_k=1, monitor=monitor, mode="max"),
+            EarlyStopping(min_delta=0, patience=patience, monitor=monitor, mode="max"),
+            Notes(monitor),
         ],
         logger=False,
         enable_progress_bar=False,
@@ -147,4 +160,4 @@ def main(folder: Path, steps: int, patience: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
