@@ -314,6 +314,19 @@ def test_intervals_are_about_the_figures_told_and_widen_with_larger_groups() -> 
     assert grouped.mce_interval.se == pytest.approx(alone.mce_interval.se, rel=0.1)
 
 
+def test_a_ratio_whose_denominator_can_vanish_has_no_interval_and_says_so() -> None:
+    labels = np.arange(60) % 3
+    a, b = some_judged(1), some_judged(2)
+    right = b.right.copy()
+    right[:, 1:] = right[:, :1]  # damage does nothing to the reference ...
+    right[np.flatnonzero(right[:, 0])[:4], 1:] = 0  # ... but for four pictures
+    got = summed(a, replace(b, right=right), labels, 3, (), 3, Options())
+    assert got.ce.relative_used.all()
+    assert got.relative_interval is None
+    assert got.mce_interval is not None
+    assert [why.partition(":")[0] for why in got.no_interval] == ["relative mCE"]
+
+
 def test_a_reference_that_never_errs_leaves_no_mce_and_says_so(
     tmp_path: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathfm.measures import CorruptionErrors, corruption_errors
+from pathfm.measures.corruption_error import LEAST
 from pathfm.robustness.judging import Judged
 from pathfm.runtime import PathfmError
 from pathfm.uncertainty import Interval, Options
@@ -77,11 +78,13 @@ def summed(
     def ratio(
         what: str, of: Callable[[Floats], Floats], used: NDArray[np.bool_]
     ) -> Interval | None:
-        if not used.any():
-            return None
-        return interval(
-            what, lambda e, r: 100 * (of(e)[..., used] / of(r)[..., used]).mean(axis=-1)
-        )
+        def percent(e: Floats, r: Floats) -> Floats:
+            part, whole = of(e)[..., used], of(r)[..., used]
+            mean = 100 * (part / whole).mean(axis=-1)
+            # past the guard in a resample a ratio is a matter of luck: such resamples have no value
+            return np.asarray(np.where((whole < LEAST).any(axis=-1), np.nan, mean))
+
+        return interval(what, percent) if used.any() else None
 
     return Summed(
         clean,

@@ -127,4 +127,4 @@ def _told(figure: Figure | None, scale: float = 1.0) -> str:
 
 
 def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
+    return "-" if value is None else f"{round(value)}"
