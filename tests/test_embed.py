@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from pathfm import embed
 from pathfm.datasets import scan_folder
-from pathfm.embed import EmbedConfig, lowest_cosine, prepare, read_batches, run
+from pathfm.embed import EmbedConfig, prepare, read_batches, run, running
+from pathfm.embed.computing import lowest_cosine
 from pathfm.embeddings import Embeddings, EmbeddingsInfo, stored_key
 from pathfm.runtime import PathfmError
 from pathfm.tracking import TrackingConfig
@@ -108,7 +108,7 @@ def test_a_rerun_skips_and_a_change_does_not(
     assert not first.skipped
     assert Embeddings.load(first.path).features.shape == (9, 192)
     with monkeypatch.context() as patched:
-        patched.setattr(embed, "compute_parts", None)  # would raise if it were called
+        patched.setattr(running, "compute_parts", None)  # would raise if it were called
         assert run(config).skipped
     before = Embeddings.load(first.path).features
     other = config.model_copy(update={"batch_size": 9, "threads": 1, "out": tmp_path / "again"})
@@ -127,7 +127,7 @@ def test_bf16_that_changes_the_features_is_given_up(
     config = EmbedConfig(
         data=data, weights="random", input_px=32, out=tmp_path / "out", tracking=QUIET
     )
-    monkeypatch.setattr(embed, "plan_precision", lambda *_: "bf16")
+    monkeypatch.setattr(running, "plan_precision", lambda *_: "bf16")
     monkeypatch.setattr("pathfm.embed.computing.MIN_COSINE", 1.1)
     path = run(config).path
     assert Embeddings.load(path).info.precision == "fp32"

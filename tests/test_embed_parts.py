@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pathfm import embed
 from pathfm.datasets import open_dataset
-from pathfm.embed import EmbedConfig, SlideOptions, run
+from pathfm.embed import EmbedConfig, SlideOptions, run, running
 from pathfm.embed.parts import Parts
 from pathfm.embed.samples import Rows, in_batches, make_input, scales_to, some_of
 from pathfm.embeddings import Embeddings
@@ -176,7 +175,7 @@ def config(tmp_path: Path, data: Path, **change: object) -> EmbedConfig:
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backbones of a few thousand weights."""
     tiny = {"embed_dim": 24, "depth": 2, "num_heads": 2}
-    monkeypatch.setattr(embed, "load_model", lambda *given: load_model(*given, **tiny))
+    monkeypatch.setattr(running, "load_model", lambda *given: load_model(*given, **tiny))
 
 
 def test_features_of_the_same_key_are_computed_once_whatever_they_are_called(
@@ -185,7 +184,7 @@ def test_features_of_the_same_key_are_computed_once_whatever_they_are_called(
     data = make_folder(tmp_path / "d", {"a": 4, "b": 3})
     first = run(config(tmp_path, data, name="one"))
     with monkeypatch.context() as patched:
-        patched.setattr(embed, "compute_parts", None)
+        patched.setattr(running, "compute_parts", None)
         again = run(config(tmp_path, data, name="two"))
         shared = {"out": tmp_path / "other", "store": tmp_path / "out" / "store"}
         third = run(config(tmp_path, data, name="three", **shared))
@@ -298,7 +297,7 @@ def test_slides_and_masks_are_not_taken_for_pictures(tmp_path: Path) -> None:
     root = MAKERS["consep"](tmp_path / "consep")
     with pytest.raises(PathfmError, match="segmentation data set is not embedded"):
         # a miniature copy has fewer pictures than the published set: opened as a table's peer would
-        embed._refuse_other_tasks(open_dataset("consep", root, partial=True))
+        running._refuse_other_tasks(open_dataset("consep", root, partial=True))
 
 
 @pytest.mark.parametrize(("own", "asked"), [(0.5, 1.0), (0.5, 0.5), (0.42, 0.3)])

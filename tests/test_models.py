@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from pathfm.backbone import export_backbone, load_backbone
 from pathfm.models import POOLINGS, Embedder, load_model
-from pathfm.models.loading import names_its_architecture, of_backbone
+from pathfm.models.loading import of_backbone
+from pathfm.models.naming import names_its_architecture
 from pathfm.runtime import PathfmError
 from tests.eva_folder import run_eva
 

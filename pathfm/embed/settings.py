@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from pathfm.embeddings.info import Pooling, Storage
-from pathfm.models import WEIGHTS_HELP
+from pathfm.models.naming import WEIGHTS_HELP
 from pathfm.runtime import PathfmError, Precision
 from pathfm.tracking import TrackingConfig
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,8 @@ from pathfm.backbone import Backbone, load_backbone
 from pathfm.models.callables import from_eva, from_python
 from pathfm.models.embedder import Embedder
 from pathfm.models.hugging_face import from_hugging_face
+from pathfm.models.naming import is_transformers_folder
 
-WEIGHTS_HELP = (
-    "random[:SEED] | imagenet | dinov2 | a .safetensors file | a pretrain run's folder | a Hugging "
-    "Face folder (timm's or transformers', safetensors only) | timm:NAME | python:MODULE:FUNCTION | "
-    "eva:NAME of kaiko-eva's registry"
-)
 _Scale = Sequence[float] | None
 _OTHERS: dict[str, Callable[[str, _Scale, _Scale], Embedder]] = {
     "hf": from_hugging_face,
@@ -35,7 +30,7 @@ def load_model(
     std: Sequence[float] | None = None,
     **architecture: Any,
 ) -> Embedder:
-    """The model that `weights` names (see `WEIGHTS_HELP`), in eval mode on the CPU.
+    """The model that `weights` names (docs/embeddings.md), in eval mode on the CPU.
 
     backbone: timm name, for weights that do not know their architecture; `architecture` goes to
     timm. input_px: side a transformer's position embedding is resampled to; None: as it was made.
@@ -53,20 +48,6 @@ def load_model(
     if input_px is not None:
         found.check_input(input_px, "input_px")
     return found
-
-
-def names_its_architecture(weights: str) -> bool:
-    """Whether `backbone` says nothing about a model that these weights name."""
-    return weights.partition(":")[0] in {*_OTHERS, "timm"} or is_transformers_folder(Path(weights))
-
-
-def is_transformers_folder(path: Path) -> bool:
-    """Whether a folder holds what transformers' `save_pretrained` writes, told by its config."""
-    try:
-        text = (path / "config.json").read_text()
-        return "model_type" in json.loads(text) and '"architecture"' not in text
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def of_backbone(
