@@ -46,7 +46,7 @@ VERBS = {
     "probe-slides": Verb("bags of features + slide labels -> ABMIL and mean pooling, by patient"),
     "probe-segmentation": Verb("backbones + class masks -> heads on patch tokens, mean Dice"),
     "robustness": Verb("models on corrupted patches: mCE, calibration, wrong labels, site index"),
-    "compare": Verb("runs of an MLflow experiment, side by side"),
+    "compare": Verb("runs and results side by side: tables, and a page with pictures"),
     "export": Verb(
         "a run -> a folder others can use: weights, model card, kaiko-eva configs", ("run",)
     ),

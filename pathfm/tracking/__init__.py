@@ -235,6 +235,7 @@ class MlflowStore:
 def make_client(uri: str) -> MlflowClient:
     """An MLflow client that does not phone home and does not hang for minutes."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with _client_lock:  # two threads making the tables of one new sqlite file collide

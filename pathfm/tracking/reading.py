@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,11 +64,9 @@ def read_artifacts(
     One that is larger than `most_bytes` is refused with a `PathfmError`, and so is a store whose artifacts
     cannot be read (a folder that was moved, a server that does not answer).
     """
-    from pathfm.tracking import MlflowStore  # late: the package itself imports this file
-
     found: dict[str, bytes] = {}
     try:
-        client = MlflowStore(uri).client
+        client = _store(uri).client
         listed = {item.path: item.file_size or 0 for item in client.list_artifacts(run_id)}
         with tempfile.TemporaryDirectory() as folder:
             for name in sorted(set(names) & listed.keys()):
@@ -82,6 +81,14 @@ def read_artifacts(
         reason = without_secrets(" ".join(str(error).split()))[:200]
         raise PathfmError(f"artifacts of run {run_id} cannot be read: {reason}") from error
     return found
+
+
+@lru_cache(maxsize=4)
+def _store(uri: str) -> MlflowStore:
+    """One store for many runs: opening it costs more than reading a run's files."""
+    from pathfm.tracking import MlflowStore  # late: the package itself imports this file
+
+    return MlflowStore(uri)
 
 
 def _records(store: MlflowStore, experiment_id: str) -> Iterator[RunRecord]:

@@ -1,7 +1,4 @@
-"""Verb `compare`: the runs of an MLflow experiment side by side, children under their parents.
-
-Reads the store directly: no server is needed, and none is started.
-"""
+"""Runs side by side: children under their parents, only what differs, stage by stage."""
 
 from __future__ import annotations
 
@@ -11,27 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, Field
-
-from pathfm.runtime import PathfmError, console, without_secrets
-from pathfm.tracking import RunRecord, read_runs, replay, ui_command
-
-
-class CompareConfig(BaseModel, frozen=True, extra="forbid"):
-    """Which runs to show."""
-
-    uri: str | None = Field(
-        None,
-        description="MLflow store, or the .db file of one; unset: $MLFLOW_TRACKING_URI, else the "
-        "newest mlflow.db found here or up to two folders below",
-    )
-    experiment: str = Field("pathfm", min_length=1, description="name of the experiment")
-    params: list[str] = Field([], description="params to show; unset: those that differ")
-    metrics: list[str] = Field([], description="metrics to show; unset: all")
-    newest: int = Field(6, ge=1, le=100, description="runs shown side by side of each stage")
-    replay: Path | None = Field(
-        None, description="folder of a run whose rows did not reach the store: ship them first"
-    )
+from pathfm.compare.settings import CompareConfig
+from pathfm.runtime import PathfmError, console
+from pathfm.tracking import RunRecord
 
 
 @dataclass(frozen=True)
@@ -42,32 +21,6 @@ class Comparison:
     runs: list[RunRecord]
     params: list[str]
     metrics: list[str]
-
-
-@dataclass(frozen=True)
-class CompareResult:
-    """All runs with their depth, each parent followed by its children; and the stages compared."""
-
-    tree: list[tuple[int, RunRecord]]
-    stages: list[Comparison]
-    uri: str
-
-
-def run(config: CompareConfig) -> CompareResult:
-    """Prints the table and the command that opens the MLflow UI on the same store."""
-    if config.replay is not None:
-        given = config.experiment if "experiment" in config.model_fields_set else None
-        store = find_store(config.uri) if config.uri else None
-        print(f"{replay(config.replay, store, given):,} rows of {config.replay} shipped")
-    uri = find_store(config.uri)
-    records = read_runs(uri, config.experiment)
-    if not records:
-        raise PathfmError(
-            f"experiment {config.experiment!r} in {without_secrets(uri)} has no runs yet"
-        )
-    result = CompareResult(list(as_tree(records)), list(by_stage(records, config)), uri)
-    show(result)
-    return result
 
 
 def find_store(given: str | None, start: Path | None = None) -> str:
@@ -127,20 +80,20 @@ def differing_params(runs: Sequence[RunRecord]) -> list[str]:
     ]
 
 
-def show(result: CompareResult) -> None:
-    """Prints the tree of runs, each stage's runs side by side, and how to open the MLflow UI."""
+def show_runs(tree: Sequence[tuple[int, RunRecord]], stages: Sequence[Comparison]) -> None:
+    """Prints the tree of runs, and each stage's runs side by side."""
     from rich.markup import escape
     from rich.table import Table
 
     out = console()
-    tree = Table("run", "status", "started (UTC)", "commit")
-    for depth, record in result.tree:
+    table = Table("run", "status", "started (UTC)", "commit")
+    for depth, record in tree:
         name = "  " * (depth - 1) + ("└ " if depth else "") + record.name
         started = datetime.fromtimestamp(record.start_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S")
         commit = record.tags.get("mlflow.source.git.commit", "")[:8]
-        tree.add_row(escape(name), record.status.lower(), started, commit)
-    out.print(tree)
-    for part in result.stages:
+        table.add_row(escape(name), record.status.lower(), started, commit)
+    out.print(table)
+    for part in stages:
         title = escape(f"{part.stage or 'runs'}: metrics, and params that differ")
         table = Table("", title=title, title_justify="left")
         for record in part.runs:
@@ -152,5 +105,3 @@ def show(result: CompareResult) -> None:
             numbers = [record.metrics.get(name) for record in part.runs]
             table.add_row(escape(name), *("" if n is None else f"{n:.5g}" for n in numbers))
         out.print(table)
-    # not wrapped: it is there to be copied
-    print(f"\nto look at them in a browser: {ui_command(result.uri)}")

@@ -1,0 +1,189 @@
+"""`probe.json` -> scores, paired differences, few-shot curves and confusion matrices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Self
+
+from pydantic import BaseModel, Field, FiniteFloat, model_validator
+
+from pathfm.compare.parsing import pair_of, parsed, told_by
+from pathfm.compare.records import (
+    EVA,
+    Confusion,
+    Difference,
+    Found,
+    Score,
+    Shots,
+    Source,
+    Task,
+)
+from pathfm.probing.protocol import HeadProtocol
+
+_EVA_PX = 224
+BALANCED = "balanced accuracy"
+_ON = {"val": "validation", "test": "test"}
+
+
+class _Scores(BaseModel):
+    values: list[FiniteFloat] = Field(min_length=1)
+    mean: FiniteFloat
+    sd: FiniteFloat
+    confusion: list[list[int]] = []
+    interval: list[FiniteFloat] = Field([], max_length=2)
+    interval_of: str = ""
+
+
+class _FewShot(BaseModel):
+    shots: list[int]
+    mean: list[FiniteFloat]
+    sd: list[FiniteFloat]
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if not len(self.shots) == len(self.mean) == len(self.sd):
+            raise ValueError("shots, mean and sd have other lengths")
+        return self
+
+
+class _Backbone(BaseModel):
+    name: str
+    backbone: str = ""
+    backbone_digest: str = ""
+    dim: int = 0
+    probes: dict[str, _Scores]
+    few_shot: dict[str, _FewShot] = {}
+
+
+class _Paired(BaseModel):
+    baseline: str
+    other: str
+    probe: str
+    mean: FiniteFloat
+    interval: list[FiniteFloat] = Field([], max_length=2)
+    p: FiniteFloat | None = None
+
+
+class _Probe(BaseModel):
+    data: str
+    data_digest: str
+    input_px: int
+    classes: list[str]
+    n: int
+    n_train: int
+    n_test: int
+    n_seeds: int
+    k: int
+    backbones: list[_Backbone]
+    paired: list[_Paired] = []
+    own_splits: bool = False
+    n_val: int = 0
+    reported_on: str = "test"
+    caveats: list[str] = []
+
+    @model_validator(mode="after")
+    def _square(self) -> Self:
+        n = len(self.classes)
+        for backbone in self.backbones:
+            for name, found in backbone.probes.items():
+                table = found.confusion
+                if table and [len(row) for row in table] != [n] * n:
+                    raise ValueError(f"the confusion matrix of {name} is not {n} x {n}")
+        return self
+
+
+def read_probe(source: Source) -> Found:
+    """Scores, paired differences, few-shot curves and confusion matrices of a `probe.json`."""
+    probe = parsed(_Probe, source)
+    scores, shots, confusions = [], [], []
+    for backbone in probe.backbones:
+        facts = {"input_px": str(probe.input_px), "dim": str(backbone.dim)}
+        for name, found in backbone.probes.items():
+            task = _task(probe, name, source)
+            scores.append(_score(task, backbone, found, facts, source))
+            if found.confusion:
+                counts = tuple(map(tuple, found.confusion))
+                confusions.append(Confusion(task, backbone.name, tuple(probe.classes), counts))
+        for method, curve in backbone.few_shot.items():
+            task = _task(probe, f"few-shot, {method}", source)
+            k, mean, sd = tuple(curve.shots), tuple(curve.mean), tuple(curve.sd)
+            shots.append(Shots(task, backbone.name, k, mean, sd))
+    differences = tuple(
+        Difference(
+            _task(probe, pair.probe, source),
+            pair.baseline,
+            pair.other,
+            pair.mean,
+            pair_of(pair.interval),
+            pair.p,
+            source.told,
+        )
+        for pair in probe.paired
+    )
+    notes = told_by(source, probe.caveats)
+    return Found(tuple(scores), differences, tuple(shots), tuple(confusions), notes=notes)
+
+
+def _score(
+    task: Task, backbone: _Backbone, found: _Scores, facts: dict[str, str], source: Source
+) -> Score:
+    n = len(found.values)
+    return Score(
+        model=backbone.name,
+        task=task,
+        mean=found.mean,
+        sd=found.sd if n > 1 else None,
+        n_repeats=n,
+        interval=pair_of(found.interval),
+        interval_of=found.interval_of,
+        backbone_digest=backbone.backbone_digest,
+        source=source.told,
+        facts=facts,
+    )
+
+
+def _task(probe: _Probe, name: str, source: Source) -> Task:
+    """The column of one probe: anything that makes figures incomparable is in its words."""
+    protocol = {"logistic": "logistic regression", "knn": f"kNN, k = {probe.k}"}.get(name, name)
+    if name == "eva":
+        changed = _changed(source.params, probe.input_px)
+        protocol = f"{EVA} ({changed})" if changed else EVA
+    if not probe.own_splits:
+        each = (
+            "first of our splits" if name == "eva" or "few" in name else f"{probe.n_seeds} splits"
+        )
+        told = (
+            f"{probe.n:,} pictures; {each}, {probe.n_train:,} train / {probe.n_test:,} test; "
+            "a part of train selects, test reports"
+        )
+    else:
+        reports = _ON.get(probe.reported_on, probe.reported_on)
+        sizes = [probe.n_train, probe.n_val]
+        sizes += [probe.n_test] if probe.reported_on == "test" else []
+        told = f"{probe.n:,} pictures; own splits, {' / '.join(f'{size:,}' for size in sizes)}; validation selects"
+        told += " and reports" if probe.reported_on == "val" else f", {reports} reports"
+    reported = probe.reported_on if probe.own_splits else ""
+    return Task(protocol, BALANCED, probe.data, probe.data_digest, probe.n, told, reported)
+
+
+def _changed(params: Mapping[str, str], input_px: int) -> str:
+    """What a run set otherwise than eva does, in words; "" where it did exactly as eva."""
+    default, told = HeadProtocol(), []
+    if input_px != _EVA_PX:
+        told.append(f"input {input_px} px")
+    if not any(key.startswith("eva.") for key in params):
+        return ", ".join([*told, "settings not known"])
+    for part in fields(default):
+        given = params.get(f"eva.{part.name}")
+        if part.name != "seed" and given is not None:
+            usual = str(getattr(default, part.name))
+            if _numbers(given) != _numbers(usual):
+                told.append(f"{part.name} {given}")
+    return ", ".join(told)
+
+
+def _numbers(text: str) -> list[float] | str:
+    """The numbers in a param's text, so that (0.0003,) and [0.0003] are one; text without any as it is."""
+    return [float(found) for found in re.findall(r"[-+]?\d[\d.]*(?:e[-+]?\d+)?", text)] or text
