@@ -121,6 +121,8 @@ def test_slides_of_camelyon_are_named_not_read(camelyon: Path) -> None:
     found = open_dataset("camelyon16", camelyon)  # 399 slides: nothing of it is partial
     val = [found.groups[row] for row in found.rows("val")]
     assert (val[0], val[31:33], val[-1]) == ("normal_010", ["normal_152", "tumor_001"], "tumor_109")
+    digits = "".join(name[-3:] for name in val)  # eva's list, from its source
+    assert hashlib.sha256(digits.encode()).hexdigest()[:16] == "550197419b8fe6e9"
     assert found.labels[found.rows("test")][:4].tolist() == [1, 1, 0, 1]
     assert found.slide(0) == str(camelyon / found.paths[0])
     assert (found.facts.slide_patches, found.facts.slide_mpp) == (10_000, 0.25)
