@@ -133,8 +133,13 @@ def test_every_replicate_is_the_metric_of_the_drawn_patients_pictures():
 
 @pytest.mark.parametrize(("method", "theirs"), [("percentile", "percentile"), ("bca", "BCa")])
 @pytest.mark.parametrize("right", [0.6, 0.97])
-def test_intervals_equal_scipys_of_the_same_replicates(method, theirs, right):
+@pytest.mark.parametrize("grouped", [True, False])
+def test_intervals_equal_scipys_of_the_same_replicates(method, theirs, right, grouped):
     p = judged(right=right)
+    if (
+        not grouped
+    ):  # then alike samples are counted together, and left out together in the jackknife
+        p = Predictions(p.truth, p.predicted, 3)
     options = Options(n_resamples=999, method=method, level=0.9, seed=1)
     made, replicates = replicates_of(p, "balanced_accuracy", options)
 
