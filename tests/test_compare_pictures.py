@@ -145,6 +145,27 @@ def test_files_of_one_model_are_one_map_with_its_magnifications(tmp_path: Path) 
     assert list(second.aspects) == ["class"]  # no slides, one unknown magnification
 
 
+def test_what_was_probed_is_mapped_while_it_is_there_and_still_that_model_s(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    embeddings("m", digest="1").save(path)
+    (tmp_path / "text.safetensors").write_text("no features")
+    there = maps.still_there(
+        [
+            (str(path), "1"),
+            (str(path), "1"),
+            (str(path), "2"),  # made again with another model meanwhile
+            (str(tmp_path / "gone.safetensors"), "1"),
+            (str(tmp_path / "text.safetensors"), "1"),
+            ("/etc/passwd", "1"),
+        ]
+    )
+    assert there == [path]
+    content = probe([backbone("m", logistic=scores(0.8)) | {"backbone_digest": "1"}])
+    write(tmp_path / "probe.json", content | {"embeddings": [str(path)]})
+    result = run(CompareConfig(results=[tmp_path / "probe.json"], out=tmp_path / "out"))
+    assert (tmp_path / "out" / "map_1.png") in result.written
+
+
 def test_the_rows_drawn_depend_on_the_seed_alone_and_all_are_equally_likely() -> None:
     assert draw_rows(5, 9, 0).tolist() == [0, 1, 2, 3, 4]
     a = draw_rows(1000, 100, 3)

@@ -165,6 +165,16 @@ def test_models_of_one_name_are_told_apart_and_a_rerun_replaces_its_row(tmp_path
     assert "1 earlier figures of the same models are left out." in table.notes
 
 
+def test_a_model_at_two_input_sizes_has_two_rows_that_say_so(tmp_path: Path) -> None:
+    for px, mean in ((112, 0.7), (224, 0.8)):
+        write(
+            tmp_path / str(px) / "probe.json",
+            probe([backbone("init", logistic=scores(mean))], input_px=px),
+        )
+    (table,) = leaderboards(found_in(tmp_path).found)
+    assert [row[0] for row in table.rows] == ["init, 224 px", "init, 112 px"]
+
+
 def test_the_same_file_in_two_places_counts_once(tmp_path: Path) -> None:
     for place in ("a", "b"):
         write(tmp_path / place / "probe.json", two_models())

@@ -6,6 +6,7 @@ arXiv 1802.03426) shows neighbourhoods; its distances and empty spaces mean noth
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from online_patching.philox import fine_uniform, words
 from pathfm.compare.drawing import plain_words, save, sheet
-from pathfm.embeddings import Embeddings
+from pathfm.embeddings import Embeddings, read_header
 from pathfm.pictures import COLOURS
 from pathfm.runtime import PathfmError
 
@@ -54,6 +55,23 @@ def embedding_files(given: Sequence[Path]) -> list[Path]:
     if len(files) > _MOST_FILES:
         raise PathfmError(f"maps: {len(files):,} files, at most {_MOST_FILES}: name those you mean")
     return files
+
+
+def still_there(probed: Sequence[tuple[str, str]]) -> list[Path]:
+    """Files that results name, each once, as long as they lie there and hold that backbone's features."""
+    return [
+        path
+        for path, digest in dict.fromkeys((Path(name), digest) for name, digest in probed)
+        if path.suffix == ".safetensors" and path.is_file() and _backbone_of(path) == digest
+    ][:_MOST_FILES]
+
+
+def _backbone_of(path: Path) -> str | None:
+    try:
+        info: dict[str, str] = json.loads(read_header(path)["info"])
+        return info["backbone_digest"]
+    except (PathfmError, ValueError, KeyError, TypeError):
+        return None
 
 
 def embedding_maps(

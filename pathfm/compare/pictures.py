@@ -15,7 +15,7 @@ from pathfm.compare.drawing import (
     draw_shots,
 )
 from pathfm.compare.gathering import Gathered
-from pathfm.compare.maps import draw_map, embedding_files, embedding_maps
+from pathfm.compare.maps import draw_map, embedding_files, embedding_maps, still_there
 from pathfm.compare.matrices import draw_confusions
 from pathfm.compare.published import published_scores
 from pathfm.compare.records import Confusion, Found, Picture, Shots, Task
@@ -33,14 +33,15 @@ def draw_all(gathered: Gathered, config: CompareConfig, out: Path) -> list[Pictu
         *_shots(found, out),
         *_corruptions(found, out),
         *_confusions(found, out),
-        *_maps(config, out),
+        *_maps(found, config, out),
     ]
 
 
 def _leaderboards(found: Found, published: bool, out: Path) -> Iterator[Picture]:
-    names = labels(found.scores)
     for n, (protocol, tasks) in enumerate(protocols(found.scores).items(), 1):
-        ours = [(names[entity(s)], s) for s in latest(found.scores, tasks)]
+        kept = latest(found.scores, tasks)
+        names = labels(kept)
+        ours = [(names[entity(s)], s) for s in kept]
         theirs = list(published_scores(tasks)) if published else []
         path = draw_leaderboard(ours, theirs, tasks, out / f"leaderboard_{n}.png")
         told = (
@@ -101,8 +102,8 @@ def _confusions(found: Found, out: Path) -> Iterator[Picture]:
         yield Picture(path, f"{task.data}: what is taken for what, {task.protocol}", told)
 
 
-def _maps(config: CompareConfig, out: Path) -> Iterator[Picture]:
-    files = embedding_files(config.maps)
+def _maps(found: Found, config: CompareConfig, out: Path) -> Iterator[Picture]:
+    files = embedding_files(config.maps) or still_there(found.embeddings)
     made = embedding_maps(files, config.map_method, config.map_points, config.seed)
     for n, one in enumerate(made, 1):
         shown = (

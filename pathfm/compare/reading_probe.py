@@ -82,6 +82,7 @@ class _Probe(BaseModel):
     n_val: int = 0
     reported_on: str = "test"
     caveats: list[str] = []
+    embeddings: list[str] = []  # one a backbone, or none
 
     @model_validator(mode="after")
     def _square(self) -> Self:
@@ -123,7 +124,11 @@ def read_probe(source: Source) -> Found:
         for pair in probe.paired
     )
     notes = told_by(source, probe.caveats)
-    return Found(tuple(scores), differences, tuple(shots), tuple(confusions), notes=notes)
+    digests = [backbone.backbone_digest for backbone in probe.backbones]
+    files = tuple(zip(probe.embeddings, digests, strict=False))
+    return Found(
+        tuple(scores), differences, tuple(shots), tuple(confusions), notes=notes, embeddings=files
+    )
 
 
 def _score(

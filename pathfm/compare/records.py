@@ -119,6 +119,9 @@ class Found:
     confusions: tuple[Confusion, ...] = ()
     robustness: tuple[Robustness, ...] = ()
     notes: tuple[str, ...] = ()
+    embeddings: tuple[
+        tuple[str, str], ...
+    ] = ()  # files that were probed, digests of their backbones
 
     def __bool__(self) -> bool:
         return bool(self.scores or self.robustness or self.shots)

@@ -24,7 +24,7 @@ class CompareConfig(BaseModel, frozen=True, extra="forbid"):
     results: list[Path] = Field(
         [],
         description="result files (probe.json, robustness.json, ...) or folders of them, beside the store; "
-        "without --uri or --experiment they are all there is, and no store is looked for",
+        "without --uri, --experiment or --runs they are all there is, and no store is looked for",
     )
     out: Path | None = Field(
         None,
@@ -48,8 +48,8 @@ class CompareConfig(BaseModel, frozen=True, extra="forbid"):
     )
     maps: list[Path] = Field(
         [],
-        description="embeddings to draw maps of (files or folders of embed); unset: none. Files of one model "
-        "are one map, such as of several µm/px",
+        description="embeddings to draw maps of (files or folders of embed); unset: those that were probed, where they "
+        "still are. Files of one model are one map, such as of several µm/px",
     )
     map_method: Literal["pca", "umap"] = Field(
         "pca", description="pca, or umap: wants `pip install umap-learn` (the extra `maps`)"

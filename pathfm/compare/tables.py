@@ -27,9 +27,9 @@ def leaderboards(found: Found, published: bool = True) -> Iterator[Table]:
     Cells: mean over repeats ± their sd, and [interval of the mean], in per cent. Published rows stand
     in the table of eva's own protocol alone.
     """
-    names = labels(found.scores)
     for protocol, tasks in protocols(found.scores).items():
         ours = latest(found.scores, tasks)
+        names = labels(ours)
         cells = {(names[entity(s)], s.task): s for s in ours}
         theirs = list(published_scores(tasks)) if published else []
         cells |= {(s.model, s.task): s for s in theirs}
@@ -142,7 +142,7 @@ def labels(scores: Sequence[Score]) -> Mapping[tuple[str, str, str], str]:
         model, digest, px = one
         alike = [other for other in every if other[0] == model]
         name = model
-        if len({other[2] for other in alike}) > 1:
+        if px and len({other[2] for other in alike}) > 1:
             name += f", {px} px"
         if len({other[1] for other in alike if other[2] == px}) > 1:
             name += f" ({digest[:8] or 'no digest'})"
