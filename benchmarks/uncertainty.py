@@ -44,11 +44,15 @@ def main() -> None:
     arguments = parser.parse_args()
     pin(last_core())
     print(about_this_run("numpy", "scipy", "scikit-learn"))
-    print(f"CPU seconds of one thread, medians of {arguments.rounds} rounds, {RESAMPLES:,} resamples, BCa\n")
+    print(
+        f"CPU seconds of one thread, medians of {arguments.rounds} rounds, {RESAMPLES:,} resamples, BCa\n"
+    )
     print("samples  groups  classes  runs  scipy / ours  ours, s  scipy, s *  A against B, s")
     for case in CASES:
         print(intervals(case, arguments.rounds))
-    print("\n* a fortieth of the resamples, times forty; for pictures without groups, groups of one\n")
+    print(
+        "\n* a fortieth of the resamples, times forty; for pictures without groups, groups of one\n"
+    )
     print(digests(arguments.rounds))
 
 
