@@ -315,6 +315,8 @@ def test_the_first_best_epoch_is_kept_and_patience_ends_the_run() -> None:
     early = fit_run(bags, parts, SlideProtocol(max_epochs=found.best_epoch + 1))
     assert early.val == found.val
     assert np.array_equal(early.probabilities, found.probabilities)
+    still = fit_run(bags, parts, SlideProtocol(lr=1e-12, patience_epochs=3))
+    assert (still.best_epoch, still.epochs) == (0, 4)  # ties stay with the first epoch
     assert [protocol.rate(e) for e in (0, 4, 5)] == [1e-3 / 3, 1e-3 / 3, 1e-3]
 
 
