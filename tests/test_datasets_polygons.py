@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from skimage import draw
 
@@ -28,6 +28,9 @@ def filled(vertices: np.ndarray, height: int, width: int) -> np.ndarray:
     return mask
 
 
+@example(
+    [(0.0, 0.0), (2.0, 2.0), (0.0, 1.0), (1.5, 1.0)]
+)  # (1, 1) on two edges: the ray's way decides
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(PLACES, PLACES), min_size=1, max_size=12))
 def test_every_pixel_is_scikit_images(points: list[tuple[float, float]]) -> None:

@@ -201,6 +201,12 @@ def test_pandas_shuffle_is_the_one_of_numpy_that_eva_had() -> None:
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "c55ee4d2dea59585"
 
 
+def test_unitopathos_test_table_is_the_validation_split(copies: dict[str, Benchmark]) -> None:
+    found = copies["unitopatho"]
+    assert {found.groups[row][:3] for row in found.rows("val")} == {str(243 + n) for n in range(6)}
+    assert len(found.rows("train")) == len(found.rows("val")) == 12
+
+
 def test_noisy_labels_of_panda_are_left_out(copies: dict[str, Benchmark]) -> None:
     rows = (copies["panda"].root / "train_with_noisy_labels.csv").read_text().splitlines()[1:]
     noisy = {row.split(",")[0] for row in rows if row.endswith(",0")}
