@@ -166,10 +166,11 @@ def read_tensor(path: Path, place: Place, mmap: bool = False) -> NDArray[Any]:
     dtype = np.dtype(_DTYPES[place.kind])
     if not math.prod(place.shape):
         return np.zeros(place.shape, np.float32 if place.kind == "BF16" else dtype)
+    if not mmap and place.kind != "BF16":  # read, not mapped and copied: that would hold it twice
+        flat = np.fromfile(path, dtype, math.prod(place.shape), offset=place.start_byte)
+        return flat.reshape(place.shape)
     mapped: NDArray[Any] = np.memmap(path, dtype, "r", place.start_byte, place.shape)
-    if place.kind == "BF16":
-        return _blockwise(mapped)
-    return mapped if mmap else np.array(mapped)
+    return _blockwise(mapped) if place.kind == "BF16" else mapped
 
 
 def _blockwise(stored: NDArray[np.uint16]) -> NDArray[np.float32]:
