@@ -8,8 +8,6 @@ from pathlib import Path
 
 EVA = "eva linear heads"
 """The protocol of published rows: heads trained as kaiko-eva 0.4.5 trains them."""
-EVA_SLIDE = "eva ABMIL"
-"""The same for slides: its attention head with its own settings."""
 
 
 @dataclass(frozen=True)
