@@ -193,7 +193,7 @@ def test_the_file_holds_what_the_papers_formulas_make_of_its_errors(
 
 
 def test_features_are_made_once_and_only_those_that_lack(tmp_path: Path, made: list[str]) -> None:
-    data, out = paint(tmp_path / "d"), tmp_path / "out"
+    data, out = paint(tmp_path / "d", 6), tmp_path / "out"
     first = run(config(data, out))
     assert len(list(out.glob("features/*/*.safetensors"))) == 2 * 7
     made.clear()
