@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pathfm.compare.gathering import Gathered, from_files, gather
+
 DIGESTS = {"init": "a" * 64, "long": "b" * 64, "short": "c" * 64}
 
 
@@ -129,3 +131,13 @@ def write(path: Path, content: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return path
+
+
+def found_in(folder: Path) -> Gathered:
+    return gather(from_files([folder]))
+
+
+def two_models() -> dict[str, object]:
+    a = backbone("init", logistic=scores(0.8, (0.75, 0.84)), knn=scores(0.7))
+    b = backbone("long", logistic=scores(0.85, (0.81, 0.9)), knn=scores(0.69))
+    return probe([a, b], paired=[paired("init", "long", 0.05, [0.01, 0.09])])

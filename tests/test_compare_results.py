@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import re
 from dataclasses import fields
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
 
 from pathfm import probe_slides
-from pathfm.compare import CompareConfig, run
-from pathfm.compare.ablation import ablations, changes
-from pathfm.compare.curves import scaling
-from pathfm.compare.gathering import READERS, Gathered, chosen, from_files, gather
+from pathfm.compare.gathering import READERS, from_files
 from pathfm.compare.published import _ROWS, published_scores
-from pathfm.compare.records import EVA, Found, Task
+from pathfm.compare.records import EVA, Task
 from pathfm.compare.tables import Table, every_table, leaderboards
 from pathfm.datasets import DATASETS
 from pathfm.probing.protocol import HeadProtocol
@@ -26,22 +20,16 @@ from pathfm.probing.result import ProbeResult
 from pathfm.robustness.results import RobustnessResult
 from pathfm.runtime import PathfmError
 from pathfm.segmentation.probe_result import SegmentationResult
-from pathfm.tracking import TrackingConfig, open_run
-from tests.comparing import backbone, corrupted, paired, probe, robustness, scores, write
-from tests.mlflow_store import new_store
-from tests.test_compare import record
-
-quiet_mlflow = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-def found_in(folder: Path) -> Gathered:
-    return gather(from_files([folder]))
-
-
-def two_models() -> dict[str, object]:
-    a = backbone("init", logistic=scores(0.8, (0.75, 0.84)), knn=scores(0.7))
-    b = backbone("long", logistic=scores(0.85, (0.81, 0.9)), knn=scores(0.69))
-    return probe([a, b], paired=[paired("init", "long", 0.05, [0.01, 0.09])])
+from tests.comparing import (
+    backbone,
+    corrupted,
+    found_in,
+    probe,
+    robustness,
+    scores,
+    two_models,
+    write,
+)
 
 
 def eva_settings(**changed: object) -> str:
@@ -277,164 +265,3 @@ def test_a_file_too_large_is_refused_before_it_is_read(
     path = write(tmp_path / "probe.json", two_models())
     with pytest.raises(PathfmError, match="no result of pathfm"):
         from_files([path])
-
-
-# --- pretraining behind a score ---------------------------------------------------------------------
-
-
-def pretrained(folder: Path, name: str, steps: int, score: float, digest: str, lr: float) -> None:
-    """A pretraining run and a probe of what it made."""
-    write(
-        folder / name / "summary.json",
-        {"backbone_digest": digest, "patches_seen": steps * 8, "probe_logistic_end": score - 0.1},
-    )
-    (folder / name / "config.yaml").write_text(
-        json.dumps(
-            {"steps": steps, "optim": {"lr": lr}, "seed": 3, "watch": {"probe_folder": "x/y"}}
-        )
-    )
-    one = backbone(name, logistic=scores(score, (score - 0.02, score + 0.02)))
-    write(folder / f"probe_{name}" / "probe.json", probe([one | {"backbone_digest": digest}]))
-
-
-def test_scores_get_the_params_of_the_run_that_made_their_backbone(tmp_path: Path) -> None:
-    for n, (steps, score) in enumerate([(10, 0.6), (100, 0.7), (1000, 0.75)]):
-        pretrained(tmp_path, f"run{n}", steps, score, str(n) * 64, 0.1)
-    gathered = found_in(tmp_path)
-    assert {"steps", "optim.lr"} <= gathered.params
-    assert "watch.probe_folder" not in gathered.params
-    curves = scaling(gathered.found.scores, gathered.params, [])
-    logistic = [c for c in curves if c.task.protocol == "logistic regression"]
-    assert sorted(c.axis for c in logistic) == ["patches_seen", "steps"]
-    (line,) = next(c for c in logistic if c.axis == "steps").lines.values()
-    assert [(p.x, p.mean) for p in line] == [(10, 0.6), (100, 0.7), (1000, 0.75)]
-    assert line[0].interval == pytest.approx((0.58, 0.62))
-    training = [c for c in curves if "probe in training" in c.task.protocol and c.axis == "steps"]
-    assert [p.mean for c in training for p in c.lines[""]] == pytest.approx([0.5, 0.6, 0.65])
-    assert training[0].task.data == "y"
-
-
-def test_a_param_that_the_axis_does_not_explain_makes_lines_of_its_own(tmp_path: Path) -> None:
-    cases = [(10, 0.1, 0.5), (100, 0.1, 0.6), (10, 0.2, 0.55), (100, 0.2, 0.7)]
-    for n, (steps, lr, score) in enumerate(cases):
-        pretrained(tmp_path, f"run{n}", steps, score, str(n) * 64, lr)
-    gathered = found_in(tmp_path)
-    curves = scaling(gathered.found.scores, gathered.params, ["steps"])
-    curve = next(c for c in curves if c.task.protocol == "logistic regression")
-    lines = {name: [p.mean for p in points] for name, points in curve.lines.items()}
-    assert lines == {"optim.lr 0.1": [0.5, 0.6], "optim.lr 0.2": [0.55, 0.7]}
-
-
-def test_an_axis_nothing_differs_in_is_told_with_those_that_are_known(tmp_path: Path) -> None:
-    pretrained(tmp_path, "one", 10, 0.6, "1" * 64, 0.1)
-    gathered = found_in(tmp_path)
-    with pytest.raises(PathfmError, match=r"differ in 'depth'; .*optim\.lr.*steps"):
-        scaling(gathered.found.scores, gathered.params, ["depth"])
-
-
-def test_an_ablation_is_named_by_what_was_changed(tmp_path: Path) -> None:
-    params = frozenset({"lr", "seed", "depth", "same"})
-    before = {"lr": "1", "seed": "0", "depth": "12", "same": "x", "patches_seen": "9", "run": "r1"}
-    after = {"lr": "2", "seed": "1", "same": "x", "patches_seen": "10", "run": "r2"}
-    assert changes(before, after, params) == ["depth 12 → none", "lr 1 → 2"]
-    assert (
-        changes({"lr": "1"}, after, params) == []
-    )  # ImageNet weights: nothing of ours was changed
-    write(tmp_path / "probe.json", two_models())
-    gathered = found_in(tmp_path)
-    (one,) = ablations(gathered.found, gathered.params, None)
-    assert (one.baseline, one.rows) == ("init", ("long",))
-    assert one.panels["logistic regression"][0].interval == (0.01, 0.09)
-    with pytest.raises(PathfmError, match="nothing is compared with 'long', but with: init"):
-        ablations(gathered.found, gathered.params, "long")
-    assert ablations(Found(), frozenset(), None) == []
-
-
-def test_runs_are_chosen_by_name_and_bring_their_children() -> None:
-    runs = [record("a1"), record("child", "a1"), record("grandchild", "child"), record("b")]
-    assert [r.run_id for r in chosen(runs, ["a*"])] == ["a1", "child", "grandchild"]
-    assert chosen(runs, []) == runs
-    with pytest.raises(PathfmError, match=r"no run is called 'c\?'; there are: a1, b, child"):
-        chosen(runs, ["c?"])
-
-
-# --- the page ---------------------------------------------------------------------------------------
-
-
-class Tags(HTMLParser):
-    """Counts tags and keeps what is linked to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.sources: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.names.append(tag)
-        self.sources += [v or "" for k, v in attrs if k in ("src", "href")]
-
-
-def test_the_page_holds_everything_escaped_and_loads_nothing(tmp_path: Path) -> None:
-    evil = "<script>alert(1)</script>|$x_{$`=1+1"
-    content = two_models() | {"data": evil, "classes": [evil, "$b"]}
-    content["backbones"][0]["name"] = f"={evil}"  # type: ignore[index]
-    write(tmp_path / "in" / "probe.json", content)
-    out = tmp_path / "out"
-    result = run(CompareConfig(results=[tmp_path / "in"], out=out))
-    page = (out / "compare.html").read_text()
-    tags = Tags()
-    tags.feed(page)
-    assert "script" not in tags.names
-    assert tags.sources
-    assert all(source.startswith("data:image/png;base64,") for source in tags.sources)
-    assert "default-src 'none'" in page
-    text = (out / "compare.md").read_text()
-    assert "<script>" not in text
-    for line in text.splitlines():
-        if line.startswith("| "):
-            assert len(re.findall(r"(?<!\\)\|", line)) in (3, 7)  # no cell became two
-    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
-    rows = list(csv.DictReader((out / "scores.csv").read_text().splitlines()))
-    assert {row["model"] for row in rows} == {f"'={evil}", "long"}  # no formula in a spreadsheet
-    assert rows[0]["mean"] == "0.8"
-    assert all(path.exists() for path in result.written)
-
-
-def test_there_is_no_page_about_nothing(tmp_path: Path) -> None:
-    write(tmp_path / "probe.json", probe([]))
-    with pytest.raises(PathfmError, match="nothing was measured"):
-        run(CompareConfig(results=[tmp_path], out=tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-@quiet_mlflow
-def test_results_kept_with_runs_are_read_out_of_the_store(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    uri = new_store(tmp_path)
-    probed = write(tmp_path / "p" / "probe.json", two_models())
-    made = {"backbone_digest": "b" * 64, "patches_seen": 80}
-    summary = write(tmp_path / "t" / "summary.json", made)
-    with open_run(
-        TrackingConfig(uri=uri, run_name="train"), tmp_path / "t", {"lr": 0.5}
-    ) as tracked:
-        tracked.artifact(summary)
-    for name in ("first", "second"):
-        with open_run(
-            TrackingConfig(uri=uri, run_name=name), tmp_path / name, {"k": 20}
-        ) as tracked:
-            tracked.artifact(probed)
-    result = run(CompareConfig(uri=uri, out=tmp_path / "out"))
-    assert (
-        next(table.title for table in result.tables) == "logistic regression: balanced accuracy, %"
-    )
-    rows = list(csv.DictReader((tmp_path / "out" / "scores.csv").read_text().splitlines()))
-    assert [row["source"] for row in rows] == ["first"] * 4  # the second run kept the same file
-    assert "mlflow ui --backend-store-uri" in capsys.readouterr().out
-    broken = next((tmp_path / "mlflow-artifacts").rglob("probe.json"))
-    broken.chmod(0o644)
-    broken.write_text("{")
-    with pytest.raises(PathfmError, match=r"(first|second): probe\.json is no JSON"):
-        run(CompareConfig(uri=uri))
