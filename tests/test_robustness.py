@@ -78,7 +78,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         model.embed_pixels = counted  # type: ignore[method-assign,assignment]
         return model
 
-    monkeypatch.setattr(robustness, "load_model", load)
+    monkeypatch.setattr("pathfm.models.load_model", load)
     return asked
 
 
@@ -457,7 +457,7 @@ def test_features_that_are_not_finite_stop_the_run_by_name(
 ) -> None:
     data, model = paint(tmp_path / "d", 4), cells(2)
     model.embed_pixels = lambda x, **_: np.full((len(x), 3), np.nan, np.float32)  # type: ignore[method-assign,assignment]
-    monkeypatch.setattr(robustness, "load_model", lambda *_: model)
+    monkeypatch.setattr("pathfm.models.load_model", lambda *_: model)
     with pytest.raises(PathfmError, match=r"'m'.*not finite"):
         run(config(data, tmp_path / "out", "m=2"))
 

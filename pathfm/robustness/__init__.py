@@ -18,6 +18,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,6 @@ from online_patching.stores.local import atomic_write_text
 from pathfm.datasets import Benchmark
 from pathfm.embeddings import Embeddings
 from pathfm.measures import best_k, neighbours, site_index
-from pathfm.models import Embedder, load_model
 from pathfm.robustness.features import make_features
 from pathfm.robustness.folds import Fold, known_groups, make_folds, open_samples
 from pathfm.robustness.judging import Judged, judge
@@ -45,6 +45,9 @@ from pathfm.runtime import (
 )
 from pathfm.tracking import Run, open_run
 
+if TYPE_CHECKING:
+    from pathfm.models import Embedder
+
 __all__ = ["RESULT", "RobustnessConfig", "RobustnessResult", "run"]
 
 RESULT = "robustness.json"
@@ -55,6 +58,8 @@ _SELECTS = (
 
 def run(config: RobustnessConfig) -> RobustnessResult:
     """Measures every model, writes `<out>/robustness.json` and `.png`, prints the tables."""
+    from pathfm.models import load_model  # late: it brings torch, which help texts do without
+
     samples = open_samples(config)
     places = read_sites(config.sites, samples.paths) if config.sites else None
     folds, selects_on_reported = make_folds(samples, config)

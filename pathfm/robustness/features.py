@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,11 @@ from pathfm.datasets import Benchmark
 from pathfm.datasets.preparing import fit
 from pathfm.embeddings import Embeddings, EmbeddingsInfo, stored_key
 from pathfm.embeddings.info import describe_transform
-from pathfm.models import Embedder
 from pathfm.robustness.settings import RobustnessConfig
 from pathfm.runtime import pick_device, plan_precision, progress
+
+if TYPE_CHECKING:
+    from pathfm.models import Embedder
 
 Features = NDArray[np.float32]
 CLEAN = "clean"
