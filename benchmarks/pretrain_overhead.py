@@ -36,6 +36,7 @@ from pathfm.pretrain import PretrainConfig
 from pathfm.pretrain.feed import Feed, open_feed
 from pathfm.pretrain.loop import gradients, take, update
 from pathfm.pretrain.records import Records
+from pathfm.pretrain.seen import open_seen
 from pathfm.pretrain.trainer import Trainer, build_trainer, save
 from pathfm.pretrain.watch_settings import WatchConfig
 from pathfm.pretrain.watching import Watch
@@ -70,7 +71,8 @@ def main() -> None:
         trainer = build_trainer(config, None, Ranks(), feed.class_names)
         run = opened.enter_context(open_run(config.tracking, config.out, as_dict(config), {}))
         bar = opened.enter_context(progress(config.steps * config.batch_size, "patches", "bench"))
-        records = Records(config, Ranks(), None, run, bar)
+        seen = open_seen(config, feed, None, True)
+        records = Records(config, Ranks(), None, run, bar, seen)
         watch = opened.enter_context(Watch(config.watch, config.out, run, Ranks()))
         watch._monitor = feed.first(args.monitor)
         print(about_this_run("torch", "timm", "mlflow"))

@@ -1,6 +1,6 @@
 """Bootstrap intervals and picture digests: seconds, beside scipy's.
 
-    python -m benchmarks.uncertainty > benchmarks/results/uncertainty_DATE.txt
+    python benchmarks/uncertainty.py > benchmarks/results/uncertainty_DATE.txt
 
 Peers, in the same run and on the same samples: scipy.stats.bootstrap calling a metric a resample (the mean over
 runs of the balanced accuracy, by scikit-learn), and scipy.fft.dctn a picture for the digest. Each timed `--rounds`
@@ -21,10 +21,10 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # befo
 import numpy as np
 import scipy.fft
 import scipy.stats
+from common import about_this_run, last_core, pin
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
-from benchmarks.common import about_this_run, last_core, pin
 from pathfm.leakage import digest_picture, distances
 from pathfm.leakage.digests import stacked
 from pathfm.uncertainty import Options, Predictions, compare, score

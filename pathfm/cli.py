@@ -40,7 +40,9 @@ VERBS = {
         "mask models and thresholds against drawn truth, worst slide first"
     ),
     "pretrain": Verb("corpus -> a self-supervised backbone, with checkpoints that resume"),
-    "check-data": Verb("a benchmark, labelled folder or table: is it whole and readable?", ("data",)),
+    "check-data": Verb(
+        "a benchmark, labelled folder or table: is it whole and readable?", ("data",)
+    ),
     "embed": Verb("any model + labelled pictures, or a corpus -> frozen features"),
     "probe": Verb("backbones + labelled patches -> linear probe and kNN, mean and sd"),
     "probe-slides": Verb("bags of features + slide labels -> ABMIL and mean pooling, by patient"),

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from pathfm.export import ExportConfig, run
-from pathfm.export.eva import TASKS
+from pathfm.probing.protocol import TASKS
 from tests.exporting import backbone, finished_run
 
 
