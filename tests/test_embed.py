@@ -25,13 +25,16 @@ INFO = EmbeddingsInfo("a", "vit", "b" * 64, "random", "d", "c" * 64, 224)
 
 @pytest.mark.parametrize("size", [(300, 500), (640, 227), (224, 224), (100, 80), (225, 224)])
 def test_pictures_are_cut_as_torchvision_cuts_them(tmp_path: Path, size: tuple[int, int]) -> None:
-    image = Image.effect_noise(size, 60).convert("RGB")
+    noise = np.random.default_rng(7).normal(128, 60, (*size[::-1], 1)).clip(0, 255)
+    image = Image.fromarray(np.repeat(noise.astype(np.uint8), 3, 2))
     image.save(tmp_path / "a.png")
     bilinear = v2.InterpolationMode.BILINEAR
     oracle = v2.Compose([v2.Resize(224, bilinear, antialias=True), v2.CenterCrop(224)])
     expected = oracle(torch.from_numpy(np.array(image)).permute(2, 0, 1)).permute(1, 2, 0).numpy()
-    got = prepare(tmp_path / "a.png", 224).astype(int)
-    assert np.abs(got - expected).max() <= 1  # the two round differently
+    off = np.abs(prepare(tmp_path / "a.png", 224).astype(int) - expected)
+    # each rounds after either axis, so each is within one of the truth
+    assert off.max() <= 2
+    assert (off > 1).mean() < 1e-4
 
 
 def test_batches_keep_the_order_and_a_bad_picture_is_named(tmp_path: Path) -> None:

@@ -117,7 +117,12 @@ def test_the_rank_that_writes_alone_keeps_a_checkpoints_tensors(monkeypatch, tmp
     monkeypatch.setattr(trainer, "pack_optimizer", pack)
     monkeypatch.setattr(trainer, "together", nullcontext)
     feed = SimpleNamespace(state_dict=dict)
-    records = SimpleNamespace(run_id=None, state={}, checkpoint=lambda path, digest: None)
+    records = SimpleNamespace(
+        run_id=None,
+        state={},
+        checkpoint=lambda path, digest: None,
+        save_seen=lambda folder, draws: None,
+    )
     trainer.save(replace(given, ranks=Ranks(rank, 2)), feed, records, {})  # type: ignore[arg-type]
     assert (packed[0] > 0) == (rank == 0)
     assert (tmp_path / "checkpoints").exists() == (rank == 0)
