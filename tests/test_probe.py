@@ -21,8 +21,10 @@ from pathfm.probe import (
     probe_backbone,
     run,
 )
+from pathfm.probing import measuring
 from pathfm.runtime import PathfmError
 from pathfm.tracking import TrackingConfig
+from pathfm.uncertainty import Predictions
 from tests.test_metrics import blobs
 
 QUIET = TrackingConfig(enabled=False)
@@ -167,3 +169,17 @@ def test_features_of_two_precisions_are_compared_and_said_to_be(
     result = run(ProbeConfig(embeddings=files, out=tmp_path / "p", n_seeds=1, tracking=QUIET))
     assert any("init in fp32, b in bf16" in caveat for caveat in result.caveats)
     assert "b (bf16)" in capsys.readouterr().out
+
+
+def test_why_there_is_no_interval_is_said_once_and_alike_for_every_figure() -> None:
+    truth = np.array([0, 1] * 10)
+    notes = set()
+    for wrong in (0, 1):
+        predicted = truth.copy()
+        predicted[:wrong] ^= 1
+        made = Predictions(truth, predicted[None], 2, groups=tuple(["one"] * 20))
+        interval, note = measuring._interval(made)
+        assert interval == []
+        assert note.count("no interval: ") == 1
+        notes.add(note)
+    assert len(notes) == 1

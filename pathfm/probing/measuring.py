@@ -263,7 +263,7 @@ def _interval(made: Predictions) -> tuple[list[float], str]:
     try:
         found = score_predictions(made).interval
     except PathfmError as error:
-        return [], f"no interval: {one_line(error)}"
+        return [], f"no interval: {one_line(error).removeprefix('no interval: ')}"
     return [found.low, found.high], " ".join(found.caveats)
 
 

@@ -90,7 +90,7 @@ def interval(
     if not math.isfinite(estimate) or undefined > MOST_UNDEFINED * len(replicates):
         raise PathfmError(
             f"no interval: the metric has no value in {undefined:,} of {len(replicates):,} resamples of "
-            f"{n_groups} groups (itself: {estimate:.4g}). Test on more groups, or use another metric"
+            f"{n_groups} groups. Test on more groups, or use another metric"
         )
     tail = (1 - level) / 2
     at = np.array([tail, 1 - tail])
