@@ -23,7 +23,7 @@ from pathfm.pictures import COLOURS
 from pathfm.runtime import PathfmError
 
 Floats = NDArray[np.float64]
-_STREAM = 441  # of the words that draw rows
+_STREAM = 461  # of the words that draw rows
 _MOST_FILES = 100
 _COLOURS = (*COLOURS[:6], "#8b5a2b", "#5b2a86", "#111111", "#b8c200")
 """As many names are told apart; the rest is grey."""
