@@ -32,9 +32,7 @@ def test_pictures_are_cut_as_torchvision_cuts_them(tmp_path: Path, size: tuple[i
     oracle = v2.Compose([v2.Resize(224, bilinear, antialias=True), v2.CenterCrop(224)])
     expected = oracle(torch.from_numpy(np.array(image)).permute(2, 0, 1)).permute(1, 2, 0).numpy()
     off = np.abs(prepare(tmp_path / "a.png", 224).astype(int) - expected)
-    # each rounds after either axis, so each is within one of the truth
-    assert off.max() <= 2
-    assert (off > 1).mean() < 1e-4
+    assert off.max() <= 1  # the two round differently
 
 
 def test_batches_keep_the_order_and_a_bad_picture_is_named(tmp_path: Path) -> None:
