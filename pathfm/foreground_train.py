@@ -63,12 +63,7 @@ def run(config: ForegroundTrainConfig) -> ForegroundTrainResult:
         print(f"foreground-train: {weights} is up to date")
         return _told(weights, earlier)
     save_config(config, make_folder(config.out), "foreground_train.yaml")
-    tracking = config.tracking.model_copy(
-        update={
-            "uri": config.tracking.store(config.out),
-            "run_name": config.tracking.run_name or config.out.name,
-        }
-    )
+    tracking = config.tracking.filled(config.out, config.out.name)
     trainer = Trainer(config, data, key)
     tags = provenance() | {"stage": "foreground-train"}
     with open_run(tracking, config.out, as_dict(config), tags, trainer.run_id) as tracked:

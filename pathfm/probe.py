@@ -48,7 +48,7 @@ from pathfm.runtime import (
     provenance,
     save_config,
 )
-from pathfm.tracking import Run, TrackingConfig, open_run
+from pathfm.tracking import Run, open_run
 
 __all__ = [
     "PROBES",
@@ -90,7 +90,7 @@ def run(config: ProbeConfig) -> ProbeResult:
         return earlier
     splits = splits_of(parts[0], config)
     save_config(config, make_folder(config.out), "probe.yaml")
-    tracking = _tracking(config)
+    tracking = config.tracking.filled(config.out, "probe")
     params = as_dict(config)
     with open_run(tracking, config.out, params, provenance() | {"stage": "probe"}) as tracked:
         first = parts[0]
@@ -118,15 +118,6 @@ def _leaks(files: Sequence[Path], parts: Sequence[Embeddings], config: ProbeConf
     own = Parts.of_names(parts[0].splits) if any(parts[0].splits) else None
     names = [(part.info.name, path, part.info.key) for path, part in zip(files, parts, strict=True)]
     return marks_of(names, config.leaks, own.reported if own else None)
-
-
-def _tracking(config: ProbeConfig) -> TrackingConfig:
-    return config.tracking.model_copy(
-        update={
-            "uri": config.tracking.store(config.out),
-            "run_name": config.tracking.run_name or "probe",
-        }
-    )
 
 
 def splits_of(data: Embeddings, config: ProbeConfig) -> Parts | list[Split]:

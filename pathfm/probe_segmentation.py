@@ -132,12 +132,7 @@ def run(config: ProbeSegmentationConfig) -> SegmentationResult:
         show(earlier)
         return earlier
     save_config(config, make_folder(config.out), "probe_segmentation.yaml")
-    tracking = config.tracking.model_copy(
-        update={
-            "uri": config.tracking.store(config.out),
-            "run_name": config.tracking.run_name or "probe-segmentation",
-        }
-    )
+    tracking = config.tracking.filled(config.out, "probe-segmentation")
     tags = provenance() | {"stage": "probe-segmentation"}
     with open_run(tracking, config.out, as_dict(config), tags) as tracked:
         tracked.cohort(data.name, data.digest, "evaluation")

@@ -128,12 +128,7 @@ def run(config: ProbeSlidesConfig) -> SlideProbeResult:
         show(earlier)
         return earlier
     save_config(config, make_folder(config.out), "probe_slides.yaml")
-    tracking = config.tracking.model_copy(
-        update={
-            "uri": config.tracking.store(config.out),
-            "run_name": config.tracking.run_name or "probe-slides",
-        }
-    )
+    tracking = config.tracking.filled(config.out, "probe-slides")
     tags = provenance() | {"stage": "probe-slides"}
     with open_run(tracking, config.out, as_dict(config), tags) as tracked:
         tracked.cohort(config.labels, _digest(found[0]), "evaluation")

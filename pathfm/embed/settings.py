@@ -98,9 +98,7 @@ class EmbedConfig(BaseModel, frozen=True, extra="forbid"):
     @property
     def own_tracking(self) -> TrackingConfig:
         """The tracking with its store and run name filled in."""
-        name = self.tracking.run_name or f"embed {self.name}"
-        filled = {"uri": self.tracking.store(self.out), "run_name": name}
-        return self.tracking.model_copy(update=filled)
+        return self.tracking.filled(self.out, f"embed {self.name}")
 
 
 @dataclass(frozen=True)

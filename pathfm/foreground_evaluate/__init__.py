@@ -119,10 +119,7 @@ def run(config: ForegroundEvaluateConfig) -> ForegroundEvaluateResult:
     asked = subjects(config)
     out = make_folder(config.out)
     save_config(config, out, "foreground_evaluate.yaml")
-    uri = config.tracking.store(out)
-    tracking = config.tracking.model_copy(
-        update={"uri": uri, "run_name": config.tracking.run_name or "foreground-evaluate"}
-    )
+    tracking = config.tracking.filled(out, "foreground-evaluate")
     tags = provenance() | {"stage": "foreground-evaluate"}
     with open_run(tracking, out, as_dict(config), tags) as tracked:
         if config.pictures:

@@ -69,12 +69,7 @@ def run(config: RobustnessConfig) -> RobustnessResult:
         for name, weights in config.named_models().items()
     }
     save_config(config, make_folder(config.out), "robustness.yaml")
-    tracking = config.tracking.model_copy(
-        update={
-            "uri": config.tracking.store(config.out),
-            "run_name": config.tracking.run_name or "robustness",
-        }
-    )
+    tracking = config.tracking.filled(config.out, "robustness")
     facts = provenance() | {"stage": "robustness"}
     with open_run(tracking, config.out, as_dict(config), facts) as tracked:
         tracked.cohort(samples.name, samples.digest, "evaluation")

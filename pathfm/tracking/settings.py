@@ -42,6 +42,12 @@ class TrackingConfig(BaseModel, frozen=True, extra="forbid"):
         default = f"sqlite:///{(folder / 'mlflow.db').resolve()}"
         return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
 
+    def filled(self, folder: Path, run_name: str) -> TrackingConfig:
+        """The same with its store settled for `folder`, and this name where none is given."""
+        return self.model_copy(
+            update={"uri": self.store(folder), "run_name": self.run_name or run_name}
+        )
+
 
 def ui_command(uri: str) -> str:
     """What to type to look at a store in a browser."""
