@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint hooks fast slow bench wheel clean
+.PHONY: help venv demo test machine lint hooks fast slow bench wheel clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,9 +11,10 @@ STAMP := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # a thread a process: on two cores more of them only wait for each other
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
-# a file of tests stays in one process: what its module fixtures start is started once
-TEST_PROCESSES ?= 2
-PYTEST := $(TEST_ENV) pytest -q -n $(TEST_PROCESSES) --dist loadfile
+# a file of tests stays in one process: what its module fixtures start is started once;
+# a test process that dies ends the run, and so do 30 failures: their reasons are printed. Two processes and their servers take 5 GB of memory
+TEST_PROCESSES ?= $(shell awk '/MemAvailable/ {print $$2 > 10e6 ? 2 : 1}' /proc/meminfo)
+PYTEST := $(TEST_ENV) pytest -q -n $(TEST_PROCESSES) --dist loadfile --max-worker-restart 0 --maxfail 30
 
 help: ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
@@ -31,7 +32,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard online_patching/nat
 demo: $(STAMP) ## slides -> a probed model, offline, in minutes; says where the results are
 	pathfm demo
 
-test: $(STAMP) hooks fast slow ## hooks, fast tests, slow tests
+test: $(STAMP) machine hooks fast slow ## what the machine has, hooks, fast tests, slow tests
+
+machine: $(STAMP)
+	pathfm doctor
 
 hooks: $(STAMP)
 	@if [ "$$(git rev-parse --show-cdup 2>/dev/null || echo none)" = "" ]; then \

@@ -34,6 +34,9 @@ def eva_folder() -> Path:
             told = ["--no-deps", "--target", str(filling), "-r", str(REQUIREMENTS)]
             subprocess.run([*pip, *told], check=True, timeout=600)
             filling.rename(folder)
+            for other in home.glob(f"*-{sys.version_info[0]}.{sys.version_info[1]}"):
+                if other != folder:  # of other requirements
+                    shutil.rmtree(other, ignore_errors=True)
     return folder
 
 
