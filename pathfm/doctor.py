@@ -12,6 +12,7 @@ import platform
 import resource
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,7 @@ _EXTRAS = (
 _SHM = "/dev/shm"  # noqa: S108  # looked at, nothing is put there
 _MIN_SHM_BYTES = 512 * 2**20  # one ring of 256-patch batches of 256 px a worker is 50 MB
 _MIN_FREE_BYTES = 2 * 2**30
+_MIN_MEMORY_BYTES = 4 * 2**30
 _MIN_FILES = 1024
 
 
@@ -112,7 +114,9 @@ def run(config: DoctorConfig) -> DoctorResult:
         ("GPU", _gpu),
         ("cores", _cores),
         (_SHM, _shared_memory),
-        ("free disk", lambda: _disk(config.out)),
+        ("memory", _memory),
+        ("free disk", lambda: _disk("free disk", config.out)),
+        ("temporary files", lambda: _disk("temporary files", Path(tempfile.gettempdir()))),
         ("open files", _open_files),
         ("MLflow store", lambda: _store(config)),
         ("code", lambda: Finding("code", "ok", f"commit {git_commit()}")),
@@ -208,16 +212,26 @@ def _shared_memory() -> Finding:
     return Finding(_SHM, "ok", value)
 
 
-def _disk(folder: Path) -> Finding:
+def _memory() -> Finding:
+    from online_patching.loading.ring import memory_bytes
+
+    value = f"{memory_bytes() / 2**30:,.1f} GiB"
+    if memory_bytes() < _MIN_MEMORY_BYTES:
+        return Finding("memory", "note", value, "fewer loader processes, a smaller batch")
+    return Finding("memory", "ok", value)
+
+
+def _disk(what: str, folder: Path) -> Finding:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if not os.access(folder, os.W_OK):
-        return Finding("free disk", "missing", f"{folder} is not writable", "choose another --out")
+        remedy = "choose another --out (temporary files: another TMPDIR)"
+        return Finding(what, "missing", f"{folder} is not writable", remedy)
     if free < _MIN_FREE_BYTES:
         value = f"{free / 2**30:.1f} GiB at {folder}"
-        return Finding("free disk", "note", value, "the demo writes up to 1 GiB")
-    return Finding("free disk", "ok", f"{free / 2**30:,.0f} GiB at {folder}")
+        return Finding(what, "note", value, "the demo and the tests write up to 1 GiB each")
+    return Finding(what, "ok", f"{free / 2**30:,.0f} GiB at {folder}")
 
 
 def _open_files() -> Finding:

@@ -66,3 +66,18 @@ def test_a_missing_package_of_the_command_line_itself_is_one_line(
     monkeypatch.setitem(sys.modules, "pathfm.doctor", None)
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err.startswith("error: import of pathfm.doctor")
+
+
+def test_too_little_memory_and_disk_are_told_with_the_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from online_patching.loading import ring
+
+    assert doctor._memory().value == f"{ring.memory_bytes() / 2**30:,.1f} GiB"
+    monkeypatch.setattr(ring, "memory_bytes", lambda: 3 * 2**29)
+    assert (doctor._memory().state, doctor._memory().value) == ("note", "1.5 GiB")
+    assert doctor._disk("temporary files", tmp_path / "not" / "yet").state == "ok"
+    monkeypatch.setattr(doctor, "_MIN_FREE_BYTES", 2**60)
+    found = doctor._disk("temporary files", tmp_path)
+    assert (found.what, found.state) == ("temporary files", "note")
+    assert f"GiB at {tmp_path}" in found.value
