@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 # a file of tests stays in one process: what its module fixtures start is started once;
 # a test process that dies ends the run, and so do 30 failures: their reasons are printed. Two processes and their servers take 5 GB of memory
-TEST_PROCESSES ?= $(shell awk '/MemAvailable/ {print $$2 > 10e6 ? 2 : 1}' /proc/meminfo)
+TEST_PROCESSES ?= $(shell awk '/MemAvailable/ {print ($$2 > 10e6) ? 2 : 1}' /proc/meminfo)
 PYTEST := $(TEST_ENV) pytest -q -n $(TEST_PROCESSES) --dist loadfile --max-worker-restart 0 --maxfail 30
 
 help: ## what there is to make
