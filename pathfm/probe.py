@@ -117,7 +117,7 @@ def _leaks(files: Sequence[Path], parts: Sequence[Embeddings], config: ProbeConf
     """What must be said of pictures that a backbone had seen; refuses those that are reported."""
     own = Parts.of_names(parts[0].splits) if any(parts[0].splits) else None
     names = [(part.info.name, path, part.info.key) for path, part in zip(files, parts, strict=True)]
-    return marks_of(names, config.leaks, own.reported if own else None)
+    return marks_of(names, config.leaks, own.reported if own else None, parts[0].paths)
 
 
 def splits_of(data: Embeddings, config: ProbeConfig) -> Parts | list[Split]:

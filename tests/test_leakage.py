@@ -322,6 +322,9 @@ def embedded(tmp_path):
             counted.reads += 1
             return pictures[i]
 
+        def slide_digests(self):
+            return ()
+
     return SimpleNamespace(
         at=tmp_path / "mine.safetensors", weights=str(weights), samples=Pictures(), counted=counted
     )

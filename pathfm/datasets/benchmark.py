@@ -105,6 +105,14 @@ class SlideSource(Protocol):
         """A hexadecimal digest, the same on every machine."""
 
 
+@runtime_checkable
+class CutFromSlides(Source, Protocol):
+    """A source of patches that are cut from slides."""
+
+    def slide_digest(self, i: int) -> str:
+        """The `SlideIndex.digest` of the slide that sample i is cut from."""
+
+
 @dataclass(frozen=True, eq=False)
 class Benchmark:
     """The samples of a data set, in a fixed order, and how to read them.
@@ -166,6 +174,12 @@ class Benchmark:
         if not isinstance(self.source, SlideSource):
             raise PathfmError(f"{self.name}: a {self.facts.task} data set has no slides")
         return self.source.slide(int(self.order[i]))
+
+    def slide_digests(self) -> tuple[str, ...]:
+        """The `SlideIndex.digest` of the slide each sample is cut from; () where they are pictures."""
+        if not isinstance(self.source, CutFromSlides):
+            return ()
+        return tuple(self.source.slide_digest(int(number)) for number in self.order)
 
     def rows(self, split: SplitName) -> NDArray[np.int64]:
         """Row numbers of a split, in the order in which eva has them."""

@@ -82,13 +82,16 @@ class SlidePatches:
 
     def content(self, i: int) -> str:
         """A digest of the slide's tables, the place, the µm/px and the size: reads no pixel."""
-        place = self.places[i]
-        try:
-            slide = self.cache.slide(place).index.digest
-        except PatchingError as error:
-            raise PathfmError(str(error)) from None
+        place, slide = self.places[i], self.slide_digest(i)
         parts = (slide, place.x, place.y, place.in_px0, place.slide_mpp, self.mpp[i], self.size_px)
         return hashlib.sha256(repr(tuple(map(str, parts))).encode()).hexdigest()
+
+    def slide_digest(self, i: int) -> str:
+        """The digest of the slide's tables, under which pretraining lists it."""
+        try:
+            return self.cache.slide(self.places[i]).index.digest
+        except PatchingError as error:
+            raise PathfmError(str(error)) from None
 
     def __reduce__(self) -> tuple[object, ...]:
         return (SlidePatches, (self.places, self.mpp, self.size_px))  # open files stay behind

@@ -38,6 +38,9 @@ class Samples(Protocol):
     def read(self, i: int) -> NDArray[np.uint8]:
         """Picture i, uint8 (h, w, 3)."""
 
+    def slide_digests(self) -> Sequence[str]:
+        """The `SlideIndex.digest` of the slide each is cut from; () for pictures."""
+
 
 def check_beside(
     embeddings: Path,
@@ -59,7 +62,8 @@ def check_beside(
     if found is None:
         groups = ["" if g == p else g for g, p in zip(samples.groups, samples.paths, strict=False)]
         n, names = len(samples), samples.paths
-        found = check_pictures(seen, samples.read, n, groups, names, ids, threads)
+        slides = samples.slide_digests() if seen is not None and len(seen.slides) else ()
+        found = check_pictures(seen, samples.read, n, groups, names, ids, threads, slides)
         facts = about | {"leaks": json.loads(found.to_json())}
         atomic_write_text(path, json.dumps(facts) + "\n")
     return found
@@ -71,15 +75,19 @@ def salt_at_hand(corpus: Path) -> Salt | None:
 
 
 def marks_of(
-    given: Sequence[tuple[str, Path, str]], policy: Policy, rows: NDArray[np.int64] | None = None
+    given: Sequence[tuple[str, Path, str]],
+    policy: Policy,
+    rows: NDArray[np.int64] | None = None,
+    names: Sequence[str] = (),
 ) -> list[str]:
     """What a table of these features must say of leaks: of each (name, file, key) that is not clean a line.
 
-    rows: those that are reported; None: all. PathfmError where one was seen and that is refused.
+    rows: those that are reported; None: all. names: of all samples, for the error. PathfmError where one
+    was seen and that is refused.
     """
     lines = []
     for name, path, key in given:
-        line = refuse_or_mark(read_beside(path, key), policy, rows)
+        line = refuse_or_mark(read_beside(path, key), policy, rows, names)
         if line:
             lines.append(f"{name}: {line}")
     return lines

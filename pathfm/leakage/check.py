@@ -173,13 +173,17 @@ def check_pictures(
     names: Sequence[str] = (),
     ids: Ids | None = None,
     threads: int = 1,
+    slides: Sequence[str] = (),
 ) -> Leaks:
-    """`leaks` of n pictures that `read(i)` gives as uint8 (h, w, 3); reads none unless patches are listed."""
+    """`leaks` of n pictures that `read(i)` gives as uint8 (h, w, 3); reads none unless patches are listed.
+
+    slides: the `SlideIndex.digest` of the slide each is cut from, where they are cut from slides.
+    """
     patches = None
     if seen is not None and len(seen.patches):
         with ThreadPoolExecutor(threads, "pathfm-digest") as pool:
             patches = stacked(pool.map(lambda i: digest_picture(read(i)), range(n)))
-    return leaks(Evidence(n, groups, (), patches, names), seen, ids)
+    return leaks(Evidence(n, groups, slides, patches, names), seen, ids)
 
 
 def check_slides(
@@ -203,19 +207,25 @@ def check_slides(
 
 
 def refuse_or_mark(
-    found: Leaks, policy: Policy = "refuse", rows: NDArray[Any] | None = None
+    found: Leaks,
+    policy: Policy = "refuse",
+    rows: NDArray[Any] | None = None,
+    names: Sequence[str] = (),
 ) -> str:
     """A line for the table's notes; PathfmError where a sample (of `rows`) was seen and that is refused.
 
     What is not known is marked, never refused. "" where everything could be compared and nothing was seen.
+    names: of all samples, so that the error names some of `rows`; without them the first of all.
     """
     if found.n == 0 and not found.known:
         return found.told()
     seen = found.mask() if rows is None else found.mask()[rows]
     line = found.told(rows)
     if seen.any() and policy == "refuse":
+        own = np.arange(found.n) if rows is None else rows
+        hit = [names[row] for row in own[seen][:_MOST_TOLD]] if names else found.examples
         raise PathfmError(
-            f"{line} Among them {', '.join(found.examples)}. Scores on them say nothing about new patients: leave "
+            f"{line} Among them {', '.join(hit)}. Scores on them say nothing about new patients: leave "
             "them out, or report it with --leaks mark"
         )
     compared = len(found.compared) > 0 or not found.cohorts

@@ -7,6 +7,7 @@ Writes ``robustness.json``, ``robustness.png`` and the features behind them; a r
 missing.
 
     settings.py  options        folds.py     rows that train, choose and report
+    leaking.py   tested pictures that a model had seen in pretraining
     features.py  features of clean and corrupted pictures, on disk
     judging.py   probes         summing.py   counts -> errors, CE, intervals
     sites.py     CSV of sites   results.py, telling.py   what is written, printed and drawn
@@ -30,6 +31,7 @@ from pathfm.measures import best_k, neighbours, site_index
 from pathfm.robustness.features import make_features
 from pathfm.robustness.folds import Fold, known_groups, make_folds, open_samples
 from pathfm.robustness.judging import Judged, judge
+from pathfm.robustness.leaking import leaks_of
 from pathfm.robustness.results import RobustnessResult, Site, model_result, site_result
 from pathfm.robustness.settings import RobustnessConfig
 from pathfm.robustness.sites import read_sites
@@ -68,14 +70,17 @@ def run(config: RobustnessConfig) -> RobustnessResult:
         name: load_model(weights, config.backbone, config.input_px).to(device)
         for name, weights in config.named_models().items()
     }
+    tested = np.unique(np.concatenate([fold.test for fold in folds]))
+    seen = leaks_of(models, samples, tested, config)
     save_config(config, make_folder(config.out), "robustness.yaml")
     tracking = config.tracking.filled(config.out, "robustness")
     facts = provenance() | {"stage": "robustness"}
     with open_run(tracking, config.out, as_dict(config), facts) as tracked:
         tracked.cohort(samples.name, samples.digest, "evaluation")
-        result = _measured(models, samples, folds, places, config)
+        result = _measured(models, samples, folds, tested, places, config)
         if selects_on_reported:
             result.caveats.insert(0, _SELECTS)
+        result.caveats.extend(seen)
         path = config.out / RESULT
         atomic_write_text(path, json.dumps(asdict(result), indent=1, allow_nan=False) + "\n")
         draw_curves(result, path.with_suffix(".png"))
@@ -89,10 +94,10 @@ def _measured(
     models: Mapping[str, Embedder],
     samples: Benchmark,
     folds: list[Fold],
+    tested: NDArray[np.int64],
     places: tuple[tuple[str, ...], tuple[str, ...]] | None,
     config: RobustnessConfig,
 ) -> RobustnessResult:
-    tested = np.unique(np.concatenate([fold.test for fold in folds]))
     files = make_features(models, samples, tested, config)
     judged = {name: _judged(files[name], samples, tested, folds, config) for name in models}
     reference = next(iter(models))

@@ -66,6 +66,14 @@ def make_features(
     return files
 
 
+def clean_place(
+    name: str, model: Embedder, samples: Benchmark, config: RobustnessConfig
+) -> tuple[Path, str]:
+    """Where a model's features of the pictures as they are lie, and their key; makes none."""
+    path, info = _place(name, model, _Pictures(samples, config), np.arange(len(samples)), None)
+    return path, info.key
+
+
 class _Pictures:
     """A data set's pictures as batches, corrupted or not, and what features of them depend on."""
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from pathfm.corruptions import CORRUPTIONS, SEVERITIES
 from pathfm.corruptions.apply import find_corruption
+from pathfm.leakage import Policy
 from pathfm.models import WEIGHTS_HELP
 from pathfm.runtime import PathfmError, Precision
 from pathfm.tracking import TrackingConfig
@@ -74,6 +75,10 @@ class RobustnessConfig(BaseModel, frozen=True, extra="forbid"):
         description="inverse L2 strengths tried (scikit-learn's C)",
     )
     seed: int = Field(0, ge=0, description="key of splits, corruptions and wrong labels")
+    leaks: Policy = Field(
+        "refuse",
+        description="tested pictures that a model has seen in pretraining: refuse them, or mark the table",
+    )
     intervals: Options = Field(Options(), description="how intervals are made")
     batch_size: int = Field(32, ge=1, le=4096, description="pictures in one forward pass")
     threads: int = Field(2, ge=1, le=256, description="threads that decode, resize and corrupt")
