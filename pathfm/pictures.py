@@ -33,6 +33,16 @@ def mpp_colour(mpp: float, all_mpp: Sequence[float]) -> str:
     return MPP_COLOURS[sorted(set(all_mpp)).index(mpp) % len(MPP_COLOURS)]
 
 
+def told_mpps(mpps: Sequence[float], most: int = 8) -> list[float]:
+    """Each µm/px as tables and pictures tell it: itself, or, where there are more than `most` different ones
+    (a law draws any), the nearest of ..., 0.25, 0.354, 0.5, 0.707, 1, ...: steps of half a doubling."""
+    if len(set(mpps)) <= most:
+        return [float(mpp) for mpp in mpps]
+    return [
+        float(f"{2 ** (round(2 * math.log2(mpp)) / 2):.3g}") if mpp > 0 else 0.0 for mpp in mpps
+    ]
+
+
 def mosaic(
     images: Sequence[RgbArray],
     captions: Sequence[str] = (),

@@ -99,6 +99,22 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     mpp: tuple[float, ...] = Field(
         (0.25, 0.5, 1.0, 2.0), min_length=1, description="magnifications drawn from, µm/px"
     )
+    mpp_law: Literal["uniform", "log", "max-avg", "min-max"] | None = Field(
+        None,
+        description="every µm/px between the finest and the coarsest of mpp may be drawn, by this law "
+        "(docs/sampling.md); unset: those of mpp alone, each as often",
+    )
+    slide_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the slides that are drawn from, chosen by the seed: for studies; unset: all",
+    )
+    patches_per_slide: int | None = Field(
+        None,
+        ge=1,
+        description="distinct patches that a slide may ever yield: for studies; unset: no end of them",
+    )
     min_foreground: float = Field(
         0.4, ge=0, le=1, description="smallest share of tissue in a patch"
     )
@@ -194,6 +210,7 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(
                 f"views.n_global {views.n_global}: method {self.method} takes {wanted}"
             )
+        self._draws_are_of_slides()
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} exceeds batch_size {self.batch_size}"
@@ -206,6 +223,20 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
                 "nothing: give at least 2"
             )
         return self
+
+    def _draws_are_of_slides(self) -> None:
+        """ValueError where what is drawn is limited in a way that its sampler does not know."""
+        limits = [n for n in ("slide_share", "patches_per_slide") if getattr(self, n) is not None]
+        if self.labels.source == "patches" and self.mpp_law is not None:
+            limits.append("mpp_law")
+        if limits and self.labels.source is not None:
+            raise ValueError(
+                f"{limits[0]} is of slides without labels, and labels.{self.labels.source} is given: leave one out"
+            )
+        if self.mpp_law is not None and len(set(self.mpp)) < 2:
+            raise ValueError(
+                f"mpp_law {self.mpp_law} draws between two µm/px, mpp has one: {self.mpp[0]:g}"
+            )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rich.table import Table
 from online_patching import Corpus, PatchLoader
 from online_patching.errors import redact
 from online_patching.loading.batch import DrawSource, LoaderOptions
+from pathfm.pictures import told_mpps
 from pathfm.pretrain import PretrainConfig
 from pathfm.pretrain.feed import sampler_of
 from pathfm.pretrain.forecast import Reads, corpus_bytes, forecast, store_of
@@ -70,7 +71,7 @@ def dry_run(config: PretrainConfig, sampler: DrawSource) -> DryRun:
     for draws, reads in forecast(sampler, wanted, LoaderOptions().gap_bytes):
         slides[:, 0] += np.bincount(draws.slide, minlength=len(corpus))
         _add(slides, reads.slide, reads)
-        values, at = np.unique(draws.mpp, return_inverse=True)
+        values, at = np.unique(told_mpps(draws.mpp.tolist()), return_inverse=True)
         of_mpp = np.zeros((len(values), len(COUNTS)), np.int64)
         of_mpp[:, 0] = np.bincount(at, minlength=len(values))
         _add(of_mpp, at[reads.place], reads)

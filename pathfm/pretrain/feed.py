@@ -18,6 +18,8 @@ from online_patching import BalancedSampler, Corpus, PatchLoader, PatchRef, Patc
 from online_patching.errors import FailureBudgetError, StateMismatchError
 from online_patching.loading import PatchBatch
 from online_patching.loading.batch import Failure
+from online_patching.sampling.magnification import Continuous, MaxAvg, MinMax, Policy
+from online_patching.sampling.weights import share_of_slides
 from online_patching.stats import Stats
 from pathfm.labels import LEARNS_FROM_LABELS
 from pathfm.labels.picture_feed import PictureBatch, PictureFeed
@@ -138,15 +140,42 @@ def sampler_of(config: PretrainConfig, corpus: Corpus) -> PatchSampler | Balance
     rows = rows_of(config, corpus)
     settings: dict[str, Any] = {
         "size_px": config.patch_px,
-        "mpp": config.mpp,
+        "mpp": magnifications(config),
         "min_foreground": config.min_foreground,
         "seed": config.seed,
     }
     if rows is None:
-        return PatchSampler(corpus, **settings)
+        return PatchSampler(
+            corpus,
+            slide_weights=_kept_slides(config, corpus),
+            patches_per_slide=config.patches_per_slide,
+            **settings,
+        )
     if config.labels.source == "regions":
         settings["min_foreground"] = config.labels.min_region
     return rows.sampler(config.labels, **settings)
+
+
+def magnifications(config: PretrainConfig) -> tuple[float, ...] | Policy:
+    """What a run's µm/px are drawn by: the list itself, or a law between its ends."""
+    low, high = min(config.mpp), max(config.mpp)
+    match config.mpp_law:
+        case None:
+            return config.mpp
+        case "max-avg":
+            return MaxAvg(low, high)
+        case "min-max":
+            return MinMax(low, high)
+        case law:
+            return Continuous(low, high, law)
+
+
+def _kept_slides(config: PretrainConfig, corpus: Corpus) -> NDArray[np.float64] | None:
+    """Weight 1 for the slides of `slide_share`, 0 for others; None where all are drawn from."""
+    if config.slide_share is None:
+        return None
+    kept = share_of_slides(corpus.slide_ids, config.slide_share, seed=config.seed)
+    return kept.astype(np.float64)
 
 
 def rows_of(config: PretrainConfig, corpus: Corpus) -> LabelledRows | None:

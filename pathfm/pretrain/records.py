@@ -19,7 +19,7 @@ from online_patching import PatchBatch, PatchRef
 from online_patching.loading.ledger import LOST
 from online_patching.stores.local import atomic_write_bytes
 from pathfm.checkpoint import Checkpoint
-from pathfm.pictures import mosaic, told_apart
+from pathfm.pictures import mosaic, told_apart, told_mpps
 from pathfm.pretrain import PretrainConfig
 from pathfm.pretrain.seen import SEEN, Seen
 from pathfm.ranks import Ranks, gather_objects, together
@@ -215,7 +215,7 @@ def sampling_facts(
     places = {(row["slide_id"], row["x_px0"], row["y_px0"], row["mpp"]) for row in rows}
     facts: dict[str, Any] = {"distinct_patches": len(places)}
     slides = Counter(group_of(row["slide_id"]) for row in rows)
-    mpps = Counter(row["mpp"] for row in rows)
+    mpps = Counter(told_mpps([row["mpp"] for row in rows]))
     for name, counts in (("slide_share", slides), ("mpp_share", mpps)):
         facts[name] = {str(key): n / len(rows) for key, n in counts.most_common()}
     return facts
@@ -260,11 +260,10 @@ def choose_for_mosaic(
     """Positions in `refs` row by row, None where a slide has no such patch; and the columns."""
     slides = sorted({ref.slide_id for ref in refs})[:max_slides]
     rows: list[list[int | None]] = []
-    for mpp in sorted({ref.mpp for ref in refs}):
-        cells = [
-            [i for i, ref in enumerate(refs) if (ref.slide_id, ref.mpp) == (slide, mpp)]
-            for slide in slides
-        ]
+    mpps = told_mpps([ref.mpp for ref in refs])
+    of = [(ref.slide_id, mpp) for ref, mpp in zip(refs, mpps, strict=True)]
+    for mpp in sorted(set(mpps)):
+        cells = [[i for i, each in enumerate(of) if each == (slide, mpp)] for slide in slides]
         deep = min(rows_a_mpp, max(map(len, cells)))
         rows += [[cell[row] if row < len(cell) else None for cell in cells] for row in range(deep)]
     return [i for row in rows for i in row], len(slides)

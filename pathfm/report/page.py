@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pathfm.pictures import mpp_colour
+from pathfm.pictures import mpp_colour, told_mpps
 from pathfm.report.scores import dot_plot_svg, probe_part
 from pathfm.report.slides import OUTLINE, SlideCard, patch_mix, slide_cards
 from pathfm.report.stage_files import config_files, newest_run, read_csv, read_jsonl, read_text
@@ -51,6 +51,8 @@ def collect(folder: Path) -> Page:
     masks = {row["slide_id"]: row for row in read_csv(folder / "corpus" / "foreground.csv")}
     run_folder = newest_run(folder)
     sampled = read_jsonl(run_folder / "sampled.jsonl", SAMPLED_FIELDS) if run_folder else []
+    for row, mpp in zip(sampled, told_mpps([float(row["mpp"]) for row in sampled]), strict=True):
+        row["mpp"] = mpp
     pretrain = run_part(run_folder) if run_folder else None
     probe = probe_part(folder)
     if not (slides or run_folder or probe):
