@@ -34,9 +34,10 @@ from online_patching import Corpus, ForegroundMask, read_slide_index
 from online_patching.testing import SyntheticSlide, write_tiff
 from pathfm.pretrain import PretrainConfig
 from pathfm.pretrain.feed import Feed, open_feed
-from pathfm.pretrain.loop import gradients, take, update
+from pathfm.pretrain.loop import gradients, update
 from pathfm.pretrain.records import Records
 from pathfm.pretrain.seen import open_seen
+from pathfm.pretrain.taking import take
 from pathfm.pretrain.trainer import Trainer, build_trainer, save
 from pathfm.pretrain.watch_settings import WatchConfig
 from pathfm.pretrain.watching import Watch

@@ -15,8 +15,9 @@ import torch
 from pathfm.checkpoint import pack_optimizer
 from pathfm.pretrain import PretrainConfig, micro, trainer
 from pathfm.pretrain.feed import FeedBatch
-from pathfm.pretrain.loop import Taken, gradients
+from pathfm.pretrain.loop import gradients
 from pathfm.pretrain.micro import micro_batches
+from pathfm.pretrain.taking import Taken
 from pathfm.pretrain.trainer import build_trainer
 from pathfm.ranks import Ranks
 from pathfm.views.render import make_views

@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from online_patching import errors
-from online_patching.stores import HttpStore, RetryPolicy, Stores, cloud, cloud_s3
+from online_patching.stores import HttpStore, RetryPolicy, Stores, cloud, cloud_addresses, cloud_s3
 from online_patching.stores.cloud_listing import list_place
 from online_patching.stores.sigv4 import Keys, presigned_query, quoted_path
 from tests.cloud_servers import CloudServer
@@ -208,7 +208,7 @@ def test_another_etag_is_another_object(s3_fault) -> None:
 @pytest.mark.parametrize("kind", ["403", "400", "401"])
 def test_an_expired_signature_is_renewed_once(s3_fault, kind: str, monkeypatch) -> None:
     server, stores = s3_fault
-    monkeypatch.setattr(cloud, "_SETTLED_S", 0.0)  # as if the signature were minutes old
+    monkeypatch.setattr(cloud_addresses, "_SETTLED_S", 0.0)  # as if the signature were minutes old
     stores.read(KEY, 0, 1)
     before = stores.http().addresses.at_once(KEY)
     server.faults = Faults(kind, count=1)
@@ -423,7 +423,7 @@ def test_gcs_is_asked_with_a_token_of_the_application_s_credentials(
         assert stores.read("gs://b/a b.bin", 5, 50) == DATA[5:50]
         assert fault_server.headers[-1]["Authorization"] == "Bearer token-0"
         assert fault_server.headers[-1]["x-goog-user-project"] == "billed-project"
-        monkeypatch.setattr(cloud, "_SETTLED_S", 0.0)
+        monkeypatch.setattr(cloud_addresses, "_SETTLED_S", 0.0)
         fault_server.faults = Faults("401", count=1)
         assert stores.read("gcs://b/a b.bin", 5, 50) == DATA[5:50]
         fault_server.faults = Faults("401")

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from online_patching.errors import StoreError, redact
 from online_patching.stores.address import Address
-from online_patching.stores.cloud import CloudAddresses, place_of
+from online_patching.stores.cloud import place_of
+from online_patching.stores.cloud_addresses import CloudAddresses
 from online_patching.stores.cloud_listing import Query, list_place
 from online_patching.stores.http_answer import RefusedError, UnusualAnswerError
 from online_patching.stores.http_full import FullClient

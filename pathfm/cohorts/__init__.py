@@ -13,9 +13,10 @@ from pathfm.cohorts.options import CohortOptions
 from pathfm.cohorts.overrides import MppOverrides, check_mpp
 from pathfm.cohorts.reading import index_row
 from pathfm.cohorts.records import read_csv, write_csv
+from pathfm.cohorts.row import CohortRow, Skipped
 from pathfm.cohorts.salting import Salt
 from pathfm.cohorts.sources import find_cohort, read_cohort
-from pathfm.cohorts.table import Cohort, CohortRow, Skipped
+from pathfm.cohorts.table import Cohort
 from pathfm.cohorts.twins import find_twins, fingerprint
 
 __all__ = [

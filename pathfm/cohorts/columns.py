@@ -12,7 +12,7 @@ from online_patching.stores import Stores, is_remote
 from pathfm.cohorts.options import CohortOptions
 from pathfm.cohorts.overrides import mpp_of
 from pathfm.cohorts.records import Record, read_records
-from pathfm.cohorts.table import CohortRow
+from pathfm.cohorts.row import CohortRow
 from pathfm.runtime import PathfmError
 
 COLUMNS = {

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from online_patching.stores.http_headers import send_header
 from pathfm.cohorts.options import CohortOptions
-from pathfm.cohorts.table import CohortRow, Skipped
+from pathfm.cohorts.row import CohortRow, Skipped
 from pathfm.runtime import PathfmError
 
 _COLUMNS = ("id", "filename", "md5", "size")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from pathfm.cohorts.table import CohortRow
+from pathfm.cohorts.row import CohortRow
 from pathfm.runtime import PathfmError
 
 _COPY = re.compile(r"""^\s*(?:cp|sync)\s+(?:-\S+\s+)*["']?((?:s3|gs)://[^\s"']+)""")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pathfm.cohorts.options import CohortOptions
-from pathfm.cohorts.table import CohortRow
+from pathfm.cohorts.row import CohortRow
 
 _BARCODE = re.compile(r"(TCGA-([A-Z0-9]{2})-[A-Z0-9]{4})(?![A-Z0-9])", re.IGNORECASE)
 """Project, tissue source site, participant: the start of every TCGA barcode."""

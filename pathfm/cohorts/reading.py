@@ -11,8 +11,8 @@ from online_patching.formats import slide_id_of
 from online_patching.stores import Stores
 from pathfm.cohorts.options import CohortOptions
 from pathfm.cohorts.patients import patient_in
+from pathfm.cohorts.row import CohortRow, Mpp
 from pathfm.cohorts.salting import Salt
-from pathfm.cohorts.table import CohortRow, Mpp
 
 
 def index_row(

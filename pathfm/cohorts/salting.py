@@ -20,7 +20,7 @@ from pathlib import Path
 from online_patching.errors import redact
 from online_patching.stores import is_remote, local_path
 from pathfm.cohorts.options import CohortOptions
-from pathfm.cohorts.table import CohortRow
+from pathfm.cohorts.row import CohortRow
 from pathfm.runtime import PathfmError, make_folder
 
 ENVIRONMENT = "PATHFM_SALT"

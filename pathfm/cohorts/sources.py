@@ -17,8 +17,9 @@ from pathfm.cohorts.listing import has_glob, slides_below
 from pathfm.cohorts.names import name_rows, stain_notes
 from pathfm.cohorts.options import CohortOptions
 from pathfm.cohorts.records import PARQUET, is_table, read_text
+from pathfm.cohorts.row import CohortRow, Skipped
 from pathfm.cohorts.salting import Salt
-from pathfm.cohorts.table import Cohort, CohortRow, Skipped
+from pathfm.cohorts.table import Cohort
 from pathfm.runtime import PathfmError
 
 _MANIFESTS = (".txt", ".tsv", ".csv", ".s5cmd", ".manifest")

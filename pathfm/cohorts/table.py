@@ -6,60 +6,17 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from online_patching.errors import redact
 from online_patching.philox import words
 from pathfm.cohorts.overrides import check_mpp
+from pathfm.cohorts.row import CohortRow, Skipped
+from pathfm.cohorts.salting import Salt
 from pathfm.runtime import PathfmError
 
-if TYPE_CHECKING:
-    from pathfm.cohorts.salting import Salt
-
-Mpp = float | tuple[float, float] | None
-"""µm/px told for a slide: one value, (x, y), or None for what the file says."""
-
 _SPLIT_STREAM = 0x5_9117  # a stream of random words of its own
-
-
-@dataclass(frozen=True, slots=True)
-class CohortRow:
-    """One slide of a cohort; an empty string is "not said".
-
-    `mpp` overrides the file's own µm/px (level 0); `split` is e.g. train, val or test. `case` is what
-    several stains are cut from; `name` is what the slide is called where its URI does not say it.
-    `size_bytes` and `content` (e.g. "md5:...") are what the source promises of the bytes (0, "": nothing).
-    `twin_of` names the slide that shows the same image in another file.
-    """
-
-    uri: str
-    patient: str = ""
-    site: str = ""
-    label: str = ""
-    split: str = ""
-    mpp: Mpp = None
-    case: str = ""
-    stain: str = ""
-    name: str = ""
-    size_bytes: int = 0
-    content: str = ""
-    twin_of: str = ""
-
-    @property
-    def title(self) -> str:
-        """What the slide is called: its name, or the last part of its URI."""
-        return self.name or redact(self.uri).rstrip("/").rsplit("/", 1)[-1]
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """What a source names but is no slide to be used: why, and the code for tables."""
-
-    uri: str
-    reason: str
-    code: str
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from online_patching.errors import PatchingError
 from pathfm.checkpoint import Checkpoint
 from pathfm.pretrain import PretrainConfig, PretrainResult
 from pathfm.pretrain.bookends import finish
-from pathfm.pretrain.feed import Feed, FeedBatch, open_feed
+from pathfm.pretrain.feed import Feed, open_feed
 from pathfm.pretrain.lock import only_run
 from pathfm.pretrain.micro import micro_batches, while_worked_on
 from pathfm.pretrain.optim import set_schedule
@@ -37,6 +33,7 @@ from pathfm.pretrain.resuming import (
 )
 from pathfm.pretrain.seen import open_seen
 from pathfm.pretrain.stopping import Told, device_numbers, listening, refuse_nonfinite
+from pathfm.pretrain.taking import Taken, take, take_or_fail
 from pathfm.pretrain.trainer import (
     Trainer,
     build_trainer,
@@ -154,52 +151,6 @@ def _steps(trainer: Trainer, feed: Feed, records: Records, watch: Watch, told: T
             raise failed
     done.count_wall(counted_s)
     return stopped_by
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A batch on its way to the device, and how long it was waited for."""
-
-    batch: FeedBatch
-    pixels: Tensor
-    labels: Tensor | None
-    wait_s: float
-    began_s: float = 0.0
-
-
-def take(trainer: Trainer, feed: Feed) -> Taken:
-    """This rank's part of the next batch. What fails on one rank fails on all."""
-    began_s = time.perf_counter()
-    with together():
-        batch = feed.next_batch()
-    wait_s = time.perf_counter() - began_s
-    return Taken(
-        batch,
-        _on_its_way(batch.pixels, trainer.device),
-        None if batch.labels is None else _on_its_way(batch.labels, trainer.device),
-        wait_s,
-        began_s,
-    )
-
-
-def take_or_fail(trainer: Trainer, feed: Feed) -> tuple[Taken | None, PatchingError | None]:
-    """The next batch, or why there is none: then the step under way is finished and saved first.
-
-    Of several ranks some have got theirs, so that their streams stand at different draws: there the
-    error is raised at once, and the last checkpoint holds.
-    """
-    try:
-        return take(trainer, feed), None
-    except PatchingError as error:
-        if trainer.ranks.world > 1:
-            raise
-        return None, error
-
-
-def _on_its_way(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array on the device; the copy to a GPU runs beside what it works on."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def gradients(trainer: Trainer, given: Taken) -> Tensor:

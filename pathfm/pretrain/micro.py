@@ -15,7 +15,7 @@ from pathfm.methods import MicroBatch
 from pathfm.views.render import make_views
 
 if TYPE_CHECKING:
-    from pathfm.pretrain.loop import Taken
+    from pathfm.pretrain.taking import Taken
     from pathfm.pretrain.trainer import Trainer
 
 
