@@ -289,6 +289,11 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
         seconds[name] = time.monotonic() - began_s
 
 
+def counted(n: int, noun: str) -> str:
+    """ "1 slide", "2,000 slides": for nouns whose plural has an s."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def one_line(error: BaseException) -> str:
     """An error as the one line a person gets; the type's name where it has no words."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pathfm.compare import CompareConfig, run
 from pathfm.runtime import PathfmError
 from pathfm.tracking import TrackingConfig, open_run
 from tests.comparing import (
+    backbone,
+    corrupted,
     probe,
+    robustness,
+    scores,
     two_models,
     write,
 )
@@ -60,6 +66,41 @@ def test_the_page_holds_everything_escaped_and_loads_nothing(tmp_path: Path) -> 
     assert {row["model"] for row in rows} == {f"'={evil}", "long"}  # no formula in a spreadsheet
     assert rows[0]["mean"] == "0.8"
     assert all(path.exists() for path in result.written)
+
+
+def test_a_page_made_again_keeps_no_picture_of_the_last_and_removes_nobody_else_s(
+    tmp_path: Path,
+) -> None:
+    results, out = tmp_path / "in", tmp_path / "out"
+    write(results / "probe.json", two_models())
+    write(results / "robustness.json", robustness([corrupted("init", [100.0, 99.0])]))
+    run(CompareConfig(results=[results], out=out))
+    plain = Image.new("RGB", (9, 9))
+    plain.save(out / "scaling_3.png")  # a name of ours, drawn by somebody else
+    (out / "map_1.png").write_bytes(b"no picture")
+    (out / "leaderboard_7.png").symlink_to(out / "leaderboard_1.png")
+    shutil.copy(out / "ablation_1.png", out / "for_the_talk_1.png")  # ours, kept under their name
+    drawn = {path.name for path in out.glob("*.png")}
+    (results / "robustness.json").unlink()
+    write(results / "probe.json", probe([backbone("init", logistic=scores(0.8))]))
+    run(CompareConfig(results=[results], out=out))
+    gone = {"ablation_1.png", "corruptions_1.png", "leaderboard_2.png", "confusion_2.png"}
+    assert drawn - {path.name for path in out.glob("*.png")} == gone
+    assert set(re.findall(r"\((\w+\.png)\)", (out / "compare.md").read_text())) == {
+        "leaderboard_1.png",
+        "confusion_1.png",
+    }
+
+
+def test_a_page_that_cannot_be_made_leaves_the_last_one_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "probe.json", two_models())
+    run(CompareConfig(results=[tmp_path / "in"], out=tmp_path / "out"))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    gone = [tmp_path / "gone.safetensors"]
+    again = CompareConfig(results=[tmp_path / "in"], out=tmp_path / "out", maps=gone)
+    with pytest.raises(PathfmError, match="no embeddings at"):
+        run(again)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_there_is_no_page_about_nothing(tmp_path: Path) -> None:

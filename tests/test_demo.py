@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pathfm import runtime
 from pathfm.cli import main
 from pathfm.config import load_config
 from pathfm.demo import DemoConfig
@@ -70,6 +71,10 @@ def test_the_demo_leaves_a_page_features_and_a_tree_of_runs(demo_out: Path) -> N
     page = (demo_out / "report.html").read_text()
     assert "synthetic-0000" in page
     assert "pretrained" in page
+    compared = (demo_out / "compare" / "compare.html").read_text()
+    assert "Leaderboard: logistic regression" in compared
+    assert "95 % interval" in compared
+    assert "data:image/png;base64," in compared
     for name in ("init", "pretrained"):
         assert (demo_out / "embeddings" / f"{name}.safetensors").exists()
     runs = read_runs(f"sqlite:///{demo_out / 'mlflow.db'}", "pathfm-demo")
@@ -166,6 +171,35 @@ def test_the_saved_config_of_a_demo_can_be_run_again(tmp_path: Path) -> None:
     saved = load_config(DemoConfig, tmp_path / "demo.yaml")
     assert saved.pretrain == config.pretrain
     assert saved.foreground == config.foreground
+
+
+def test_slides_drawn_are_counted_to_a_hundred_per_cent_and_one_is_no_slides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pathfm.demo import inputs
+
+    seen: list[tuple[int, int]] = []
+
+    class Bar(runtime.Progress):
+        def advance(self, n: int = 1, **facts: float | str) -> None:
+            super().advance(n, **facts)
+            seen.append((self.done, self.total))
+
+    def draw(folder: Path, n: int, seed: int, tell: Any) -> list[Any]:
+        for number in range(n):
+            for share in (0.0, 0.5, 1.0):
+                tell(number, share)
+        return [SimpleNamespace(path=folder / f"{number}.svs") for number in range(n)]
+
+    monkeypatch.setattr(inputs, "progress", Bar)
+    monkeypatch.setattr(inputs, "write_demo_slides", draw)
+    for n in (3, 1):
+        find_inputs(DemoConfig(out=tmp_path, n_slides=n, patches=tmp_path))
+    assert seen == [(d, 100) for d in (0, 16, 33, 33, 50, 66, 66, 83, 100, 0, 50, 100)]
+    assert [line.partition(" in ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "3 synthetic slides",
+        "1 synthetic slide",
+    ]
 
 
 def test_a_folder_of_the_user_s_where_the_demo_s_patches_go_is_left_alone(tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ def test_progress_says_a_line_where_nobody_watches(
 
 
 @pytest.mark.slow
+def test_one_of_a_thing_is_told_without_an_s() -> None:
+    told = [runtime.counted(n, "slide") for n in (0, 1, 2, 12_000)]
+    assert told == ["0 slides", "1 slide", "2 slides", "12,000 slides"]
+
+
 def test_devices_and_dtypes() -> None:
     import torch
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from online_patching.philox import integers, words
@@ -133,10 +134,13 @@ def write_labelled_patches(
     folder, counts = Path(folder), {}
     # Without ink and dust: the tissue alone must tell the class.
     slides = [replace(slide, pen=False, dust=0) for slide in slides]
+    maps = [slide.class_map(TRUTH_MPP) for slide in slides]
     for number, name in enumerate(CLASS_NAMES[1:], start=1):
         (folder / name).mkdir(parents=True, exist_ok=True)
         made = 0
-        for x_px0, y_px0, slide in _places(slides, number, size_px * mpp, purity, seed, per_class):
+        for x_px0, y_px0, slide in _places(
+            slides, maps, number, size_px * mpp, purity, seed, per_class
+        ):
             patch = slide.render(x_px0, y_px0, size_px, size_px, mpp)
             Image.fromarray(patch).save(folder / name / f"{slide.seed:04d}_{x_px0}_{y_px0}.png")
             made += 1
@@ -146,6 +150,7 @@ def write_labelled_patches(
 
 def _places(
     slides: Sequence[SyntheticSlide],
+    truths: Sequence[NDArray[np.uint8]],
     number: int,
     side_um: float,
     purity: float,
@@ -154,7 +159,7 @@ def _places(
 ) -> list[tuple[int, int, SyntheticSlide]]:
     """Upper left corners (level-0 px) of patches of one class, taken from the slides in turn."""
     found: list[tuple[int, int, SyntheticSlide]] = []
-    maps = [slide.class_map(TRUTH_MPP) == number for slide in slides]
+    maps = [truth == number for truth in truths]
     inside = [np.argwhere(m) for m in maps]
     drawn = words(seed, np.arange(wanted * 20), number, _PATCH_STREAM, 1)[:, 0]
     cells = max(1, round(side_um / TRUTH_MPP))

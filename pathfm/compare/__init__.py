@@ -33,7 +33,6 @@ from pathfm.tracking import RunRecord, read_runs, replay, ui_command
 
 if TYPE_CHECKING:
     from pathfm.compare.gathering import Gathered
-    from pathfm.compare.records import Picture
     from pathfm.compare.tables import Table
 
 __all__ = [
@@ -107,7 +106,7 @@ def _written(
     config: CompareConfig, gathered: Gathered, tables: list[Table], uri: str
 ) -> list[Path]:
     """The page's files; `PathfmError` where there is nothing to put on one."""
-    from pathfm.compare.page import Page, write_page
+    from pathfm.compare.page import Page, lead_of, write_page
     from pathfm.compare.pictures import draw_all
 
     if not tables and not config.maps:
@@ -116,20 +115,22 @@ def _written(
             "run `pathfm probe`, or give --results or --maps"
         )
     assert config.out is not None
-    save_config(config, make_folder(config.out), "compare.yaml")
-    pictures: list[Picture] = draw_all(gathered, config, config.out)
+    pictures = draw_all(gathered, config)  # all of them before anything is written
     where = [f"experiment {config.experiment} in {without_secrets(uri)}"] if uri else []
     where += [path.as_posix() for path in config.results]
     page = Page(
         title=config.experiment if uri else "Results",
         where="; ".join(where),
+        lead=lead_of(gathered.found),
         tables=tables,
         pictures=pictures,
         notes=gathered.found.notes,
     )
-    written = write_page(page, gathered.found, config.out)
-    print(f"written: {', '.join(str(path) for path in written)} and {len(pictures)} pictures")
-    return [*written, *(picture.path for picture in pictures)]
+    written = write_page(page, gathered.found, make_folder(config.out))
+    save_config(config, config.out, "compare.yaml")
+    named = ", ".join(str(path) for path in written if path.suffix != ".png")
+    print(f"written: {named} and {len(pictures)} pictures")
+    return written
 
 
 def _show(tables: list[Table], notes: tuple[str, ...]) -> None:

@@ -6,15 +6,16 @@ import io
 import textwrap
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from online_patching.stores.local import atomic_write_bytes
 from pathfm.compare.ablation import Ablation
 from pathfm.compare.curves import Curve
 from pathfm.compare.published import LABEL
 from pathfm.compare.records import Robustness, Score, Shots, Task
 from pathfm.pictures import COLOURS
+
+SOFTWARE = "pathfm compare"
+"""Written into every picture: the next page in the folder replaces those, and no others."""
 
 _SOFT = "#8a8a8a"
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
@@ -35,19 +36,18 @@ def plain_words(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def save(figure: Any, path: Path) -> Path:
-    """Writes a PNG whole or not at all; the same figure gives the same bytes."""
+def save(figure: Any) -> bytes:
+    """The figure as a PNG that says whose it is; the same figure gives the same bytes."""
     stored = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in any script: boxes
-        figure.savefig(stored, format="png", dpi=120, metadata={"Software": None})
-    atomic_write_bytes(path, stored.getvalue())
-    return path
+        figure.savefig(stored, format="png", dpi=120, metadata={"Software": SOFTWARE})
+    return stored.getvalue()
 
 
 def draw_leaderboard(
-    ours: Sequence[tuple[str, Score]], theirs: Sequence[Score], tasks: Sequence[Task], path: Path
-) -> Path:
+    ours: Sequence[tuple[str, Score]], theirs: Sequence[Score], tasks: Sequence[Task]
+) -> bytes:
     """A panel a data set, a row a model: dot and interval; published figures are hollow diamonds."""
     best: dict[str, float] = {}
     for name, score in [*ours, *((s.model, s) for s in theirs)]:
@@ -77,10 +77,10 @@ def draw_leaderboard(
     for row in panels:
         for panel in row[1:]:
             panel.set_yticklabels([])
-    return save(figure, path)
+    return save(figure)
 
 
-def draw_curves(curves: Sequence[Curve], path: Path) -> Path:
+def draw_curves(curves: Sequence[Curve]) -> bytes:
     """Panels of one axis: points with intervals, a line for each way the rest differs."""
     columns = min(3, len(curves))
     lines = -(-len(curves) // columns)
@@ -105,10 +105,10 @@ def draw_curves(curves: Sequence[Curve], path: Path) -> Path:
         _plain(panel)
     for panel in panels.flat[len(curves) :]:
         panel.set_visible(False)
-    return save(figure, path)
+    return save(figure)
 
 
-def draw_shots(task: Task, curves: Sequence[Shots], path: Path) -> Path:
+def draw_shots(task: Task, curves: Sequence[Shots]) -> bytes:
     """Score over the number of training samples a class, a band of one sd over draws."""
     figure, ((panel,),) = sheet(1, 1, 5.2, 3.6)
     for n, curve in enumerate(curves):
@@ -129,10 +129,10 @@ def draw_shots(task: Task, curves: Sequence[Shots], path: Path) -> Path:
     panel.set_ylabel(f"{task.metric}, %", fontsize=8)
     panel.legend(fontsize=8)
     _plain(panel)
-    return save(figure, path)
+    return save(figure)
 
 
-def draw_ablation(ablation: Ablation, path: Path) -> Path:
+def draw_ablation(ablation: Ablation) -> bytes:
     """Bars from the baseline at 0, paired intervals across their ends; a panel a protocol."""
     columns, n = len(ablation.panels), len(ablation.rows)
     width = min(16.0, 2.6 + 2.7 * columns)
@@ -160,10 +160,10 @@ def draw_ablation(ablation: Ablation, path: Path) -> Path:
         panel.set_xlim(-reach, reach)  # one scale: bars of two protocols can be compared
     for panel in panels[0][1:]:
         panel.set_yticklabels([])
-    return save(figure, path)
+    return save(figure)
 
 
-def draw_corruptions(result: Robustness, path: Path) -> Path:
+def draw_corruptions(result: Robustness) -> bytes:
     """CE of every corruption, reference at 100, and beside it the plain errors that CE hides."""
     names = ["mCE", *result.corruptions]
     figure, ((left, right),) = sheet(2, 1, 10.5, 1.6 + 0.36 * len(names))
@@ -194,7 +194,7 @@ def draw_corruptions(result: Robustness, path: Path) -> Path:
         panel.axhline(len(names) - 1.5, color="#cccccc", linewidth=0.8)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=8)
-    return save(figure, path)
+    return save(figure)
 
 
 def _dot(panel: Any, row: int, score: Score) -> None:

@@ -168,7 +168,7 @@ def _umap() -> type:
     return found
 
 
-def draw_map(one: EmbeddingMap, path: Path) -> Path:
+def draw_map(one: EmbeddingMap) -> bytes:
     """A panel an aspect; the most frequent names in colours, others grey, in the same order everywhere."""
     figure, panels = sheet(len(one.aspects), 1, 4.6 * len(one.aspects), 4.9)
     for panel, (aspect, told) in zip(panels[0], one.aspects.items(), strict=True):
@@ -205,7 +205,7 @@ def draw_map(one: EmbeddingMap, path: Path) -> Path:
             markerscale=2,
             frameon=False,
         )
-    return save(figure, path)
+    return save(figure)
 
 
 def _natural(name: str) -> tuple[float, str]:

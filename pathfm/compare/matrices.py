@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ def shares(confusion: Confusion) -> NDArray[np.float64]:
     return out
 
 
-def draw_confusions(confusions: Sequence[Confusion], path: Path) -> Path:
+def draw_confusions(confusions: Sequence[Confusion]) -> bytes:
     """A panel a model, one task; numbers in per cent of the true class."""
     columns = min(3, len(confusions))
     lines = -(-len(confusions) // columns)
@@ -44,4 +43,4 @@ def draw_confusions(confusions: Sequence[Confusion], path: Path) -> Path:
         panel.set_title(plain_words(confusion.model), fontsize=9)
     for panel in panels.flat[len(confusions) :]:
         panel.set_visible(False)
-    return save(figure, path)
+    return save(figure)

@@ -7,34 +7,59 @@ import csv
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from online_patching.stores.local import atomic_write_text
+from PIL import Image
+
+from online_patching.stores.local import atomic_write_bytes, atomic_write_text
+from pathfm.compare.drawing import SOFTWARE
 from pathfm.compare.records import Found, Picture
 from pathfm.compare.tables import Table
-from pathfm.runtime import git_commit
+from pathfm.runtime import counted, git_commit
 
 HTML, MARKDOWN, SCORES = "compare.html", "compare.md", "scores.csv"
+_OURS = re.compile(r"(leaderboard|ablation|scaling|few_shot|corruptions|confusion|map)_\d+\.png")
 
 
 @dataclass(frozen=True)
 class Page:
-    """Everything the page shows. where: the store or the folders, as they are named to people."""
+    """Everything the page shows. where: the store or the folders, as they are named to people; lead: `lead_of`."""
 
     title: str
     where: str
+    lead: str
     tables: Sequence[Table]
     pictures: Sequence[Picture]
     notes: Sequence[str]
 
 
-def write_page(page: Page, found: Found, out: Path) -> list[Path]:
-    """Writes the three files into `out`, each whole or not at all, and returns their paths.
+def lead_of(found: Found) -> str:
+    """What the page is and how to read it, in a few sentences."""
+    models = {score.model for score in found.scores}
+    models |= {model.name for one in found.robustness for model in one.models}
+    data = {score.task.data for score in found.scores} | {one.data for one in found.robustness}
+    told = (
+        f"{counted(len(models), 'model')} on {counted(len(data), 'data set')}, side by side. "
+        if models
+        else ""
+    )
+    told += "Every figure is read from what another stage measured and kept; nothing is trained or fitted here."
+    if found.differences:
+        told += (
+            " Which of two models is ahead is read from the differences on the same samples: clearly where the "
+            "interval leaves out 0, and not from two dots and their own intervals."
+        )
+    return told
 
-    Text is escaped (names come from strangers), pictures are data URIs, nothing is loaded or run.
+
+def write_page(page: Page, found: Found, out: Path) -> list[Path]:
+    """Writes pictures, tables and the page into `out`, each file whole or not at all, and returns their paths.
+
+    Pictures of an earlier page that this one does not have are removed last. Text is escaped (names come
+    from strangers), the HTML's pictures are data URIs, nothing is loaded or run.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -46,19 +71,40 @@ def write_page(page: Page, found: Found, out: Path) -> list[Path]:
         lstrip_blocks=True,
     )
     made = f"{datetime.now(UTC):%d %B %Y, %H:%M UTC}, commit {git_commit()}"
-    pictures = [(p, _data_uri(p.path)) for p in page.pictures]
+    pictures = [(p, _data_uri(p.png)) for p in page.pictures]
     text = environment.get_template("compare.html.j2").render(
         page=page, pictures=pictures, made=made
     )
     written = {HTML: text, MARKDOWN: markdown(page, made), SCORES: scores_csv(found)}
+    for picture in page.pictures:
+        atomic_write_bytes(out / picture.name, picture.png)
     for name, content in written.items():
         atomic_write_text(out / name, content)
-    return [out / name for name in written]
+    _remove_stale(out, {picture.name for picture in page.pictures})
+    return [out / name for name in [*written, *(picture.name for picture in page.pictures)]]
+
+
+def _remove_stale(out: Path, kept: Set[str]) -> None:
+    """Removes what an earlier page drew and this one did not: our names, and our mark inside the file."""
+    for path in out.glob("*_*.png"):
+        if path.name not in kept and _OURS.fullmatch(path.name) and _is_ours(path):
+            path.unlink(missing_ok=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `compare` drew the file; somebody else's of the same name, or a link, is not."""
+    if path.is_symlink():
+        return False
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 def markdown(page: Page, made: str) -> str:
     """The page as Markdown: tables, and pictures by their file names."""
-    parts = [f"# {_md(page.title)}", f"{_md(page.where)}; made {made}."]
+    parts = [f"# {_md(page.title)}", f"{_md(page.where)}; made {made}.", _md(page.lead)]
     for table in page.tables:
         lines = ["| " + " | ".join(map(_md, table.columns)) + " |"]
         lines.append("|" + "|".join([" --- ", *[" ---: "] * (len(table.columns) - 1)]) + "|")
@@ -68,7 +114,7 @@ def markdown(page: Page, made: str) -> str:
     if page.pictures:
         parts.append("## Pictures")
     for picture in page.pictures:
-        parts += [f"### {_md(picture.title)}", f"![{_md(picture.title)}]({picture.path.name})"]
+        parts += [f"### {_md(picture.title)}", f"![{_md(picture.title)}]({picture.name})"]
         parts.append(_md(picture.caption))
     if page.notes:
         parts += ["## Notes", "\n".join(f"- {_md(note)}" for note in page.notes)]
@@ -99,5 +145,5 @@ def _md(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 EVA = "eva linear heads"
 """The protocol of published rows: heads trained as kaiko-eva 0.4.5 trains them."""
@@ -137,8 +136,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the page: its file, what it shows, and the sentence below it."""
+    """A picture of the page: its file's name and bytes, what it shows, and the sentence below it."""
 
-    path: Path
+    name: str
+    png: bytes
     title: str
     caption: str

@@ -136,12 +136,13 @@ class DemoResult:
 
     out: Path
     report: Path
+    compared: Path
     seconds: dict[str, float]
     verdict: str
 
 
 def run(config: DemoConfig) -> DemoResult:
-    """Runs every stage that is not done yet; prints the table, the page and what to type next."""
+    """Runs every stage that is not done yet; prints the table, the two pages and what to type next."""
     from pathfm.demo.stages import run_stages
 
     return run_stages(config)

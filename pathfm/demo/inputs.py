@@ -11,10 +11,10 @@ from pathlib import Path
 from online_patching.testing import demo_slides, write_demo_slides, write_labelled_patches
 from pathfm.cohorts import write_csv
 from pathfm.demo import DemoConfig
-from pathfm.runtime import PathfmError, progress
+from pathfm.runtime import PathfmError, counted, progress
 
 _HELD_OUT_SEEDS = 500  # the probe's slides are drawn from seeds so far from pretraining's
-_HELD_OUT_SLIDES = 10
+_HELD_OUT_SLIDES = 20  # of fewer there is no interval: resampled ones lack a class too often
 
 
 def find_inputs(config: DemoConfig) -> tuple[tuple[str, ...], Path]:
@@ -22,7 +22,7 @@ def find_inputs(config: DemoConfig) -> tuple[tuple[str, ...], Path]:
     slides = config.slides
     if slides is None:
         slides = _draw_slides(config)
-        print(f"{len(slides)} synthetic slides in {config.out / 'slides'}")
+        print(f"{counted(len(slides), 'synthetic slide')} in {config.out / 'slides'}")
     patches = config.patches
     if patches is None:
         patches = _draw_patches(config)
@@ -35,10 +35,10 @@ def find_inputs(config: DemoConfig) -> tuple[tuple[str, ...], Path]:
 
 def _draw_slides(config: DemoConfig) -> tuple[str, ...]:
     folder = config.out / "slides"
-    with progress(100 * config.n_slides, "%", "drawing slides") as bar:
+    with progress(100, "%", "drawing slides") as bar:  # of all of them
 
         def tell(number: int, share: float) -> None:
-            bar.advance(round(100 * (number + share)) - bar.done)
+            bar.advance(int(100 * (number + share) / config.n_slides) - bar.done)
 
         written = write_demo_slides(folder, config.n_slides, config.seed, tell)
     return tuple(str(slide.path) for slide in written)
@@ -47,7 +47,7 @@ def _draw_slides(config: DemoConfig) -> tuple[str, ...]:
 def _draw_patches(config: DemoConfig) -> Path:
     """The labelled folder, made aside and renamed when it is whole; kept while the recipe is."""
     folder = config.out / "patches"
-    recipe = json.dumps({"seed": config.seed, "per_class": config.per_class, "rules": 1})
+    recipe = json.dumps({"seed": config.seed, "per_class": config.per_class, "rules": 2})
     done = folder / "recipe.json"
     if done.exists() and done.read_text(errors="replace") == recipe:
         return folder

@@ -31,7 +31,7 @@ from pathfm.tracking.journal import read_state
 
 
 def run_stages(config: DemoConfig) -> DemoResult:
-    """The story of a demo, from slides to the page about it."""
+    """The story of a demo, from slides to the pages about it."""
     began_s = time.monotonic()
     demo = Demo(config)
     _check_backbone(demo)
@@ -56,9 +56,9 @@ def run_stages(config: DemoConfig) -> DemoResult:
             page = _report(demo, parent)
         parent.summary(**{f"seconds/{name}": s for name, s in demo.seconds.items()})
     with demo.stage("compare"):
-        _compare(demo)
-    _show(demo, page, probed, time.monotonic() - began_s)
-    return DemoResult(config.out, page, demo.seconds, probed.verdict)
+        compared = _compare(demo)
+    _show(demo, page, compared, probed, time.monotonic() - began_s)
+    return DemoResult(config.out, page, compared, demo.seconds, probed.verdict)
 
 
 @dataclass
@@ -216,11 +216,16 @@ def _report(demo: Demo, parent: Run) -> Path:
     return path
 
 
-def _compare(demo: Demo) -> None:
-    compare.run(compare.CompareConfig(uri=demo.store, experiment=demo.config.experiment))
+def _compare(demo: Demo) -> Path:
+    """Its page, of what the demo's runs keep in the store; runs of other demos in the experiment too."""
+    out = demo.folder("compare")
+    compare.run(compare.CompareConfig(uri=demo.store, experiment=demo.config.experiment, out=out))
+    return out / "compare.html"
 
 
-def _show(demo: Demo, page: Path, probed: probe.ProbeResult, total_s: float) -> None:
+def _show(
+    demo: Demo, page: Path, compared: Path, probed: probe.ProbeResult, total_s: float
+) -> None:
     out, config = console(), demo.config
     table = Table(title=f"stages, {total_s:.0f} s in all", title_justify="left")
     table.add_column("stage")
@@ -236,7 +241,10 @@ def _show(demo: Demo, page: Path, probed: probe.ProbeResult, total_s: float) -> 
     lines = [
         f"(init: {probed.backbones[0].weights_note})",
         "",
-        f"the page:     {page.resolve().as_uri()}",
+        f"the run:      {page.resolve().as_uri()}",
+        "              (slides and their masks, what was drawn from them, curves, the probe)",
+        f"the results:  {compared.resolve().as_uri()}",
+        "              (a leaderboard of the backbones with intervals, before against after, maps of the features)",
         f"MLflow:       {ui_command(demo.store)}",
         f"go on with:   pathfm pretrain {shlex.quote(f'{run_folder}/config.yaml')} --help",
         f"              pathfm compare --uri {store_word} --experiment {experiment_word}",

@@ -30,6 +30,7 @@ from pathfm.ranks import Ranks, gather_objects, together
 from pathfm.runtime import (
     PathfmError,
     as_dict,
+    counted,
     one_line,
     plan_precision,
     progress,
@@ -64,7 +65,9 @@ def embed_slides(config: EmbedConfig, model: Embedder, ranks: Ranks) -> EmbedRes
     rows = gather_objects([task.row for task in left])[0]
     if not rows:
         if ranks.first:
-            print(f"embed {config.name}: {folder / FOLDER} is up to date ({len(tasks):,} slides)")
+            print(
+                f"embed {config.name}: {folder / FOLDER} is up to date ({counted(len(tasks), 'slide')})"
+            )
             _look_for_leaks(config)
         return EmbedResult(folder, True, 0.0, float("nan"))
     left = [task for task in tasks if task.row in set(rows)]
@@ -185,6 +188,6 @@ def _finish(
             f"{failed[0][1]}. See {listed}; what was read is kept"
         )
     print(
-        f"embed {config.name}: {good:,} slides, {patches:,} patches at {config.mpp:g} µm/px -> "
+        f"embed {config.name}: {counted(good, 'slide')}, {patches:,} patches at {config.mpp:g} µm/px -> "
         f"{folder / FOLDER}, {rate:.1f} patches/s"
     )

@@ -11,7 +11,7 @@ from rich.table import Table
 from pathfm.foreground import ForegroundConfig, SlideForeground
 from pathfm.foreground.masking import paths_of
 from pathfm.pictures import jpeg_data_uri
-from pathfm.runtime import console
+from pathfm.runtime import console, counted
 
 MOST_PICTURED = 200
 """Slides on the page: each has its picture in it, of some 50 KB."""
@@ -24,9 +24,8 @@ def show(config: ForegroundConfig, rows: list[SlideForeground], page: Path) -> N
     out = console()
     reused = sum(row.reused for row in rows)
     again = f", {reused} as they were" if reused else ""
-    table = Table(
-        title=f"{len(rows)} slides, masks by {_method(config)}{again}", title_justify="left"
-    )
+    title = f"{counted(len(rows), 'slide')}, masks by {_method(config)}{again}"
+    table = Table(title=title, title_justify="left")
     table.add_column("slide", overflow="fold")
     for name in ("tissue, mm²", "tissue, %", "IoU with " + _other(config), "µm/px"):
         table.add_column(name, justify="right")
@@ -81,8 +80,8 @@ def page_of(config: ForegroundConfig, rows: list[SlideForeground]) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>Foreground of {len(rows)} slides</title><style>{_STYLE}</style>"
-        f"<h1>Foreground: {found} of {len(rows)} slides have tissue</h1>"
+        f"<title>Foreground of {counted(len(rows), 'slide')}</title><style>{_STYLE}</style>"
+        f"<h1>Foreground: tissue in {found} of {counted(len(rows), 'slide')}</h1>"
         f"<p>The outline is the mask made by <b>{_method(config)}</b> at {config.mpp:g} µm/px; "
         f"IoU is its agreement with {_other(config)}: where it is low, look; it is no verdict.{which}</p>"
         f"<main>\n{figures}\n</main></html>\n"

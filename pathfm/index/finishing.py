@@ -22,7 +22,7 @@ from pathfm.index.tables import (
     told_by_cohort,
 )
 from pathfm.index.wanted import WantedSlides
-from pathfm.runtime import PathfmError, console
+from pathfm.runtime import PathfmError, console, counted
 
 
 def refuse_if_useless(sources: Sequence[str], wanted: WantedSlides, journal: Journal) -> None:
@@ -71,7 +71,7 @@ class Done:
         """Print it."""
         out, most = console(), self.most
         again = f", {self.reused:,} unchanged since the last run" if self.reused else ""
-        out.print(self._slides(f"{self.slides:,} slides{again}"))
+        out.print(self._slides(counted(self.slides, "slide") + again))
         self._rest(self.slides - most, "slides")
         if self.codes:
             skipped = sum(self.codes.values())

@@ -14,7 +14,7 @@ from pathfm.report.scores import dot_plot_svg, probe_part
 from pathfm.report.slides import OUTLINE, SlideCard, patch_mix, slide_cards
 from pathfm.report.stage_files import config_files, newest_run, read_csv, read_jsonl, read_text
 from pathfm.report.training import RunPart, run_part
-from pathfm.runtime import PathfmError, provenance, without_secrets
+from pathfm.runtime import PathfmError, counted, provenance, without_secrets
 
 SAMPLED_FIELDS = frozenset(("draw", "slide_id", "x_px0", "y_px0", "width_px0", "height_px0", "mpp"))
 
@@ -118,7 +118,7 @@ def headline(
         return f"Linear probe on frozen features: {best['name']} {reached} balanced accuracy."
     if pretrain:
         return f"Pretraining {pretrain.name}: {pretrain.n_steps:,} steps so far; not probed yet."
-    return f"{len(slides):,} slides indexed; nothing is trained yet."
+    return f"{counted(len(slides), 'slide')} indexed; nothing is trained yet."
 
 
 def _percent(scores: dict[str, Any]) -> str:
@@ -140,7 +140,9 @@ def _facts(
     """Numbers for the top of the page: (value with unit, what it is)."""
     facts = []
     if slides:
-        facts.append((f"{len(slides):,}", "slides indexed"))
+        facts.append(
+            (f"{len(slides):,}", "slide indexed" if len(slides) == 1 else "slides indexed")
+        )
     tissue = sum(float(row["tissue_mm2"]) for row in masks.values() if row.get("tissue_mm2"))
     if masks:
         facts.append((f"{tissue:,.0f} mm²", "of tissue found"))
