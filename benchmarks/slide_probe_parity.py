@@ -25,7 +25,8 @@ from common import about_this_run, write_out
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from pathfm.slide_probe import Bags, Parts, bags_of
+from pathfm.probing.parts import Parts
+from pathfm.slide_probe import Bags, bags_of
 from pathfm.slide_probe.abmil import AbMil
 from pathfm.slide_probe.fit import SlideProtocol, SlideRun, fit_run
 from tests.eva_folder import run_eva

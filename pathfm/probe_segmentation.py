@@ -1,4 +1,4 @@
-"""Verb `probe-segmentation`: a frozen backbone's patch tokens + class masks -> heads, mean Dice, n runs.
+"""Verb `probe-segmentation`: a frozen model's patch tokens + class masks -> heads, mean Dice, n runs.
 
 Reads a segmentation data set, writes `<out>/segmentation_probe.json` and `<out>/<model>.<head>.results.json`
 with kaiko-eva's keys. Pictures and masks are cut and resized as eva does; tokens are computed once.
@@ -6,60 +6,52 @@ with kaiko-eva's keys. Pictures and masks are cut and resized as eva does; token
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from online_patching.stores.local import atomic_write_text
-from pathfm.runtime import (
-    PathfmError,
-    as_dict,
-    make_folder,
-    pick_device,
-    progress,
-    provenance,
-    save_config,
-)
-from pathfm.segmentation.probe_result import (
-    METRIC,
-    RESULT,
-    SegmentationModel,
-    SegmentationResult,
-    load_result,
-    show,
-    write_eva_results,
-)
-from pathfm.tracking import TrackingConfig, open_run
+from pathfm.heads.recording import file_name, key_of, once
+from pathfm.heads.result import HeadResult, HeadScores, write_eva_results
+from pathfm.heads.telling import show as tell
+from pathfm.models.naming import WEIGHTS_HELP
+from pathfm.runtime import PathfmError, pick_device, progress
+from pathfm.tracking import TrackingConfig
 
 if TYPE_CHECKING:  # torch is imported when there is work, not for --help
-    from pathfm.backbone import Backbone
-    from pathfm.datasets import Benchmark
-    from pathfm.segmentation.probe_fit import MaskedMaps, SegmentationRun
+    import numpy as np
+    from numpy.typing import NDArray
 
+    from pathfm.datasets import Benchmark
+    from pathfm.models import Embedder
+    from pathfm.segmentation_probe.fit import MaskedMaps, SegmentationProtocol
+    from pathfm.segmentation_probe.pictures import Pictures
+    from pathfm.segmentation_probe.runs import DiceScores
+
+RESULT = "segmentation_probe.json"
+METRIC = "mean_dice_without_background"
+EVA_METRIC = "MonaiDiceScore"
 EVA_PATIENCE = {"consep": 200, "monusac": 100}
 Head = Literal["conv", "mlp", "linear"]
-Parts = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
-_FORMAT = "pathfm.segmentation_probe.1"
+_DEFAULT_FOLDS = 5
+_FORMAT = "pathfm.segmentation_probe.2"
 
 
 class ProbeSegmentationConfig(BaseModel, frozen=True, extra="forbid"):
-    """Which backbone to probe on which masks; the defaults are kaiko-eva's."""
+    """Which models to probe on which masks; the defaults are kaiko-eva's."""
 
-    data: str = Field(description="data set with its folder: consep=FOLDER or monusac=FOLDER")
-    weights: list[str] = Field(
-        min_length=1,
-        description="random[:SEED] | imagenet | dinov2 | a .safetensors file | a pretrain run's folder; "
-        "one or several",
+    data: str = Field(
+        description="consep=FOLDER, monusac=FOLDER, or a folder of images/ and masks/ (PNG, a class number "
+        "a pixel), perhaps under train, val, test, with classes.csv and groups.csv"
     )
-    backbone: str = Field("vit_tiny_patch16_224", description="timm name of the backbones")
+    weights: list[str] = Field(
+        min_length=1, description=f"models that give patch tokens, one or several: {WEIGHTS_HELP}"
+    )
+    backbone: str = Field(
+        "vit_tiny_patch16_224", description="timm name, for weights that do not know theirs"
+    )
     names: list[str] = Field(
         [], description="what tables call each of the weights; unset: as the weights are written"
     )
@@ -79,8 +71,20 @@ class ProbeSegmentationConfig(BaseModel, frozen=True, extra="forbid"):
         1, ge=1, le=64, description="blocks whose tokens are used, from the last"
     )
     norm: bool = Field(False, description="the backbone's last norm after its tokens; eva has none")
+    mean: tuple[float, ...] | None = Field(
+        None, description="of each channel on 0..1, for every model; unset: the model's own"
+    )
+    std: tuple[float, ...] | None = Field(
+        None, description="of each channel on 0..1, for every model; unset: the model's own"
+    )
     n_runs: int = Field(5, ge=1, le=1000, description="runs, each with its own head and batches")
-    seed: int = Field(0, ge=0, description="key of all heads and batches")
+    n_folds: int | None = Field(
+        None,
+        ge=3,
+        le=100,
+        description="folds by patient; unset: the data's own splits, or 5 folds where it has none",
+    )
+    seed: int = Field(0, ge=0, description="key of all folds, heads and batches")
     lr: float = Field(2e-3, gt=0, le=10, description="AdamW's rate; a third of it for five epochs")
     batch: int = Field(64, ge=1, le=4096, description="pictures a step")
     steps: int = Field(2000, ge=1, le=10_000_000, description="steps at most")
@@ -94,212 +98,193 @@ class ProbeSegmentationConfig(BaseModel, frozen=True, extra="forbid"):
         description="what is predicted on ignored pixels counts as wrong, as in eva; false: not at all",
     )
     partial: bool = Field(False, description="take a copy whose counts are not the published ones")
+    leaks: Literal["refuse", "mark"] = Field(
+        "refuse",
+        description="reported pictures that a model has seen in pretraining: refuse, or mark the table",
+    )
     embed_batch: int = Field(32, ge=1, le=4096, description="pictures in one forward pass")
     device: str = Field("auto", description="auto, cpu or cuda:N")
     tracking: TrackingConfig = Field(TrackingConfig(), description="where the run is recorded")
 
 
-@dataclass(frozen=True, eq=False)
-class Pictures:
-    """All tiles at the input size with masks, splits, and who must not be on two sides of a split."""
-
-    pixels: NDArray[np.uint8]
-    masks: NDArray[np.uint8]
-    splits: tuple[str, ...]
-    groups: tuple[str, ...]
-
-
-def run(config: ProbeSegmentationConfig) -> SegmentationResult:
-    """Fits every head on every backbone; a rerun with nothing new prints what is there."""
-    from pathfm.backbone import load_backbone
+def run(config: ProbeSegmentationConfig) -> HeadResult:
+    """Fits every head on every model; a rerun with nothing new prints what is there."""
     from pathfm.datasets import open_dataset
+    from pathfm.segmentation_probe.pictures import read_pictures
 
     names = list(config.names) or list(config.weights)
-    if len(names) != len(config.weights) or len({*names}) < len(names):
+    files = {file_name(name) for name in names}
+    if len(names) != len(config.weights) or len(files) < len(names):
         raise PathfmError(
             f"{len(config.weights)} weights and names {names}: give each one of its own"
         )
     data = open_dataset(config.data, partial=config.partial)
     if data.facts.task != "segmentation":
         raise PathfmError(f"{config.data}: a {data.facts.task} data set, it has no masks")
-    backbones = [load_backbone(config.backbone, weights) for weights in config.weights]
-    backbones[0].check_input(config.input_px, "input_px")
-    path = config.out / RESULT
-    key = _key(config, data, [backbone.digest for backbone in backbones])
-    earlier = load_result(path)
-    if earlier is not None and earlier.key == key:
-        print(f"probe-segmentation: {path} is up to date")
-        show(earlier)
-        return earlier
-    save_config(config, make_folder(config.out), "probe_segmentation.yaml")
-    tracking = config.tracking.filled(config.out, "probe-segmentation")
-    tags = provenance() | {"stage": "probe-segmentation"}
-    with open_run(tracking, config.out, as_dict(config), tags) as tracked:
-        tracked.cohort(data.name, data.digest, "evaluation")
-        result = _probe(config, key, data, names, backbones)
-        atomic_write_text(path, json.dumps(asdict(result), indent=1) + "\n")
-        for model in result.models:
-            at = f"{_file_name(model.name)}/{model.protocol}"
-            tracked.summary(**{f"{at}.mean": model.mean, f"{at}.sd": model.sd})
-            for number, value in enumerate(model.values):
-                tracked.log(number, **{f"{at}.by_run": value})
-        tracked.artifact(path)
-    show(result)
-    print(f"written: {path}")
-    return result
+    models = [_model(config, weights) for weights in config.weights]
+    n_folds = config.n_folds or (None if any(data.splits) else _DEFAULT_FOLDS)
+    tile_px = data.facts.tile_px if config.tile_px is None else config.tile_px
+    pictures = read_pictures(data, config.input_px, tile_px)
+    notes = _leaks(config, names, data, pictures, n_folds)
+    key = _key(config, data, models, notes)
+
+    def measure() -> HeadResult:
+        return _probe(config, key, data, pictures, names, models, n_folds, notes)
+
+    return once("probe-segmentation", config, RESULT, key, (data.name, data.digest), measure, show)
 
 
-def read_pictures(data: Benchmark, input_px: int, tile_px: int) -> Pictures:
-    """Every picture of a segmentation data set cut into tiles, resized with its mask."""
-    from pathfm.datasets.preparing import fit
-    from pathfm.segmentation.probe_pictures import fit_mask, tiles
+def _model(config: ProbeSegmentationConfig, weights: str) -> Embedder:
+    from pathfm.models import load_model
+    from pathfm.models.maps import check_maps
 
-    pixels, masks, splits, groups = [], [], [], []
-    for i, name in enumerate(data.paths):
-        try:
-            for part, mask in tiles(data.read(i), data.mask(i), tile_px):
-                pixels.append(fit(part, input_px, name))
-                masks.append(fit_mask(mask, input_px))
-                splits.append(data.splits[i])
-                groups.append(data.groups[i] or name)
-        except PathfmError as error:
-            raise PathfmError(f"{data.name}, {name}: {error}") from None
-    return Pictures(np.stack(pixels), np.stack(masks), tuple(splits), tuple(groups))
+    model = load_model(weights, config.backbone, config.input_px, config.mean, config.std)
+    check_maps(model, config.last_blocks)
+    return model
+
+
+def _leaks(
+    config: ProbeSegmentationConfig,
+    names: Sequence[str],
+    data: Benchmark,
+    pictures: Pictures,
+    n_folds: int | None,
+) -> list[str]:
+    """What must be said of pictures that a model had seen; refuses those that are reported."""
+    from pathfm.leakage import refuse_or_mark, salt_at_hand, seen_by
+    from pathfm.probing.parts import Parts
+    from pathfm.segmentation_probe.leaks import leaks_of
+
+    reported = None if n_folds else Parts.of_names(pictures.splits).reported
+    ids, found = salt_at_hand(config.out), []
+    for name, weights in zip(names, config.weights, strict=True):
+        leaks = leaks_of(seen_by(weights), data, pictures, ids)
+        line = refuse_or_mark(leaks, config.leaks, reported)
+        if line:
+            found.append(f"{name}: {line}")
+    return found
 
 
 def _probe(
     config: ProbeSegmentationConfig,
     key: str,
     data: Benchmark,
+    pictures: Pictures,
     names: Sequence[str],
-    backbones: Sequence[Backbone],
-) -> SegmentationResult:
-    from pathfm.segmentation.probe_fit import MaskedMaps
-    from pathfm.segmentation.probe_tokens import embed_maps
+    models: Sequence[Embedder],
+    n_folds: int | None,
+    notes: Sequence[str],
+) -> HeadResult:
+    from pathfm.models.maps import embed_maps
+    from pathfm.segmentation_probe.fit import MaskedMaps
+    from pathfm.segmentation_probe.runs import probe_maps
 
     device = pick_device(config.device)
-    tile_px = data.facts.tile_px if config.tile_px is None else config.tile_px
-    pictures = read_pictures(data, config.input_px, tile_px)
-    of = np.asarray(pictures.splits)
-    parts = tuple(np.flatnonzero(of == name) for name in ("train", "val", "test"))
-    assert len(parts) == 3
-    _refuse_shared(pictures, parts)
     classes = tuple(c for k, c in enumerate(data.classes) if k not in data.facts.ignored)
     ignore = data.facts.ignored[0] if data.facts.ignored else None
-    models = []
-    fits = len(names) * len(config.heads) * config.n_runs
+    found: list[HeadScores] = []
+    scores = None
+    fits = len(names) * len(config.heads) * config.n_runs * (n_folds or 1)
     with progress(fits, "fits", "probe-segmentation") as bar:
-        for name, backbone in zip(names, backbones, strict=True):
+        for name, model in zip(names, models, strict=True):
             batches = _batches(pictures.pixels, config.embed_batch)
-            maps = embed_maps(backbone, batches, device, config.last_blocks, config.norm)
+            maps = embed_maps(model, batches, device, config.last_blocks, config.norm)
             held = MaskedMaps(maps, pictures.masks, classes, ignore)
             for head in config.heads:
-                runs = _fit(config, data, held, parts, head, bar.advance)
-                models.append(_model(config, name, backbone, head, held, pictures, parts, runs))
-    reported = parts[2] if len(parts[2]) else parts[1]
-    caveats = []
-    if not any(data.groups):
-        caveats.append(
-            f"{data.name} does not say whose its pictures are: each counts as a patient."
-        )
-    if not models[0].interval:
-        caveats.append("No interval: the reported pictures are of one patient.")
-    if ignore is not None and config.eva_ignore:
-        caveats.append(
-            f"Predictions on {data.classes[ignore]!r} pixels count as wrong, as in eva 0.4.5; "
-            "--eva_ignore false leaves them out."
-        )
-    return SegmentationResult(
+                scores = probe_maps(
+                    held,
+                    pictures.splits,
+                    pictures.groups,
+                    _protocol(config, data, head),
+                    config.n_runs,
+                    n_folds,
+                    config.seed,
+                    str(device),
+                    config.eva_ignore,
+                    bar.advance,
+                )
+                found.append(_scores(config, name, model, head, held, scores))
+    assert scores is not None
+    return HeadResult(
         key=key,
         data=data.name,
         data_digest=data.digest,
         input_px=config.input_px,
-        n=len(reported),
+        n=len(scores.rows),
         classes=list(classes),
-        told="test (val chose the epoch)" if len(parts[2]) else "val (it chose the epoch too)",
+        told=scores.told,
         metric=METRIC,
-        models=models,
-        caveats=caveats,
+        models=found,
+        caveats=[*_caveats(config, data, names, models, scores), *notes],
     )
 
 
-def _fit(
-    config: ProbeSegmentationConfig,
-    data: Benchmark,
-    held: MaskedMaps,
-    parts: Parts,
-    head: Head,
-    advance: Callable[[int], object],
-) -> list[SegmentationRun]:
-    from pathfm.segmentation.probe_fit import SegmentationProtocol, fit_run
+def _protocol(config: ProbeSegmentationConfig, data: Benchmark, head: Head) -> SegmentationProtocol:
+    from pathfm.segmentation_probe.fit import SegmentationProtocol
 
-    patience = config.patience_epochs or EVA_PATIENCE.get(data.name, 200)
-    protocol = SegmentationProtocol(
-        head, config.lr, batch=config.batch, steps=config.steps, patience_epochs=patience
+    return SegmentationProtocol(
+        head=head,
+        lr=config.lr,
+        batch=config.batch,
+        steps=config.steps,
+        patience_epochs=config.patience_epochs or EVA_PATIENCE.get(data.name, 200),
     )
-    device, runs = pick_device(config.device), []
-    for run in range(config.n_runs):
-        found = fit_run(
-            held,
-            *parts,
-            protocol,
-            seed=config.seed,
-            run=run,
-            device=device,
-            eva_ignore=config.eva_ignore,
-        )
-        runs.append(found)
-        advance(1)
-    return runs
 
 
-def _model(
+def _scores(
     config: ProbeSegmentationConfig,
     name: str,
-    backbone: Backbone,
+    model: Embedder,
     head: Head,
     held: MaskedMaps,
-    pictures: Pictures,
-    parts: Parts,
-    runs: Sequence[SegmentationRun],
-) -> SegmentationModel:
-    from pathfm.segmentation.probe_heads import TokenHead, parameters_of
-    from pathfm.uncertainty import interval_of_mean
+    scores: DiceScores,
+) -> HeadScores:
+    from pathfm.segmentation_probe.decoders import TokenHead, parameters_of
 
-    tables = [run.test or run.val for run in runs]
-    rows = parts[2] if len(parts[2]) else parts[1]
-    values = [table.mean for table in tables]
-    by_picture = np.mean([table.pictures for table in tables], axis=0)
-    groups = [pictures.groups[i] for i in rows]
-    judged = {g for g, value in zip(groups, by_picture, strict=True) if np.isfinite(value)}
-    about = interval_of_mean(by_picture, groups) if len(judged) > 1 else None
-    each = {c: float(np.mean([t.per_class[c] for t in tables])) for c in held.classes}
-    val = [run.val.mean for run in runs]
-    test = values if len(parts[2]) else []
-    write_eva_results(config.out / f"{_file_name(name)}.{head}.results.json", val, test)
-    return SegmentationModel(
-        name=name,
-        protocol=head,
-        backbone_digest=backbone.digest,
-        weights_note=backbone.weights_note,
-        values=values,
-        val=val,
-        mean=float(np.mean(values)),
-        sd=float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
-        interval=[about.low, about.high] if about else [],
-        interval_of="mean over runs, patients (or pictures) resampled" if about else "",
-        per_class={c: None if np.isnan(v) else v for c, v in each.items()},
+    test = () if scores.told.startswith("val") else scores.values
+    path = config.out / f"{file_name(name)}.{head}.results.json"
+    write_eva_results(path, EVA_METRIC, scores.val, test)
+    return HeadScores.of(
+        name,
+        head,
+        scores.values,
+        scores.val,
+        scores.interval,
+        "mean over runs, patients (or pictures) resampled",
+        scores.epochs,
+        backbone_digest=model.digest,
+        weights_note=model.weights_note,
+        dim=sum(held.widths),
         parameters=parameters_of(TokenHead(head, held.widths, len(held.classes))),
-        epochs=float(np.mean([run.epochs for run in runs])),
+        per_class=scores.per_class,
     )
 
 
-def _refuse_shared(pictures: Pictures, parts: Parts) -> None:
-    seen: dict[str, int] = {}
-    for k, rows in enumerate(parts):
-        for group in {pictures.groups[i] for i in rows}:
-            if seen.setdefault(group, k) != k:
-                raise PathfmError(f"{group} is in two splits: its nuclei would be learnt by heart")
+def _caveats(
+    config: ProbeSegmentationConfig,
+    data: Benchmark,
+    names: Sequence[str],
+    models: Sequence[Embedder],
+    scores: DiceScores,
+) -> list[str]:
+    from pathfm.models.maps import keeps_norm
+
+    found = []
+    if not any(data.groups):
+        found.append(f"{data.name} does not say whose its pictures are: each counts as a patient.")
+    if scores.interval is None:
+        found.append("No interval: the reported pictures are of one patient.")
+    else:
+        found += scores.interval.caveats
+    if data.facts.ignored and config.eva_ignore:
+        found.append(
+            f"Predictions on {data.classes[data.facts.ignored[0]]!r} pixels count as wrong, as in eva "
+            "0.4.5; --eva_ignore false leaves them out."
+        )
+    normed = [name for name, model in zip(names, models, strict=True) if keeps_norm(model)]
+    if normed and not config.norm:
+        found.append(f"Tokens of {', '.join(normed)} are as it ends: its last norm is in them.")
+    return found
 
 
 def _batches(pixels: NDArray[np.uint8], size: int) -> Iterator[NDArray[np.uint8]]:
@@ -307,13 +292,19 @@ def _batches(pixels: NDArray[np.uint8], size: int) -> Iterator[NDArray[np.uint8]
         yield pixels[start : start + size]
 
 
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[-100:].lstrip(".") or "_"
+def _key(
+    config: ProbeSegmentationConfig,
+    data: Benchmark,
+    models: Sequence[Embedder],
+    notes: Sequence[str],
+) -> str:
+    left_out = {"out", "tracking", "device", "weights", "data"}
+    options = config.model_dump(mode="json", exclude=left_out)
+    facts = [[model.digest, list(model.mean), list(model.std)] for model in models]
+    return key_of(_FORMAT, options, data.digest, facts, list(notes))
 
 
-def _key(config: ProbeSegmentationConfig, data: Benchmark, digests: Sequence[str]) -> str:
-    options = config.model_dump(
-        mode="json", exclude={"out", "tracking", "device", "weights", "data"}
-    )
-    facts = [_FORMAT, options, data.digest, list(digests)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def show(result: HeadResult) -> None:
+    """Prints the table, the Dice of each class and the caveats."""
+    judged = f"{result.n:,} pictures of {result.input_px} px reported"
+    tell(result, judged, "Mean Dice without background, and Dice of each class")

@@ -10,32 +10,26 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field
 
-from online_patching.stores.local import atomic_write_bytes, atomic_write_text
-from pathfm.runtime import (
-    PathfmError,
-    as_dict,
-    console,
-    make_folder,
-    pick_device,
-    progress,
-    provenance,
-    save_config,
-)
-from pathfm.tracking import TrackingConfig, open_run
+from online_patching.stores.local import atomic_write_bytes
+from pathfm.heads.recording import key_of, once
+from pathfm.heads.result import HeadResult, HeadScores, write_eva_results
+from pathfm.heads.telling import show as tell
+from pathfm.runtime import PathfmError, pick_device, progress
+from pathfm.tracking import TrackingConfig
 
 if TYPE_CHECKING:  # torch and h5py are imported when there is work, not for --help
     from pathfm.slide_probe import Bags
+    from pathfm.slide_probe.fit import Pooling, SlideProtocol
     from pathfm.slide_probe.runs import SlideScores
 
 RESULT = "slide_probe.json"
 METRIC = "balanced_accuracy"
-_FORMAT = "pathfm.slide_probe.1"
+_FORMAT = "pathfm.slide_probe.2"
 
 
 class ProbeSlidesConfig(BaseModel, frozen=True, extra="forbid"):
@@ -74,41 +68,7 @@ class ProbeSlidesConfig(BaseModel, frozen=True, extra="forbid"):
     tracking: TrackingConfig = Field(TrackingConfig(), description="where the run is recorded")
 
 
-@dataclass(frozen=True)
-class SlideModel:
-    """One model under one pooling. Balanced accuracies 0..1; interval: 95 %, over patients."""
-
-    name: str
-    protocol: str
-    dim: int
-    values: list[float]
-    val: list[float]
-    mean: float
-    sd: float
-    interval: list[float]
-    interval_of: str
-    n_patients: int
-    epochs: float
-    backbone_digest: str = ""
-
-
-@dataclass(frozen=True)
-class SlideProbeResult:
-    """What `slide_probe.json` holds."""
-
-    key: str  # digest of the features and the options: a rerun with the same key is skipped
-    data: str
-    data_digest: str
-    n: int  # slides reported
-    n_slides: int
-    classes: list[str]
-    told: str  # which slides are reported, and what chose
-    metric: str
-    models: list[SlideModel]
-    caveats: list[str]
-
-
-def run(config: ProbeSlidesConfig) -> SlideProbeResult:
+def run(config: ProbeSlidesConfig) -> HeadResult:
     """Probes every folder of bags under every pooling; a rerun with nothing new prints what is there."""
     from pathfm.slide_probe.bags import same_slides
 
@@ -120,45 +80,35 @@ def run(config: ProbeSlidesConfig) -> SlideProbeResult:
     if config.n_folds is None and not found[0].splits:
         raise PathfmError(f"{config.labels} has no splits: add a column split, or give --n_folds 5")
     notes = _leaks(config, names, found)
-    path, key = config.out / RESULT, _key(config, found)
-    earlier = _load(path)
-    told = earlier is not None and set(notes) <= set(earlier.caveats)
-    if earlier is not None and earlier.key == key and told:
-        print(f"probe-slides: {path} is up to date")
-        show(earlier)
-        return earlier
-    save_config(config, make_folder(config.out), "probe_slides.yaml")
-    tracking = config.tracking.filled(config.out, "probe-slides")
-    tags = provenance() | {"stage": "probe-slides"}
-    with open_run(tracking, config.out, as_dict(config), tags) as tracked:
-        tracked.cohort(config.labels, _digest(found[0]), "evaluation")
-        result = _probe(config, key, names, found)
-        result = replace(result, caveats=[*result.caveats, *notes])
-        atomic_write_text(path, json.dumps(asdict(result), indent=1) + "\n")
-        for model in result.models:
-            at = f"{model.name}/{model.protocol}"
-            tracked.summary(**{f"{at}.mean": model.mean, f"{at}.sd": model.sd})
-            for number, value in enumerate(model.values):
-                tracked.log(number, **{f"{at}.by_run": value})
-        tracked.artifact(path)
-    show(result)
-    print(f"written: {path}")
-    return result
+    key = _key(config, found, notes)
+    data = config.labels, _digest(found[0])
+
+    def measure() -> HeadResult:
+        return _probe(config, key, names, found, notes)
+
+    return once("probe-slides", config, RESULT, key, data, measure, show)
 
 
 def _leaks(config: ProbeSlidesConfig, names: Sequence[str], found: Sequence[Bags]) -> list[str]:
-    """What must be said of slides that a backbone had seen; refuses them where that is asked for."""
+    """What must be said of reported slides that a backbone had seen; refuses them where that is asked for."""
     from pathfm.leakage import mark_of_bags
+    from pathfm.probing.parts import Parts
 
-    triples = zip(names, config.bags, found, strict=True)
-    lines = [mark_of_bags(n, folder, bags.slides, config.leaks) for n, folder, bags in triples]
+    slides = found[0].slides
+    if config.n_folds is None:
+        slides = tuple(slides[i] for i in Parts.of_names(found[0].splits).reported)
+    pairs = zip(names, config.bags, strict=True)
+    lines = [mark_of_bags(name, folder, slides, config.leaks) for name, folder in pairs]
     return [line for line in lines if line]
 
 
 def _probe(
-    config: ProbeSlidesConfig, key: str, names: Sequence[str], found: Sequence[Bags]
-) -> SlideProbeResult:
-    from pathfm.slide_probe.fit import SlideProtocol
+    config: ProbeSlidesConfig,
+    key: str,
+    names: Sequence[str],
+    found: Sequence[Bags],
+    notes: Sequence[str],
+) -> HeadResult:
     from pathfm.slide_probe.runs import probe_bags
 
     device = str(pick_device(config.device))
@@ -168,13 +118,7 @@ def _probe(
         for name, bags in zip(names, found, strict=True):
             loaded = bags.loaded(int(config.memory_gib * 2**30), config.most_patches)
             for pooling in config.poolings:
-                protocol = SlideProtocol(
-                    pooling=pooling,
-                    lr=config.lr,
-                    batch_slides=config.batch_slides,
-                    max_epochs=config.max_epochs,
-                    patience_epochs=config.patience_epochs,
-                )
+                protocol = _protocol(config, pooling)
                 scores = probe_bags(
                     loaded,
                     protocol,
@@ -184,13 +128,13 @@ def _probe(
                     device,
                     bar.advance,
                 )
-                models.append(_model(name, pooling, bags, scores))
+                models.append(_model(name, protocol, bags, scores))
                 caveats += [f"{name}, {pooling}: {c}" for c in scores.interval.caveats]
                 _write_files(config, f"{name}.{pooling}", bags, scores)
     assert scores is not None
     if not any(found[0].patients):
         caveats.append("No patients are known: each slide counts as a patient of its own.")
-    return SlideProbeResult(
+    return HeadResult(
         key=key,
         data=config.labels,
         data_digest=_digest(found[0]),
@@ -200,23 +144,38 @@ def _probe(
         told=scores.told,
         metric=METRIC,
         models=models,
-        caveats=caveats,
+        caveats=[*caveats, *notes],
     )
 
 
-def _model(name: str, pooling: str, bags: Bags, scores: SlideScores) -> SlideModel:
-    return SlideModel(
-        name=name,
-        protocol=pooling,
+def _protocol(config: ProbeSlidesConfig, pooling: Pooling) -> SlideProtocol:
+    from pathfm.slide_probe.fit import SlideProtocol
+
+    return SlideProtocol(
+        pooling=pooling,
+        lr=config.lr,
+        batch=config.batch_slides,
+        max_epochs=config.max_epochs,
+        patience_epochs=config.patience_epochs,
+    )
+
+
+def _model(name: str, protocol: SlideProtocol, bags: Bags, scores: SlideScores) -> HeadScores:
+    from pathfm.slide_probe.fit import make_head
+
+    head = make_head(protocol, bags.dim, len(bags.classes), 0, 0)
+    return HeadScores.of(
+        name,
+        protocol.pooling,
+        scores.values,
+        scores.val,
+        scores.interval,
+        "mean over runs, patients resampled",
+        scores.epochs,
+        backbone_digest=bags.encoder_digest,
         dim=bags.dim,
-        values=list(scores.values),
-        val=list(scores.val),
-        mean=scores.mean,
-        sd=scores.sd,
-        interval=[scores.interval.low, scores.interval.high],
-        interval_of="mean over runs, patients resampled",
-        n_patients=scores.interval.n_groups,
-        epochs=scores.epochs,
+        parameters=sum(p.numel() for p in head.parameters()),
+        per_class=dict(zip(bags.classes, scores.recall, strict=True)),
     )
 
 
@@ -225,16 +184,8 @@ def _write_files(config: ProbeSlidesConfig, stem: str, bags: Bags, scores: Slide
     import numpy as np
 
     metric = "BinaryBalancedAccuracy" if len(bags.classes) == 2 else "MulticlassAccuracy"
-
-    def told(part: str, values: Sequence[float]) -> list[dict[str, Any]]:
-        sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0
-        stated = {"mean": float(np.mean(values)), "stdev": sd, "values": list(values)}
-        return [{f"{part}/{metric}": stated}]
-
-    test = [] if scores.told.startswith("val") else told("test", scores.values)
-    metrics = {"metrics": {"val": told("val", scores.val), "test": test}}
-    text = json.dumps(metrics, indent=2, sort_keys=True) + "\n"
-    atomic_write_text(config.out / f"{stem}.results.json", text)
+    test = () if scores.told.startswith("val") else scores.values
+    write_eva_results(config.out / f"{stem}.results.json", metric, scores.val, test)
     held = io.BytesIO()
     np.savez_compressed(
         held,
@@ -273,56 +224,21 @@ def _digest(bags: Bags) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _key(config: ProbeSlidesConfig, found: Sequence[Bags]) -> str:
+def _key(config: ProbeSlidesConfig, found: Sequence[Bags], notes: Sequence[str]) -> str:
     """A digest of everything the result depends on; files by name, size and time of change."""
     from pathfm.embeddings.bags import find_bags
 
     options = config.model_dump(
         mode="json", exclude={"bags", "out", "tracking", "device", "memory_gib"}
     )
-    files = [
-        [
-            _name(folder),
-            [[s, f.stat().st_size, f.stat().st_mtime_ns] for s, f in find_bags(folder).items()],
-        ]
-        for folder in config.bags
-    ]
-    return hashlib.sha256(
-        json.dumps([_FORMAT, options, files, _digest(found[0])]).encode()
-    ).hexdigest()
+    files = []
+    for folder in config.bags:
+        stats = [(slide, file.stat()) for slide, file in find_bags(folder).items()]
+        files.append([_name(folder), [[s, of.st_size, of.st_mtime_ns] for s, of in stats]])
+    return key_of(_FORMAT, options, files, _digest(found[0]), list(notes))
 
 
-def _load(path: Path) -> SlideProbeResult | None:
-    try:
-        return TypeAdapter(SlideProbeResult).validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
-
-
-def show(result: SlideProbeResult) -> None:
+def show(result: HeadResult) -> None:
     """Prints the table and the caveats."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    out = console()
-    about = (
-        f"{result.data}: {result.n_slides:,} slides, {len(result.classes)} classes, {result.n:,} reported: "
-        f"{result.told}. Balanced accuracy, %, with its 95 % interval over patients:"
-    )
-    out.print(about, markup=False, highlight=False)
-    table = Table("model", "pooling")
-    for column in ("mean [interval]", "sd over runs", "runs", "epochs"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for m in result.models:
-        low, high = (100 * v for v in m.interval)
-        table.add_row(
-            escape(m.name),
-            m.protocol,
-            f"{100 * m.mean:.1f} [{low:.1f}, {high:.1f}]",
-            f"{100 * m.sd:.1f}",
-            f"{len(m.values)}",
-            f"{m.epochs:.0f}",
-        )
-    out.print(table)
-    for caveat in result.caveats:
-        out.print(f"note: {caveat}", markup=False, highlight=False)
+    judged = f"{result.n_slides:,} slides, {len(result.classes)} classes, {result.n:,} reported"
+    tell(result, judged, "Balanced accuracy and recall of each class")

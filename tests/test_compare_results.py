@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from pathfm import probe_slides
 from pathfm.compare.gathering import READERS, from_files
 from pathfm.compare.published import _ROWS, published_scores
 from pathfm.compare.records import EVA, Task
 from pathfm.compare.tables import Table, every_table, leaderboards
 from pathfm.datasets import DATASETS
+from pathfm.heads.result import HeadResult
 from pathfm.probing.protocol import HeadProtocol
 from pathfm.probing.result import ProbeResult
 from pathfm.robustness.results import RobustnessResult
 from pathfm.runtime import PathfmError
-from pathfm.segmentation.probe_result import SegmentationResult
 from tests.comparing import (
     backbone,
     corrupted,
@@ -192,9 +191,8 @@ def test_scores_of_slides_and_masks_are_read(tmp_path: Path) -> None:
 
 
 def test_what_the_slide_and_mask_probes_write_has_all_that_is_read() -> None:
-    for result in (probe_slides.SlideProbeResult, SegmentationResult):
-        names = {part.name for part in fields(result)}
-        assert {"data", "data_digest", "n", "told", "metric", "models", "caveats"} <= names
+    names = {part.name for part in fields(HeadResult)}
+    assert {"data", "data_digest", "n", "told", "metric", "models", "caveats"} <= names
 
 
 def test_a_corruption_left_out_is_no_zero(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pathfm.segmentation.probe_fit import MaskedMaps, SegmentationProtocol
-from pathfm.segmentation.probe_fit import fit_run as fit_pictures
-from pathfm.segmentation.probe_heads import HeadName, TokenHead
-from pathfm.segmentation.probe_scores import dice_table, eva_dice_loss
-from pathfm.slide_probe import Parts, bags_of
+from pathfm.probing.parts import Parts
+from pathfm.segmentation_probe.decoders import HeadName, TokenHead
+from pathfm.segmentation_probe.fit import MaskedMaps, SegmentationProtocol
+from pathfm.segmentation_probe.fit import fit_run as fit_pictures
+from pathfm.segmentation_probe.scores import dice_table, eva_dice_loss
+from pathfm.slide_probe import bags_of
 from pathfm.slide_probe.abmil import AbMil
 from pathfm.slide_probe.fit import SlideProtocol, fit_run, loss_of
 from tests.eva_folder import run_eva
@@ -192,7 +193,7 @@ def test_a_slide_run_follows_eva_s_step_for_step_to_the_same_test_score(
         for kind in ("weight", "bias")
     }
     head.load_state_dict(layers)
-    protocol = SlideProtocol(batch_slides=8, max_epochs=30, patience_epochs=9)
+    protocol = SlideProtocol(batch=8, max_epochs=30, patience_epochs=9)
     found = fit_run(
         bags, parts, protocol, head=head, order=order_of(trained["slides/read"], len(parts.train))
     )
@@ -215,7 +216,8 @@ def test_a_segmentation_run_follows_eva_s_step_for_step_to_the_same_dice(
         to_train_on["pictures/mask"].astype(np.int64),
         CLASSES,
     )
-    parts = [to_train_on[f"pictures/{p}"].astype(np.int64) for p in ("train", "val", "test")]
+    rows = (to_train_on[f"pictures/{p}"].astype(np.int64) for p in ("train", "val", "test"))
+    parts = Parts(*rows)
     head = TokenHead("conv", (10,), 4)
     head.layers.load_state_dict(
         {
@@ -225,7 +227,11 @@ def test_a_segmentation_run_follows_eva_s_step_for_step_to_the_same_dice(
     )
     protocol = SegmentationProtocol(batch=8, steps=32)
     found = fit_pictures(
-        data, *parts, protocol, head=head, order=order_of(trained["pictures/read"], len(parts[0]))
+        data,
+        parts,
+        protocol,
+        head=head,
+        order=order_of(trained["pictures/read"], len(parts.train)),
     )
     theirs = trained["pictures/losses"]
     assert len(theirs) == len(found.losses) == 32

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pathfm import cli
-from pathfm.probe_segmentation import ProbeSegmentationConfig, read_pictures, run
+from pathfm.probe_segmentation import ProbeSegmentationConfig, run
 from pathfm.runtime import PathfmError
-from pathfm.segmentation.probe_pictures import fit_mask, tiles
+from pathfm.segmentation_probe.pictures import fit_mask, read_pictures, tiles
 from pathfm.tracking import TrackingConfig
 from tests.datasets_mini import MAKERS
 

@@ -7,17 +7,19 @@ import pytest
 import torch
 
 from pathfm.backbone import load_backbone
+from pathfm.heads.fit import shuffled
+from pathfm.models.loading import of_backbone
+from pathfm.models.maps import embed_maps, token_maps
+from pathfm.probing.parts import Parts
 from pathfm.runtime import PathfmError
-from pathfm.segmentation.probe_fit import (
+from pathfm.segmentation_probe.decoders import HeadName, TokenHead, make_head, parameters_of
+from pathfm.segmentation_probe.fit import (
     MaskedMaps,
     SegmentationProtocol,
     fit_run,
     predict,
-    shuffled,
 )
-from pathfm.segmentation.probe_heads import HeadName, TokenHead, make_head, parameters_of
-from pathfm.segmentation.probe_scores import dice_table, eva_dice_loss
-from pathfm.segmentation.probe_tokens import embed_maps, token_maps
+from pathfm.segmentation_probe.scores import dice_table, eva_dice_loss
 
 CLASSES = ("background", "one", "two")
 HEADS: tuple[HeadName, ...] = ("conv", "mlp", "linear")
@@ -32,8 +34,8 @@ def some_pictures(n: int = 24, noise: float = 0.3) -> MaskedMaps:
     return MaskedMaps([maps], np.kron(cells, np.ones((4, 4), np.int64)), CLASSES)
 
 
-def thirds(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.arange(n // 3), np.arange(n // 3, 2 * n // 3), np.arange(2 * n // 3, n)
+def thirds(n: int) -> Parts:
+    return Parts(np.arange(n // 3), np.arange(n // 3, 2 * n // 3), np.arange(2 * n // 3, n))
 
 
 # --- heads ----------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ def test_maps_are_the_patch_tokens_of_the_last_blocks_in_rows(norm: bool) -> Non
         network.forward_features(x)  # type: ignore[operator]
     for hook in hooks:
         hook.remove()
-    found = token_maps(backbone, x, last=2, norm=norm)
+    found = token_maps(of_backbone(backbone), x, last=2, norm=norm)
     assert [m.shape for m in found] == [(2, 24, 2, 3)] * 2
     for given, m in zip(seen, found, strict=True):
         with torch.inference_mode():
@@ -150,16 +152,17 @@ def test_maps_are_those_of_timm_s_feature_extractor_which_eva_uses() -> None:
     x = torch.from_numpy((pixels / np.float32(255) - mean) / std).permute(0, 3, 1, 2)
     with torch.inference_mode():
         (wanted,) = theirs(x)
-    (found,) = embed_maps(backbone, [pixels[:2], pixels[2:]], torch.device("cpu"))
+    (found,) = embed_maps(of_backbone(backbone), [pixels[:2], pixels[2:]], torch.device("cpu"))
     assert np.allclose(found, wanted.numpy(), atol=1e-5)
 
 
 def test_an_input_of_no_whole_patches_and_too_many_blocks_are_refused() -> None:
     backbone = load_backbone("vit_tiny_patch16_224", "random", embed_dim=24, depth=2, num_heads=2)
+    model = of_backbone(backbone)
     with pytest.raises(PathfmError, match="input_px = 40 is no multiple"):
-        token_maps(backbone, torch.zeros(1, 3, 40, 32))
-    with pytest.raises(PathfmError, match=r"last = 3: .* has 2 blocks"):
-        token_maps(backbone, torch.zeros(1, 3, 32, 32), last=3)
+        token_maps(model, torch.zeros(1, 3, 40, 32))
+    with pytest.raises(PathfmError, match=r"last_blocks = 3: .* has 2 blocks"):
+        token_maps(model, torch.zeros(1, 3, 32, 32), last=3)
 
 
 # --- dice -----------------------------------------------------------------------------------------
@@ -259,7 +262,7 @@ def test_the_loss_is_the_formula_in_float64() -> None:
 def test_every_head_learns_what_tokens_tell(name: HeadName) -> None:
     data = some_pictures()
     protocol = SegmentationProtocol(head=name, batch=4, steps=40, lr=0.02)
-    found = fit_run(data, *thirds(24), protocol)
+    found = fit_run(data, thirds(24), protocol)
     assert found.test is not None
     assert found.test.mean > 0.75
     assert found.losses[-1] < found.losses[0]
@@ -267,38 +270,35 @@ def test_every_head_learns_what_tokens_tell(name: HeadName) -> None:
 
 def test_a_run_is_a_function_of_its_seed_and_number_and_test_has_no_say() -> None:
     data = some_pictures()
-    train, val, test = thirds(24)
+    parts = thirds(24)
     protocol = SegmentationProtocol(batch=4, steps=6)
-    one = fit_run(data, train, val, test, protocol, seed=5)
+    one = fit_run(data, parts, protocol, seed=5)
     masks = data.masks.copy()
-    masks[test] = (masks[test] + 1) % 3
-    lied = fit_run(MaskedMaps(data.maps, masks, CLASSES), train, val, test, protocol, seed=5)
+    masks[parts.test] = (masks[parts.test] + 1) % 3
+    lied = fit_run(MaskedMaps(data.maps, masks, CLASSES), parts, protocol, seed=5)
     assert one.losses == lied.losses
     assert one.val.mean == lied.val.mean
-    assert fit_run(data, train, val, test, protocol, seed=5, run=1).losses != one.losses
-    assert not np.array_equal(shuffled(np.arange(50), 0, 0, 0), shuffled(np.arange(50), 0, 0, 1))
+    assert fit_run(data, parts, protocol, seed=5, run=1).losses != one.losses
+    assert not np.array_equal(
+        shuffled(np.arange(50), 0, 0, 0, 408, 20), shuffled(np.arange(50), 0, 0, 1, 408, 20)
+    )
 
 
 def test_a_last_epoch_cut_short_is_not_judged_and_patience_ends_a_run() -> None:
-    data, (train, val, test) = some_pictures(noise=0.0), thirds(24)
-    whole = fit_run(data, train, val, test, SegmentationProtocol(batch=4, steps=4))
-    cut = fit_run(data, train, val, test, SegmentationProtocol(batch=4, steps=5))
+    data, parts = some_pictures(noise=0.0), thirds(24)
+    whole = fit_run(data, parts, SegmentationProtocol(batch=4, steps=4))
+    cut = fit_run(data, parts, SegmentationProtocol(batch=4, steps=5))
     assert len(cut.losses) == 5
     assert np.array_equal(whole.val.values, cut.val.values, equal_nan=True)
     slow = SegmentationProtocol(batch=4, steps=400, lr=1e-12, patience_epochs=3)
-    stuck = fit_run(data, train, val, test, slow)
+    stuck = fit_run(data, parts, slow)
     assert (stuck.best_epoch, stuck.epochs) == (0, 4)
 
 
-def test_a_picture_in_two_parts_and_an_empty_part_are_refused() -> None:
-    data, (train, val, test) = some_pictures(), thirds(24)
-    protocol = SegmentationProtocol(batch=4, steps=2)
-    with pytest.raises(PathfmError, match="1 pictures are in val and test, the first is row 8"):
-        fit_run(data, train, val, np.append(test, 8), protocol)
-    with pytest.raises(PathfmError, match="8 training and 0 validation pictures"):
-        fit_run(data, train, val[:0], test, protocol)
+def test_a_rate_that_is_too_high_and_no_steps_are_refused() -> None:
+    data, parts = some_pictures(), thirds(24)
     with pytest.raises(PathfmError, match="the loss is nan"):
-        fit_run(data, train, val, test, SegmentationProtocol(batch=4, steps=9, lr=1e30))
+        fit_run(data, parts, SegmentationProtocol(batch=4, steps=9, lr=1e30))
     with pytest.raises(PathfmError, match="steps = 0"):
         SegmentationProtocol(steps=0)
 

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from pathfm.embeddings.bags import BagFacts, write_bag
+from pathfm.heads.fit import shuffled
+from pathfm.heads.folds import fold_of, grouped_folds, parts_of
+from pathfm.probing.parts import Parts
 from pathfm.runtime import PathfmError
-from pathfm.slide_probe import Bags, Parts, bags_of, fold_of, grouped_folds, parts_of
+from pathfm.slide_probe import Bags, bags_of
 from pathfm.slide_probe.abmil import AbMil, MeanPool
-from pathfm.slide_probe.fit import SlideProtocol, fit_run, loss_of, predict, shuffled
+from pathfm.slide_probe.fit import SlideProtocol, fit_run, loss_of, predict
 from pathfm.slide_probe.table import read_bags
 
 
@@ -242,7 +245,7 @@ def test_folds_keep_patients_together_and_spread_classes_as_well_as_scikit_learn
 
 def test_every_slide_is_tested_once_and_never_chooses_for_itself() -> None:
     bags = some_bags(60)
-    folds = grouped_folds(bags.labels, bags.groups, bags.classes, 4, seed=3)
+    folds = grouped_folds(bags.groups, 4, bags.labels, bags.classes, seed=3)
     assert sorted(np.concatenate([f.test for f in folds]).tolist()) == list(range(60))
     for f in folds:
         sides = [{bags.groups[i] for i in rows} for rows in (f.train, f.val, f.test)]
@@ -253,16 +256,16 @@ def test_every_slide_is_tested_once_and_never_chooses_for_itself() -> None:
 def test_a_patient_on_two_sides_or_a_part_without_a_class_is_refused() -> None:
     labels, groups = np.array([0, 1, 0, 1]), ["patient A", "patient B", "patient A", "patient C"]
     with pytest.raises(PathfmError, match="patient A is in train and in val"):
-        parts_of(["train", "train", "val", "val"], labels, groups, ["x", "y"])
+        parts_of(["train", "train", "val", "val"], groups, labels, ["x", "y"])
     apart = ["slide 1", "slide 2", "slide 3", "slide 4"]
-    with pytest.raises(PathfmError, match="val has 1 slides and none of class 'y'"):
-        parts_of(["train", "train", "val", "train"], labels, apart, ["x", "y"])
-    parts = parts_of(["train", "train", "val", "val"], labels, apart, ["x", "y"])
-    assert parts.val_reports
+    with pytest.raises(PathfmError, match="val has 1 samples and none of class 'y'"):
+        parts_of(["train", "train", "val", "train"], apart, labels, ["x", "y"])
+    parts = parts_of(["train", "train", "val", "val"], apart, labels, ["x", "y"])
+    assert parts.reported_on == "val"
     with pytest.raises(PathfmError, match="n_folds = 5 with 4 patients"):
         fold_of(labels, apart, 5)
     with pytest.raises(PathfmError, match="wants 3 or more"):
-        grouped_folds(labels, apart, ["x", "y"], 2)
+        grouped_folds(apart, 2, labels, ["x", "y"])
 
 
 # --- the protocol ---------------------------------------------------------------------------------
@@ -270,8 +273,8 @@ def test_a_patient_on_two_sides_or_a_part_without_a_class_is_refused() -> None:
 
 def test_attention_finds_the_few_patches_that_tell_the_class() -> None:
     bags = some_bags(45, signal=1.0)
-    parts = grouped_folds(bags.labels, bags.groups, bags.classes, 3)[0]
-    found = fit_run(bags, parts, SlideProtocol(max_epochs=20, batch_slides=8, lr=3e-3))
+    parts = grouped_folds(bags.groups, 3, bags.labels, bags.classes)[0]
+    found = fit_run(bags, parts, SlideProtocol(max_epochs=20, batch=8, lr=3e-3))
     assert found.test is not None
     assert found.test > 0.8
     assert found.probabilities.shape == (len(parts.test), 3)
@@ -281,19 +284,21 @@ def test_attention_finds_the_few_patches_that_tell_the_class() -> None:
 
 def test_a_run_is_a_function_of_its_seed_and_number() -> None:
     bags = some_bags(24, 2)
-    parts = grouped_folds(bags.labels, bags.groups, bags.classes, 3)[0]
+    parts = grouped_folds(bags.groups, 3, bags.labels, bags.classes)[0]
     protocol = SlideProtocol(max_epochs=3)
     first, again, other = (
         fit_run(bags, parts, protocol, seed=7, run=run).losses for run in (0, 0, 1)
     )
     assert first == again
     assert first != other
-    assert not np.array_equal(shuffled(parts.train, 7, 0, 0), shuffled(parts.train, 7, 0, 1))
+    assert not np.array_equal(
+        shuffled(parts.train, 7, 0, 0, 405, 16), shuffled(parts.train, 7, 0, 1, 405, 16)
+    )
 
 
 def test_the_test_slides_have_no_say_in_anything_but_the_report() -> None:
     bags = some_bags(30, 2)
-    parts = grouped_folds(bags.labels, bags.groups, bags.classes, 3)[0]
+    parts = grouped_folds(bags.groups, 3, bags.labels, bags.classes)[0]
     shuffled_labels = bags.labels.copy()
     shuffled_labels[parts.test] = 1 - shuffled_labels[parts.test]
     lied = Bags(bags.slides, shuffled_labels, bags.classes, bags.dim, bags.source, bags.patients)
@@ -308,7 +313,7 @@ def test_the_test_slides_have_no_say_in_anything_but_the_report() -> None:
 
 def test_the_first_best_epoch_is_kept_and_patience_ends_the_run() -> None:
     bags = some_bags(24, 2, signal=0.0)
-    parts = grouped_folds(bags.labels, bags.groups, bags.classes, 3)[0]
+    parts = grouped_folds(bags.groups, 3, bags.labels, bags.classes)[0]
     protocol = SlideProtocol(max_epochs=40, patience_epochs=4)
     found = fit_run(bags, parts, protocol)
     assert found.epochs in (found.best_epoch + 5, 40)
@@ -322,7 +327,7 @@ def test_the_first_best_epoch_is_kept_and_patience_ends_the_run() -> None:
 
 def test_without_test_slides_validation_is_reported_and_said_to_be() -> None:
     bags = some_bags(24, 2)
-    parts = grouped_folds(bags.labels, bags.groups, bags.classes, 3)[0]
+    parts = grouped_folds(bags.groups, 3, bags.labels, bags.classes)[0]
     found = fit_run(
         bags, Parts(parts.train, parts.val, np.array([], np.int64)), SlideProtocol(max_epochs=2)
     )
@@ -341,6 +346,6 @@ def test_mean_pooling_is_logistic_regression_on_means() -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_remedy() -> None:
     bags = some_bags(24, 2)
-    parts = grouped_folds(bags.labels, bags.groups, bags.classes, 3)[0]
+    parts = grouped_folds(bags.groups, 3, bags.labels, bags.classes)[0]
     with pytest.raises(PathfmError, match=r"the loss is nan on slides such as .*: give a lower lr"):
         fit_run(bags, parts, SlideProtocol(max_epochs=9, lr=1e30))

@@ -25,6 +25,7 @@ from pathfm.datasets import (
 from pathfm.datasets.benchmark import Benchmark, Facts
 from pathfm.datasets.labelled import open_folder
 from pathfm.datasets.listing import lacking
+from pathfm.datasets.mask_folder import is_mask_folder, open_mask_folder
 from pathfm.datasets.table import open_table
 from pathfm.runtime import PathfmError
 
@@ -70,7 +71,7 @@ def open_dataset(
     size_px: int = 224,
 ) -> Benchmark:
     """A data set by its name and folder ("bach" and a root, or "bach=/data/bach"), a labelled
-    folder, or a .csv.
+    folder, a folder of images and masks, or a .csv.
 
     A public one whose counts or class balance are not the published ones is refused, unless
     `partial`. `mpp` and `size_px` are for patches that a table places in slides. `PathfmError` tells
@@ -94,7 +95,7 @@ def open_dataset(
         raise PathfmError(f"{path}: mpp is for a table of places in slides; pictures have theirs")
     if not path.is_dir():
         raise PathfmError(f"{path}: neither a folder, a .csv nor a data set{_meant(name)}")
-    return open_folder(path)
+    return open_mask_folder(path) if is_mask_folder(path) else open_folder(path)
 
 
 def _public(entry: Entry, root: Path, partial: bool) -> Benchmark:

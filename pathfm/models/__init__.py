@@ -3,6 +3,7 @@
 naming.py         how models are named
 embedder.py       Embedder: uint8 pixels -> features, pooled from CLS or patch tokens
 loading.py        a text that names a model -> Embedder: our backbones, or one of these
+maps.py           patch tokens as maps, for heads that answer pixel by pixel
 hugging_face.py   a folder that transformers wrote, safetensors only
 callables.py      a Python function of yours, or a name of kaiko-eva's registry
 """

@@ -87,12 +87,21 @@ class Embedder:
     ) -> NDArray[np.float32]:
         """Features float32 (b, d) of patches uint8 (b, s, s, 3) that have the input's size."""
         with torch.inference_mode():
-            x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float().div_(255.0)
-            mean = torch.as_tensor(self.mean, device=self.device).view(1, 3, 1, 1)
-            std = torch.as_tensor(self.std, device=self.device).view(1, 3, 1, 1)
+            x = self.normalised(pixels)
             with autocast(self.device, precision):
-                y = self.embed((x - mean) / std, pooling)
+                y = self.embed(x, pooling)
             return np.asarray(y.float().cpu().numpy())
+
+    def normalised(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Patches uint8 (b, h, w, 3) as the network takes them: float (b, 3, h, w) on its device."""
+        x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float().div_(255.0)
+        mean = torch.as_tensor(self.mean, device=self.device).view(1, 3, 1, 1)
+        std = torch.as_tensor(self.std, device=self.device).view(1, 3, 1, 1)
+        return (x - mean) / std
+
+    def patch_tokens(self, x: Tensor) -> Tensor | None:
+        """Patch tokens (N, T, d) of normalised input, row by row, after the last norm; None: it has none."""
+        return self._tokens(x, True)[1]
 
     def _checked(self, features: Tensor, x: Tensor) -> Tensor:
         if features.ndim != 2 or len(features) != len(x):

@@ -58,7 +58,7 @@ def of_backbone(
     def tokens(x: Tensor, patches: bool) -> tuple[Tensor, Tensor | None]:
         return backbone.tokens(x) if patches else (backbone.embed(x), None)
 
-    found = _OfBackbone(
+    found = OfBackbone(
         backbone,
         tokens,
         name=backbone.name,
@@ -71,7 +71,7 @@ def of_backbone(
     return found
 
 
-class _OfBackbone(Embedder):
+class OfBackbone(Embedder):
     """One of our backbones, which knows best what it can be fed."""
 
     backbone: Backbone

@@ -21,7 +21,8 @@ class Bags:
 
     slides: ids. classes: names. patients: one a slide, "" where unknown, which makes the slide a patient
     of its own. splits: "train", "val" or "test" a slide, or () where there are none. source: i -> the
-    features of slide i; `read` checks what it gives.
+    features of slide i; `read` checks what it gives. encoder_digest: of the model that made them, ""
+    where the files do not say.
     Raises PathfmError for parts that do not belong together.
     """
 
@@ -32,6 +33,7 @@ class Bags:
     source: Callable[[int], Features] = field(repr=False)
     patients: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
+    encoder_digest: str = ""
 
     def __post_init__(self) -> None:
         n = len(self.slides)

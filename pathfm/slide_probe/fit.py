@@ -1,15 +1,13 @@
 """The slide protocol of kaiko-eva 0.4.5 on bags: runs of ABMIL (or mean pooling), best on validation.
 
-AdamW 1e-3, weight decay 0.01 (torch's default, which eva leaves), a third of the rate in the first five
-epochs (ConstantLR's defaults, likewise), batches of 32 slides reshuffled every epoch, the last one short;
-100 epochs at most, 20 without a better validation score end a run; the first best epoch is kept.
-Two classes are one logit with binary cross-entropy, more are softmax with cross-entropy.
+AdamW 1e-3, batches of 32 slides, 100 epochs at most, 20 without a better validation score end a run; the
+rest as `heads.fit` says. Two classes are one logit with binary cross-entropy, more are softmax with
+cross-entropy.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,43 +17,27 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from online_patching.philox import words
+from pathfm.heads.fit import Order, Schedule, drawn_head, fit_best, shuffled
 from pathfm.metrics import balanced_accuracy
-from pathfm.runtime import PathfmError, torch_generator
+from pathfm.probing.parts import Parts, Rows
 from pathfm.slide_probe.abmil import AbMil, MeanPool
 from pathfm.slide_probe.bags import Bags
-from pathfm.slide_probe.folds import Parts
 
 _STREAM_ORDER, _STREAM_INIT = 405, 406
+_EPOCH_BITS = 16
 
 Pooling = Literal["abmil", "mean"]
-Order = Callable[[int], NDArray[np.int64]]  # epoch -> the training rows, shuffled
 
 
-@dataclass(frozen=True)
-class SlideProtocol:
-    """How one run is fitted; the defaults are kaiko-eva's.
-
-    lr: peak learning rate. weight_decay: AdamW's, decoupled. batch_slides: slides a step.
-    max_epochs, patience_epochs: when a run ends. slow_epochs: epochs at a third of the rate.
-    """
+@dataclass(frozen=True, kw_only=True)
+class SlideProtocol(Schedule):
+    """How one run is fitted; the defaults are kaiko-eva's. batch: slides a step."""
 
     pooling: Pooling = "abmil"
     lr: float = 1e-3
-    weight_decay: float = 0.01
-    batch_slides: int = 32
-    max_epochs: int = 100
+    batch: int = 32
+    max_epochs: int | None = 100
     patience_epochs: int = 20
-    slow_epochs: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "batch_slides", "max_epochs", "patience_epochs"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise PathfmError(f"{name} = {getattr(self, name)}: wants a number above 0")
-
-    def rate(self, epoch: int) -> float:
-        """The learning rate of an epoch, counted from 0."""
-        return self.lr / 3 if epoch < self.slow_epochs else self.lr
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +52,7 @@ class SlideRun:
     test: float | None
     best_epoch: int
     epochs: int
-    rows: NDArray[np.int64]
+    rows: Rows
     probabilities: NDArray[np.float32]
     losses: tuple[float, ...]
 
@@ -78,18 +60,8 @@ class SlideRun:
 def make_head(protocol: SlideProtocol, dim: int, n_classes: int, seed: int, run: int) -> nn.Module:
     """The untrained head; its weights are a function of (seed, run)."""
     outputs = 1 if n_classes == 2 else n_classes
-    generator = torch_generator(seed, run, _STREAM_INIT)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed())
-        return AbMil(dim, outputs) if protocol.pooling == "abmil" else MeanPool(dim, outputs)
-
-
-def shuffled(rows: NDArray[np.int64], seed: int, run: int, epoch: int) -> NDArray[np.int64]:
-    """The rows in the order of an epoch, a function of (seed, run, epoch)."""
-    if run >= 1 << 16 or epoch >= 1 << 16:
-        raise PathfmError(f"run {run}, epoch {epoch}: both want to be below {1 << 16}")
-    keys = words(seed, np.arange(len(rows)), run << 16 | epoch, _STREAM_ORDER, 1)[:, 0]
-    return rows[np.argsort(keys, kind="stable")]
+    kind: type[AbMil] | type[MeanPool] = AbMil if protocol.pooling == "abmil" else MeanPool
+    return drawn_head(lambda: kind(dim, outputs), seed, run, _STREAM_INIT)
 
 
 def fit_run(
@@ -109,59 +81,31 @@ def fit_run(
     place of the seeded initial weights and shuffling, to compare with another implementation.
     Raises PathfmError for a loss that is not finite, and as `Bags.read` does.
     """
-    n_classes = len(bags.classes)
-    at = torch.device(device)
-    head = (head or make_head(protocol, bags.dim, n_classes, seed, run)).to(at)
-    order = order or (lambda epoch: shuffled(parts.train, seed, run, epoch))
-    solver = torch.optim.AdamW(
-        head.parameters(), lr=protocol.lr, weight_decay=protocol.weight_decay
+    n_classes, at = len(bags.classes), torch.device(device)
+    model = (head or make_head(protocol, bags.dim, n_classes, seed, run)).to(at)
+
+    def loss(rows: Rows) -> Tensor:
+        labels = torch.from_numpy(bags.labels[rows]).to(at)
+        return loss_of(model(*packed(bags, rows, at)), labels)
+
+    def judged(rows: Rows) -> tuple[NDArray[np.float32], float]:
+        found = predict(model, bags, rows, protocol.batch, at)
+        return found, balanced_accuracy(bags.labels[rows], found.argmax(1), n_classes)
+
+    def seeded(epoch: int) -> Rows:
+        return shuffled(parts.train, seed, run, epoch, _STREAM_ORDER, _EPOCH_BITS)
+
+    fit = fit_best(
+        model,
+        protocol,
+        order or seeded,
+        loss,
+        lambda: judged(parts.val)[1],
+        lambda row: f"slides such as {bags.slides[row]}",
     )
-    best, best_epoch, kept, losses = -1.0, 0, copy.deepcopy(head.state_dict()), []
-    for epoch in range(protocol.max_epochs):
-        for group in solver.param_groups:
-            group["lr"] = protocol.rate(epoch)
-        losses += _epoch(head, solver, bags, order(epoch), protocol.batch_slides, at)
-        found = predict(head, bags, parts.val, protocol.batch_slides, at)
-        value = balanced_accuracy(bags.labels[parts.val], found.argmax(1), n_classes)
-        if value > best:  # a tie stays with the earlier epoch
-            best, best_epoch, kept = value, epoch, copy.deepcopy(head.state_dict())
-        if epoch - best_epoch >= protocol.patience_epochs:
-            break
-    head.load_state_dict(kept)
-    rows = parts.val if parts.val_reports else parts.test
-    found = predict(head, bags, rows, protocol.batch_slides, at)
-    score = balanced_accuracy(bags.labels[rows], found.argmax(1), n_classes)
-    test = None if parts.val_reports else score
-    return SlideRun(best, test, best_epoch, epoch + 1, rows, found, tuple(losses))
-
-
-def _epoch(
-    head: nn.Module,
-    solver: torch.optim.Optimizer,
-    bags: Bags,
-    rows: NDArray[np.int64],
-    batch: int,
-    at: torch.device,
-) -> list[float]:
-    """One pass over the training slides: the loss of each step."""
-    head.train()
-    losses = []
-    for start in range(0, len(rows), batch):
-        chosen = rows[start : start + batch]
-        solver.zero_grad(set_to_none=True)
-        loss = loss_of(
-            head(*packed(bags, chosen, at)), torch.from_numpy(bags.labels[chosen]).to(at)
-        )
-        loss.backward()  # type: ignore[no-untyped-call]
-        value = float(loss.detach())
-        if not np.isfinite(value):
-            raise PathfmError(
-                f"the loss is {value} on slides such as {bags.slides[chosen[0]]}: give a lower lr, or "
-                "look for features of enormous size"
-            )
-        solver.step()
-        losses.append(value)
-    return losses
+    found, reported = judged(parts.reported)
+    test = reported if parts.reported_on == "test" else None
+    return SlideRun(fit.best, test, fit.best_epoch, fit.epochs, parts.reported, found, fit.losses)
 
 
 def packed(

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pathfm.heads.folds import grouped_folds, parts_of, told_of
 from pathfm.metrics import balanced_accuracy
+from pathfm.probing.parts import Parts
 from pathfm.slide_probe.bags import Bags
-from pathfm.slide_probe.fit import SlideProtocol, SlideRun, fit_run
-from pathfm.slide_probe.folds import Parts, grouped_folds, parts_of
+from pathfm.slide_probe.fit import SlideProtocol, fit_run
 from pathfm.uncertainty import Interval, Predictions, score
 
 
@@ -21,7 +22,8 @@ class SlideScores:
 
     values: one a run, on the reported slides; with folds every slide is reported once a run. val: the best
     validation score a run (mean over folds). predicted: (runs, n) classes, -1 where a slide is not reported.
-    interval: of the mean over runs, resampling patients. epochs: mean length of a fit.
+    interval: of the mean over runs, resampling patients. epochs: of each fit. recall: of each class, mean
+    over runs, None for a class that no reported slide has.
     """
 
     told: str
@@ -30,17 +32,13 @@ class SlideScores:
     predicted: NDArray[np.int64]
     interval: Interval
     n: int
-    epochs: float
+    epochs: tuple[float, ...]
+    recall: tuple[float | None, ...]
 
     @property
     def mean(self) -> float:
         """Mean over runs."""
         return float(np.mean(self.values))
-
-    @property
-    def sd(self) -> float:
-        """Standard deviation over runs, n - 1 below the line; 0 for one run."""
-        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
 
 
 def probe_bags(
@@ -62,10 +60,11 @@ def probe_bags(
         bags = replace(bags, source=lambda i: means[i : i + 1])
     n_classes = len(bags.classes)
     predicted = np.full((n_runs, len(bags)), -1, np.int64)
-    values, val, epochs = [], [], []
+    values, val, epochs, told = [], [], [], ""
     for run in range(n_runs):
         fits = []
         for k, parts in enumerate(_splits(bags, n_folds, seed, run)):
+            told = told_of(parts, n_folds)
             number = run * (n_folds or 1) + k
             fits.append(fit_run(bags, parts, protocol, seed=seed, run=number, device=device))
             predicted[run, fits[-1].rows] = fits[-1].probabilities.argmax(1)
@@ -79,24 +78,28 @@ def probe_bags(
     groups = [bags.groups[i] for i in rows]
     found = score(Predictions(bags.labels[rows], predicted[:, rows], n_classes, groups))
     return SlideScores(
-        told=_told(n_folds, fits[-1]),
+        told=told,
         values=tuple(values),
         val=tuple(val),
         predicted=predicted,
         interval=found.interval,
         n=len(rows),
-        epochs=float(np.mean(epochs)),
+        epochs=tuple(epochs),
+        recall=_recall(bags, predicted),
     )
 
 
 def _splits(bags: Bags, n_folds: int | None, seed: int, run: int) -> list[Parts]:
     if n_folds is None:
-        return [parts_of(bags.splits, bags.labels, bags.groups, bags.classes)]
-    return grouped_folds(bags.labels, bags.groups, bags.classes, n_folds, seed, run)
+        return [parts_of(bags.splits, bags.groups, bags.labels, bags.classes)]
+    return grouped_folds(bags.groups, n_folds, bags.labels, bags.classes, seed, run)
 
 
-def _told(n_folds: int | None, fit: SlideRun) -> str:
-    """Which slides are reported, and what chose the epoch."""
-    if n_folds is not None:
-        return f"{n_folds} folds by patient (another fold chose the epoch)"
-    return "val (it chose the epoch too)" if fit.test is None else "test (val chose the epoch)"
+def _recall(bags: Bags, predicted: NDArray[np.int64]) -> tuple[float | None, ...]:
+    """Share of each class's reported slides that was recognised, mean over runs."""
+    found: list[float | None] = []
+    for k in range(len(bags.classes)):
+        asked = (predicted >= 0) & (bags.labels == k)
+        runs = [float((p[a] == k).mean()) for p, a in zip(predicted, asked, strict=True) if a.any()]
+        found.append(float(np.mean(runs)) if runs else None)
+    return tuple(found)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pathfm.embeddings.bags import find_bags, read_bag
+from pathfm.embeddings.bags import Bag, find_bags, read_bag
 from pathfm.runtime import PathfmError
 from pathfm.slide_probe.bags import Bags
 
@@ -56,17 +56,29 @@ def bags_of_samples(
         )
     ids = tuple(slides)
 
+    def read(i: int) -> Bag:
+        return read_bag(files[ids[i]])
+
+    first = read(0)
+    encoder = first.facts.encoder_digest if first.facts else ""
+
     def source(i: int) -> NDArray[np.float32]:
-        return read_bag(files[ids[i]]).features
+        bag = read(i)
+        if bag.facts and bag.facts.encoder_digest != encoder:
+            raise PathfmError(
+                f"{files[ids[i]]} was made by another model than {files[ids[0]]}: embed one of them again"
+            )
+        return bag.features
 
     return Bags(
         slides=ids,
         labels=labels,
         classes=tuple(classes),
-        dim=int(source(0).shape[1]),
+        dim=int(first.features.shape[1]),
         source=source,
         patients=tuple(patients),
         splits=tuple(splits) if all(splits) else (),
+        encoder_digest=encoder,
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pathfm.datasets import Benchmark
+from pathfm.datasets.preparing import fit
 from pathfm.runtime import PathfmError
 
 Pixels = NDArray[np.uint8]
@@ -54,3 +57,40 @@ def _nearest(before: int, after: int) -> NDArray[np.int64]:
     scale = np.float32(before) / np.float32(after)  # in float32, as torch has it
     found = np.floor(np.arange(after, dtype=np.float32) * scale).astype(np.int64)
     return np.asarray(np.minimum(found, before - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """All tiles at the input size with masks, splits, and who must not be on two sides of a split.
+
+    of: the number of the picture that each tile was cut from.
+    """
+
+    pixels: Pixels
+    masks: Pixels
+    splits: tuple[str, ...]
+    groups: tuple[str, ...]
+    of: NDArray[np.int64]
+
+
+def read_pictures(data: Benchmark, input_px: int, tile_px: int) -> Pictures:
+    """Every picture of a segmentation data set cut into tiles, resized with its mask.
+
+    Raises PathfmError that names the first picture that cannot be cut or read.
+    """
+    pixels, masks, of = [], [], []
+    for i, name in enumerate(data.paths):
+        try:
+            for part, mask in tiles(data.read(i), data.mask(i), tile_px):
+                pixels.append(fit(part, input_px, name))
+                masks.append(fit_mask(mask, input_px))
+                of.append(i)
+        except PathfmError as error:
+            raise PathfmError(f"{data.name}, {name}: {error}") from None
+    return Pictures(
+        np.stack(pixels),
+        np.stack(masks),
+        tuple(data.splits[i] for i in of),
+        tuple(data.groups[i] or data.paths[i] for i in of),
+        np.asarray(of, np.int64),
+    )

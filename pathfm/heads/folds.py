@@ -1,44 +1,29 @@
-"""Train, validation and test slides: given ones checked, or folds that keep patients together."""
+"""Train, validation and test rows: given ones checked, or folds that keep patients together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from online_patching.philox import words
+from pathfm.probing.parts import Parts
 from pathfm.runtime import PathfmError
 
 _STREAM_FOLD = 404
 
-Rows = NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """Rows that are fitted on (train), that choose the epoch (val) and that are reported (test).
-
-    test may be empty: then validation chooses and reports, and tables must say so (`val_reports`).
-    """
-
-    train: Rows
-    val: Rows
-    test: Rows
-
-    @property
-    def val_reports(self) -> bool:
-        """Whether the rows that choose are the ones reported."""
-        return len(self.test) == 0
-
 
 def checked(
-    parts: Parts, labels: NDArray[np.int64], groups: Sequence[str], classes: Sequence[str]
+    parts: Parts,
+    groups: Sequence[str],
+    labels: NDArray[np.int64] | None = None,
+    classes: Sequence[str] = (),
 ) -> Parts:
-    """The parts, known to share no slide and no patient, with every class in train, val and test.
+    """The parts, known to share no group (patient, else slide or picture) and to hold every class.
 
-    Raises PathfmError with the patient, or the class, otherwise.
+    labels: a class a row; None: rows have no classes. An empty test part may lack them.
+    Raises PathfmError with the group, or the class, otherwise.
     """
     named = {"train": parts.train, "val": parts.val, "test": parts.test}
     seen: dict[str, str] = {}
@@ -46,35 +31,24 @@ def checked(
         for group in {groups[i] for i in rows}:
             if seen.setdefault(group, part) != part:
                 raise PathfmError(
-                    f"{group} is in {seen[group]} and in {part}: its slides would be learnt by heart "
-                    "and then asked. Split by patient"
+                    f"{group} is in {seen[group]} and in {part}: what belongs to it would be learnt by "
+                    "heart and then asked. Split by patient"
                 )
+        if labels is None:
+            continue
         missing = [c for k, c in enumerate(classes) if not (labels[rows] == k).any()]
         if missing and (len(rows) or part != "test"):
             raise PathfmError(
-                f"{part} has {len(rows)} slides and none of class {missing[0]!r}: add some, give fewer "
+                f"{part} has {len(rows)} samples and none of class {missing[0]!r}: add some, give fewer "
                 "folds, or leave the class out"
             )
     return parts
 
 
-def parts_of(
-    splits: Sequence[str],
-    labels: NDArray[np.int64],
-    groups: Sequence[str],
-    classes: Sequence[str],
-) -> Parts:
-    """The parts that a table's own splits mean, checked."""
-    train, val, test = (
-        np.flatnonzero(np.asarray(splits) == name) for name in ("train", "val", "test")
-    )
-    return checked(Parts(train, val, test), labels, groups, classes)
-
-
 def fold_of(
     labels: NDArray[np.int64], groups: Sequence[str], n_folds: int, seed: int = 0, repeat: int = 0
 ) -> NDArray[np.int64]:
-    """The fold of each slide, (n,) from 0: no group in two, and classes spread as groups allow.
+    """The fold of each row, (n,) from 0: no group in two, and classes spread as groups allow.
 
     Groups are taken from the most to the least uneven in their classes, ties in a random order that
     depends on (seed, repeat) alone, and put where the folds' shares of every class then differ least
@@ -102,7 +76,7 @@ def fold_of(
 def _best_fold(
     total: NDArray[np.float64], add: NDArray[np.float64], all_: NDArray[np.float64]
 ) -> int:
-    """Where `add` leaves the folds' class shares most even; ties: the fold with fewest slides."""
+    """Where `add` leaves the folds' class shares most even; ties: the fold with fewest rows."""
     unevenness = []
     for k in range(len(total)):
         tried = total.copy()
@@ -114,24 +88,44 @@ def _best_fold(
 
 
 def grouped_folds(
-    labels: NDArray[np.int64],
     groups: Sequence[str],
-    classes: Sequence[str],
     n_folds: int,
+    labels: NDArray[np.int64] | None = None,
+    classes: Sequence[str] = (),
     seed: int = 0,
     repeat: int = 0,
 ) -> list[Parts]:
     """One `Parts` a fold: that fold is the test, the next one chooses the epoch, the rest is fitted on.
 
-    Every slide is tested exactly once. Raises PathfmError for fewer than three folds or patients, and
-    where a part would lack a class.
+    Every row is tested exactly once. labels: as of `checked`; without them folds are of even sizes.
+    Raises PathfmError for fewer than three folds or groups, and where a part would lack a class.
     """
     if n_folds < 3:
         raise PathfmError(f"n_folds = {n_folds}: wants 3 or more (train, validation, test)")
-    fold = fold_of(labels, groups, n_folds, seed, repeat)
+    even = np.zeros(len(groups), np.int64) if labels is None else labels
+    fold = fold_of(even, groups, n_folds, seed, repeat)
     found = []
     for k in range(n_folds):
         test, val = fold == k, fold == (k + 1) % n_folds
         parts = Parts(*(np.flatnonzero(rows) for rows in (~test & ~val, val, test)))
-        found.append(checked(parts, labels, groups, classes))
+        found.append(checked(parts, groups, labels, classes))
     return found
+
+
+def parts_of(
+    splits: Sequence[str],
+    groups: Sequence[str],
+    labels: NDArray[np.int64] | None = None,
+    classes: Sequence[str] = (),
+) -> Parts:
+    """The parts that a table's own splits mean, checked."""
+    return checked(Parts.of_names(splits), groups, labels, classes)
+
+
+def told_of(parts: Parts, n_folds: int | None = None) -> str:
+    """Which rows are reported, and what chose the epoch."""
+    if n_folds is not None:
+        return f"{n_folds} folds by patient (another fold chose the epoch)"
+    if parts.reported_on == "val":
+        return "val (it chose the epoch too)"
+    return "test (val chose the epoch)"

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pathfm.runtime import PathfmError, torch_generator
+from pathfm.heads.fit import drawn_head
+from pathfm.runtime import PathfmError
 from pathfm.segmentation.segformer.decoder import AllMlpDecoder
 
 _STREAM_INIT = 407
@@ -83,9 +84,7 @@ def make_head(
     name: HeadName, widths: Sequence[int], classes: int, seed: int, run: int
 ) -> TokenHead:
     """The untrained head; its weights are a function of (seed, run)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_generator(seed, run, _STREAM_INIT).initial_seed())
-        return TokenHead(name, widths, classes)
+    return drawn_head(lambda: TokenHead(name, widths, classes), seed, run, _STREAM_INIT)
 
 
 def parameters_of(head: nn.Module) -> int:
