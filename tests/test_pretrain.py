@@ -23,7 +23,8 @@ from pathfm.methods.dino import Dino
 from pathfm.pretrain import OptimConfig, PretrainConfig, ViewsConfig, run
 from pathfm.pretrain.bookends import _last_words
 from pathfm.pretrain.optim import parameter_groups, schedule, set_schedule
-from pathfm.pretrain.records import choose_for_mosaic, print_shares, read_rows, sampling_facts
+from pathfm.pretrain.records import choose_for_mosaic, print_shares, sampling_facts
+from pathfm.pretrain.rows_log import read_rows
 from pathfm.pretrain.trainer import build_trainer
 from pathfm.runtime import PathfmError, save_config
 from tests.pretraining import TINY, assert_same_run, config, losses

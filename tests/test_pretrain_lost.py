@@ -22,7 +22,7 @@ from pathfm.backbone import load_backbone
 from pathfm.checkpoint import load_newest
 from pathfm.methods.dino import Dino
 from pathfm.pretrain import run
-from pathfm.pretrain.records import read_rows
+from pathfm.pretrain.rows_log import read_rows
 from pathfm.runtime import PathfmError, save_config
 from tests.lives import Nursery
 from tests.pretraining import assert_same_run, config, losses
@@ -97,7 +97,7 @@ def test_a_full_disk_stops_in_a_line_and_nothing_is_lost(small_corpus, tmp_path,
     for name in ("save_file", "_sync", "atomic_write_text"):
         full(f"pathfm.checkpoint.{name}")
         assert load_newest(out / "checkpoints") is not None
-    full("pathfm.pretrain.records.os")
+    full("pathfm.pretrain.rows_log.os")
     assert len(refused) >= 4
     assert run(config(small_corpus, out, **changes)).finished
     assert_same_run(out, whole)

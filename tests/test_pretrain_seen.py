@@ -26,7 +26,7 @@ from pathfm.leakage import (
 )
 from pathfm.pretrain import run
 from pathfm.pretrain.feed import sampler_of
-from pathfm.pretrain.records import read_rows
+from pathfm.pretrain.rows_log import read_rows
 from tests.conftest import noise
 from tests.pretraining import config
 

@@ -11,14 +11,8 @@ from typing import Any
 from online_patching.stores.local import atomic_write_text
 from pathfm.backbone import export_backbone
 from pathfm.pretrain.feed import Feed
-from pathfm.pretrain.records import (
-    FAILURES,
-    SAMPLED,
-    Records,
-    print_shares,
-    read_rows,
-    sampling_facts,
-)
+from pathfm.pretrain.records import FAILURES, SAMPLED, Records, print_shares, sampling_facts
+from pathfm.pretrain.rows_log import read_rows
 from pathfm.pretrain.trainer import Trainer, whole_backbone
 from pathfm.pretrain.watching import Watch
 from pathfm.ranks import together

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +14,13 @@ from rich.table import Table
 
 from online_patching import PatchBatch, PatchRef
 from online_patching.loading.ledger import LOST
-from online_patching.stores.local import atomic_write_bytes
 from pathfm.checkpoint import Checkpoint
 from pathfm.pictures import mosaic, told_apart, told_mpps
 from pathfm.pretrain import PretrainConfig
+from pathfm.pretrain.rows_log import Rows, RowsLog
 from pathfm.pretrain.seen import SEEN, Seen
 from pathfm.ranks import Ranks, gather_objects, together
-from pathfm.runtime import PathfmError, Progress, console, make_folder
+from pathfm.runtime import Progress, console, make_folder
 from pathfm.tracking import Run
 from pathfm.views import ViewSpec
 from pathfm.views.render import make_views
@@ -34,49 +31,7 @@ if TYPE_CHECKING:
 SAMPLED, FAILURES = "sampled.jsonl", "failures.jsonl"
 _FLUSH_STEPS = 50
 _MAX_TOLD = 100
-Rows = list[dict[str, Any]]
 _FIELDS = ("draw", "slide_id", "x_px0", "y_px0", "width_px0", "height_px0", "mpp")
-
-
-class RowsLog:
-    """A JSONL file of rows in the order of draws, none of them twice, that ends where a checkpoint
-    says; written by rank 0 of what all ranks hand in."""
-
-    def __init__(self, path: Path, rows_done: int) -> None:
-        """Opens the log with its first `rows_done` rows; later ones are made again."""
-        self.path, self.rows = path, rows_done
-        kept = b"".join(_lines(path)[:rows_done])
-        if kept.count(b"\n") < rows_done:
-            raise PathfmError(
-                f"{path} has {kept.count(bytes([10])):,} whole rows, the checkpoint speaks of "
-                f"{rows_done:,}. It was cut or replaced: start a new run in another folder"
-            )
-        try:
-            atomic_write_bytes(path, kept)
-            self._file = path.open("ab")
-        except OSError as error:
-            raise self._full(error) from error
-
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows; on disk when this returns."""
-        try:
-            self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._full(error) from error
-        self.rows += len(rows)
-
-    def close(self) -> None:
-        """Close the file; what a full disk refused is made again."""
-        with suppress(OSError):
-            self._file.close()
-
-    def _full(self, error: OSError) -> PathfmError:
-        return PathfmError(
-            f"{self.path}: rows cannot be written: {error.strerror}. Free space; the run resumes from "
-            "its last checkpoint"
-        )
 
 
 class Records:
@@ -199,11 +154,6 @@ class Records:
         self.close()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a sampled.jsonl or failures.jsonl."""
-    return [json.loads(line) for line in _lines(path)]
-
-
 def sampling_facts(
     rows: Iterable[dict[str, Any]], group_of: Callable[[str], str] = str
 ) -> dict[str, Any]:
@@ -280,11 +230,3 @@ def save_views(path: Path, batch: PatchBatch, specs: Sequence[ViewSpec], seed: i
         captions.append(f"view {number}, {view.shape[-1]} px")
     make_folder(path.parent)
     mosaic(pictures, captions, columns=min(8, len(pictures)), tile_px=160).save(path, quality=92)
-
-
-def _lines(path: Path) -> list[bytes]:
-    """Whole lines of a file; a torn last one is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,7 @@ from pathfm.leakage import DIGEST_BYTES, PretrainedOn, Stage, digest_batch, seen
 from pathfm.leakage.corpora import json_lines, slides_of
 from pathfm.pretrain import PretrainConfig
 from pathfm.pretrain.feed import Feed, FeedBatch
-
-if TYPE_CHECKING:
-    from pathfm.pretrain.records import RowsLog
+from pathfm.pretrain.rows_log import RowsLog
 
 SEEN = "seen.jsonl"
 MOST_OF_SLIDES, MOST_OF_FOLDER = 4_096, 100_000
