@@ -62,21 +62,31 @@ def knn_predict(
     k: int = 20,
     n_classes: int | None = None,
 ) -> Labels:
-    """The class most of the `k` nearest neighbours have, cosine distance, equal votes: (n_test,).
+    """The class most of the `k` nearest neighbours have, (n_test,), as `knn_shares` says.
 
-    A tie goes to the lowest class number, as in scikit-learn. `k` is capped at the number of
-    training samples. A zero vector is equally far from everything.
+    A tie goes to the lowest class number, as in scikit-learn.
     """
     classes = n_classes or int(train_labels.max()) + 1
+    shares = knn_shares(train, train_labels, test, k, classes)
+    return np.asarray(shares.argmax(axis=1), np.int64)
+
+
+def knn_shares(
+    train: Features, train_labels: Labels, test: Features, k: int, n_classes: int
+) -> NDArray[np.float64]:
+    """The share of each class among the `k` nearest neighbours, cosine distance, equal votes: (n_test, classes).
+
+    `k` is capped at the number of training samples. A zero vector is equally far from everything.
+    """
     k = min(k, len(train))
     a, b = _unit(train), _unit(test)
-    out = np.empty(len(b), np.int64)
+    out = np.empty((len(b), n_classes))
     for at in range(0, len(b), 1024):  # bounds the similarity block: 1024 x n_train floats
         similarity = b[at : at + 1024] @ a.T
         nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        votes = np.zeros((len(nearest), classes), np.int64)
+        votes = np.zeros((len(nearest), n_classes), np.int64)
         np.add.at(votes, (np.arange(len(nearest))[:, None], train_labels[nearest]), 1)
-        out[at : at + 1024] = votes.argmax(axis=1)
+        out[at : at + 1024] = votes / k
     return out
 
 

@@ -27,17 +27,19 @@ from pathfm.probing.measuring import (
     PROBES,
     BackboneResult,
     Measured,
-    Paired,
-    Scores,
     compare_measured,
     compare_paired,
     measure,
     parts_of,
     probe_backbone,
+    repeats_of,
+    shots_of,
+    with_own_protocol,
 )
 from pathfm.probing.parts import Parts
 from pathfm.probing.recording import record_backbone
 from pathfm.probing.result import ProbeResult, caveats_of, load_result
+from pathfm.probing.scoring import Paired, Scores
 from pathfm.probing.settings import EvaConfig, ProbeConfig
 from pathfm.probing.telling import show
 from pathfm.runtime import (
@@ -70,7 +72,7 @@ __all__ = [
 ]
 
 RESULT = "probe.json"
-_FORMAT = "pathfm.probe.2"  # raised when the same options give other figures
+_FORMAT = "pathfm.probe.3"  # raised when the same options give other figures
 
 
 def run(config: ProbeConfig) -> ProbeResult:
@@ -81,6 +83,7 @@ def run(config: ProbeConfig) -> ProbeResult:
     files = find_embeddings(config.embeddings)
     parts = [Embeddings.load(path) for path in files]
     check_comparable(parts)
+    config = with_own_protocol(config, parts[0])
     notes = _leaks(files, parts, config)
     path, key = config.out / RESULT, result_key(parts, config, notes)
     earlier = load_result(path)
@@ -95,7 +98,7 @@ def run(config: ProbeConfig) -> ProbeResult:
     with open_run(tracking, config.out, params, provenance() | {"stage": "probe"}) as tracked:
         first = parts[0]
         tracked.cohort(first.info.data, first.info.data_digest, "evaluation")
-        each = 1 if isinstance(splits, Parts) else len(splits)
+        each = len(repeats_of(first, splits, config))
         with progress(len(parts) * each, "probes", "probe") as bar:
             measured = [measure(part, splits, config, bar.advance) for part in parts]
         result = _result(key, config, first, splits, measured, files)
@@ -204,8 +207,8 @@ def _result(
     files: Sequence[Path],
 ) -> ProbeResult:
     own = splits if isinstance(splits, Parts) else None
-    first = own or parts_of(data, splits[0], config, 0)  # type: ignore[index]
-    backbones = [one.result for one in measured]
+    repeats, shots = repeats_of(data, splits, config), shots_of(data)
+    first, backbones = repeats[0], [one.result for one in measured]
     return ProbeResult(
         key=key,
         data=data.info.data,
@@ -216,7 +219,7 @@ def _result(
         n_per_class=np.bincount(data.labels, minlength=len(data.classes)).tolist(),
         n_train=len(first.train) + (0 if own else len(first.val)),
         n_test=len(first.reported),
-        n_seeds=1 if own else config.n_seeds,
+        n_seeds=len(repeats),
         seed=config.seed,
         test_share=config.test_share,
         k=config.k,
@@ -232,4 +235,5 @@ def _result(
         reported_on=first.reported_on,
         also=list(config.also),
         embeddings=[str(path) for path in files],
+        shots=shots,
     )

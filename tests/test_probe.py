@@ -21,7 +21,7 @@ from pathfm.probe import (
     probe_backbone,
     run,
 )
-from pathfm.probing import measuring
+from pathfm.probing.scoring import interval_of
 from pathfm.runtime import PathfmError
 from pathfm.tracking import TrackingConfig
 from pathfm.uncertainty import Predictions
@@ -178,8 +178,30 @@ def test_why_there_is_no_interval_is_said_once_and_alike_for_every_figure() -> N
         predicted = truth.copy()
         predicted[:wrong] ^= 1
         made = Predictions(truth, predicted[None], 2, groups=tuple(["one"] * 20))
-        interval, note = measuring._interval(made)
-        assert interval == []
-        assert note.count("no interval: ") == 1
+        interval, note = interval_of(made)
+        assert interval is None
         notes.add(note)
-    assert len(notes) == 1
+    (note,) = notes
+    assert note == (
+        "no interval: what is tested is of 1 patient or slide, and an interval draws them anew: test on at "
+        "least 2, better 20"
+    )
+
+
+def test_of_one_patient_the_table_the_file_and_the_notes_say_that_there_is_no_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = made_up()
+    groups = tuple("train" if i % 2 else "tested" for i in range(240))
+    splits = tuple("train" if i % 4 == 1 else "val" if i % 4 == 3 else "test" for i in range(240))
+    replace(data, groups=groups, splits=splits).save(tmp_path / "init.safetensors")
+    result = run(config(tmp_path / "init.safetensors", out=tmp_path / "p"))
+    out = capsys.readouterr().out
+    assert "± 0.0 [none]" in out
+    assert out.count("no interval: what is tested is of 1 patient or slide") == 1
+    scores = json.loads((tmp_path / "p" / "probe.json").read_text())["backbones"][0]["probes"][
+        "knn"
+    ]
+    assert scores["interval"] is None
+    assert scores["n_groups"] == 1
+    assert scores["interval_note"] in result.caveats

@@ -32,7 +32,7 @@ class _Scores(BaseModel):
     mean: FiniteFloat
     sd: FiniteFloat
     confusion: list[list[int]] = []
-    interval: list[FiniteFloat] = Field([], max_length=2)
+    interval: list[FiniteFloat] | None = Field(None, max_length=2)
     interval_of: str = ""
 
 
@@ -62,7 +62,7 @@ class _Paired(BaseModel):
     other: str
     probe: str
     mean: FiniteFloat
-    interval: list[FiniteFloat] = Field([], max_length=2)
+    interval: list[FiniteFloat] | None = Field(None, max_length=2)
     p: FiniteFloat | None = None
 
 
@@ -117,7 +117,7 @@ def read_probe(source: Source) -> Found:
             pair.baseline,
             pair.other,
             pair.mean,
-            pair_of(pair.interval),
+            pair_of(pair.interval or ()),
             pair.p,
             source.told,
         )
@@ -141,7 +141,7 @@ def _score(
         mean=found.mean,
         sd=found.sd if n > 1 else None,
         n_repeats=n,
-        interval=pair_of(found.interval),
+        interval=pair_of(found.interval or ()),
         interval_of=found.interval_of,
         backbone_digest=backbone.backbone_digest,
         source=source.told,
@@ -182,7 +182,7 @@ def _changed(params: Mapping[str, str], input_px: int) -> str:
         return ", ".join([*told, "settings not known"])
     for part in fields(default):
         given = params.get(f"eva.{part.name}")
-        if part.name != "seed" and given is not None:
+        if part.name != "seed" and given not in (None, "None"):
             usual = str(getattr(default, part.name))
             if _numbers(given) != _numbers(usual):
                 told.append(f"{part.name} {given}")

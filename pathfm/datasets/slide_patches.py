@@ -55,11 +55,15 @@ class _Slides:
 
 @dataclass(frozen=True, eq=False)
 class SlidePatches:
-    """Square patches of `size_px` pixels around each place, at `mpp[i]` µm/px."""
+    """Square patches of `size_px` pixels around each place, at `mpp[i]` µm/px.
+
+    asked: the µm/px is the reader's wish, one for all, not the table's: places are the same data at any.
+    """
 
     places: tuple[Place, ...]
     mpp: NDArray[np.float64]
     size_px: int
+    asked: bool = False
     cache: _Slides = field(default_factory=_Slides, repr=False)
 
     def read(self, i: int) -> NDArray[np.uint8]:
@@ -81,9 +85,10 @@ class SlidePatches:
             raise PathfmError(f"patch at ({place.x:g}, {place.y:g}): {error}") from None
 
     def content(self, i: int) -> str:
-        """A digest of the slide's tables, the place, the µm/px and the size: reads no pixel."""
+        """A digest of the slide's tables, the place, the size and the table's own µm/px: reads no pixel."""
         place, slide = self.places[i], self.slide_digest(i)
-        parts = (slide, place.x, place.y, place.in_px0, place.slide_mpp, self.mpp[i], self.size_px)
+        mpp = "asked" if self.asked else self.mpp[i]
+        parts = (slide, place.x, place.y, place.in_px0, place.slide_mpp, mpp, self.size_px)
         return hashlib.sha256(repr(tuple(map(str, parts))).encode()).hexdigest()
 
     def slide_digest(self, i: int) -> str:
@@ -94,4 +99,7 @@ class SlidePatches:
             raise PathfmError(str(error)) from None
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (SlidePatches, (self.places, self.mpp, self.size_px))  # open files stay behind
+        return (
+            SlidePatches,
+            (self.places, self.mpp, self.size_px, self.asked),
+        )  # open files stay behind

@@ -129,7 +129,12 @@ def _patches(
     )
     unit = "px0" if in_px0 else "um"
     paths = [f"{s}#{x:g},{y:g} {unit}" for s, x, y in zip(slides, xs, ys, strict=True)]
-    return "classification", paths, SlidePatches(places, np.asarray(at_mpp), size_px), at_mpp
+    return (
+        "classification",
+        paths,
+        SlidePatches(places, np.asarray(at_mpp), size_px, mpp is not None),
+        at_mpp,
+    )
 
 
 def _slide(root: Path, name: str, table: Path) -> str:

@@ -19,7 +19,7 @@ from pathfm.datasets import Benchmark, open_dataset
 from pathfm.datasets.labelled import open_folder
 from pathfm.embed.computing import Plan, choose_precision, compute_parts
 from pathfm.embed.parts import Parts
-from pathfm.embed.samples import Rows, make_input, scales_to, some_of
+from pathfm.embed.samples import Rows, input_mpp, make_input, scales_to, some_of
 from pathfm.embed.settings import EmbedConfig, EmbedResult, refuse_without_effect
 from pathfm.embed.slides import embed_slides, is_corpus
 from pathfm.embeddings import Embeddings, EmbeddingsInfo, stored_key
@@ -164,8 +164,14 @@ def _info(
         pooling=config.pooling,
         transform=describe_transform(geometry, config.input_px, model.mean, model.std),
         storage=config.storage,
-        mpp=config.mpp or 0.0,
+        mpp=config.mpp or _only(input_mpp(samples, config.input_px)),
     )
+
+
+def _only(mpp: NDArray[np.float32]) -> float:
+    """The one µm/px that all rows have; 0 where they differ or it is not known."""
+    told = np.unique(mpp)
+    return round(float(told[0]), 4) if len(told) == 1 and np.isfinite(told[0]) else 0.0
 
 
 def _find(config: EmbedConfig, infos: list[EmbeddingsInfo]) -> EmbedResult | None:
@@ -216,7 +222,8 @@ def _compute(
     with _recorded(config, info, ranks) as tracked:
         began_s = time.monotonic()
         with together():
-            rows = Rows.of(samples)
+            differ = None if info.mpp else input_mpp(samples, config.input_px)
+            rows = Rows.of(samples, None if differ is None or np.isnan(differ).all() else differ)
             made = compute_parts(config, model, make, parts, precision, ranks)
         rate = sum(gather_objects(made)) / (time.monotonic() - began_s)
         rank = 0.0

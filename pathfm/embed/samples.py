@@ -13,7 +13,10 @@ from PIL import Image
 
 from online_patching.philox import words
 from pathfm.datasets import Benchmark
+from pathfm.datasets.benchmark import CutFromSlides
+from pathfm.datasets.folder import picture_size
 from pathfm.datasets.preparing import fit
+from pathfm.datasets.sources import PictureFiles
 from pathfm.runtime import PathfmError
 
 Pixels = NDArray[np.uint8]
@@ -34,10 +37,14 @@ class Rows:
     paths: tuple[str, ...]
     groups: tuple[str, ...]
     splits: tuple[str, ...]
+    mpp: NDArray[np.float32] | None = None
 
     @staticmethod
-    def of(samples: Benchmark) -> Rows:
-        """The columns of a data set: unknown groups are each their own, unknown splits are none."""
+    def of(samples: Benchmark, mpp: NDArray[np.float32] | None = None) -> Rows:
+        """The columns of a data set: unknown groups are each their own, unknown splits are none.
+
+        mpp: µm/px of each row's input where they differ, as `input_mpp` gives them.
+        """
         groups, splits = samples.groups, samples.splits
         if not any(groups):
             groups = ()
@@ -47,6 +54,7 @@ class Rows:
             tuple(samples.paths),
             tuple(g or path for g, path in zip(groups, samples.paths, strict=bool(groups))),
             tuple(splits) if any(splits) else (),
+            mpp,
         )
 
 
@@ -85,6 +93,22 @@ def scales_to(
             f"most {_MAX_UPSCALE:g} times is no invention"
         )
     return own / mpp
+
+
+def input_mpp(samples: Benchmark, input_px: int) -> NDArray[np.float32]:
+    """µm/px of each row's input where none is asked for, (n,); NaN where it is not known.
+
+    Patches of slides are cut at theirs. Pictures whose µm/px the table tells one by one have it times
+    shorter side / input_px, by their files' headers; of other pictures it is not said: those of a data set
+    are of one µm/px, and where their sizes vary their input's would be a number a picture.
+    """
+    own = samples.mpp
+    if isinstance(samples.source, CutFromSlides):
+        return own.astype(np.float32)
+    if len(np.unique(own[np.isfinite(own)])) < 2 or not isinstance(samples.source, PictureFiles):
+        return np.full(len(samples), np.nan, np.float32)
+    short = [min(picture_size(samples.root / path)) for path in samples.paths]
+    return np.asarray(np.round(own * np.array(short) / input_px, 4), np.float32)
 
 
 def make_input(samples: Benchmark, i: int, input_px: int, scale: float | None) -> Pixels:

@@ -29,7 +29,7 @@ class EmbeddingsInfo:
     pooling: str = "cls"
     transform: str = ""  # from a picture to the model's input, as `describe_transform` says it
     storage: str = "fp32"  # of the numbers on disk
-    mpp: float = 0.0  # µm/px of the input; 0 where it is not known
+    mpp: float = 0.0  # µm/px of the input; 0 where it is not known, or not one for all rows
 
     @property
     def key(self) -> str:

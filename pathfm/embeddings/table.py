@@ -43,6 +43,8 @@ class Embeddings:
     """Features (n, d) float32 with labels (n,), class names, paths and, if known, groups and splits.
 
     splits: "train", "val", "test" or "" of each row, as the data set has them; () where it has none.
+    mpp: µm/px of each row's input, (n,) float32, NaN unknown; None where rows do not differ in it
+    (then `info.mpp` says it).
     """
 
     features: NDArray[np.float32]
@@ -52,6 +54,7 @@ class Embeddings:
     groups: tuple[str, ...]
     info: EmbeddingsInfo
     splits: tuple[str, ...] = ()
+    mpp: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         n, who = len(self.features), f"embeddings {self.info.name!r}"
@@ -63,6 +66,8 @@ class Embeddings:
         for what, told in (("groups", self.groups), ("splits", self.splits)):
             if told and len(told) != n:
                 raise PathfmError(f"{who}: {len(told):,} {what} for {n:,} rows")
+        if self.mpp is not None and self.mpp.shape != (n,):
+            raise PathfmError(f"{who}: µm/px {self.mpp.shape} for {n:,} rows")
         if n and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise PathfmError(f"{who}: a label outside the classes")
         if unknown := set(self.splits) - _SPLITS:
@@ -93,6 +98,7 @@ class Embeddings:
                 labels=read_tensor(path, places["labels"]),
                 classes=tuple(json.loads(meta["classes"])),
                 info=info if info.name else replace(info, name=path.stem),
+                mpp=_floats(path, places["mpp"], mmap) if "mpp" in places else None,
                 **texts,
             )
         except (OSError, KeyError, ValueError, TypeError, struct.error) as error:
@@ -110,7 +116,7 @@ def save_streamed(
 ) -> None:
     """Writes features that come block by block, and what `samples` says of the rows.
 
-    samples: anything with labels, classes, paths, groups and splits. blocks: float32, or uint16 that
+    samples: anything with labels, classes, paths, groups, splits and, if known, mpp. blocks: float32, or uint16 that
     are bfloat16 already, (b, d), n rows in all, finite (`check_finite`); only one is in memory.
     """
     meta = {
@@ -125,6 +131,8 @@ def save_streamed(
         "features": Column("BF16" if half else "F32", shape, stored),
         "labels": Column.of(np.asarray(samples.labels, np.int64)),
     }
+    if (mpp := getattr(samples, "mpp", None)) is not None:
+        columns["mpp"] = Column.of(np.asarray(mpp, np.float32))
     for name in _TEXTS:
         packed, ends = pack_text(getattr(samples, name))
         columns |= {name: Column.of(packed), f"{name}_ends": Column.of(ends)}

@@ -54,6 +54,9 @@ class Balanced:
 
     def __init__(self, train: Rows, labels: NDArray[np.int64], k: int, seed: int) -> None:
         self.train, self.labels, self.k, self.seed = train, labels, k, seed
+        self._drawn: dict[
+            int, Rows
+        ] = {}  # a draw orders all training rows: once a run, not an epoch
         self.classes, counts = np.unique(labels[train], return_counts=True)
         if counts.min() < k:
             raise PathfmError(
@@ -68,7 +71,9 @@ class Balanced:
 
     def rows(self, run: int, epoch: int) -> Rows:
         """The run's rows, in the same order in every epoch."""
-        return draw_shots(self.train, self.labels, self.k, self.seed, run)
+        if run not in self._drawn:
+            self._drawn[run] = draw_shots(self.train, self.labels, self.k, self.seed, run)
+        return self._drawn[run]
 
 
 def draw_shots(train: Rows, labels: NDArray[np.int64], k: int, seed: int, resample: int) -> Rows:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from pathfm.embeddings import Embeddings
-from pathfm.probing.measuring import BackboneResult, Paired
+from pathfm.probing.measuring import BackboneResult
+from pathfm.probing.scoring import MOST_MPPS, Paired
 
 COLLAPSE_BELOW = 0.7
 """Share of the baseline's RankMe below which the features are said to collapse."""
@@ -42,6 +46,7 @@ class ProbeResult:
     reported_on: Literal["val", "test"] = "test"
     also: list[str] = field(default_factory=list)
     embeddings: list[str] = field(default_factory=list)  # files, one a backbone, as they were given
+    shots: int = 0  # samples a class that each run is trained on, drawn anew; 0: all of train
 
     @property
     def verdict(self) -> str:
@@ -59,6 +64,40 @@ class ProbeResult:
             low, high = (100 * x for x in p.interval)
             line += f"; 95 % interval {low:+.1f} to {high:+.1f}, p {p.p:.2g}"
         return line + ")"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model and pooling, and its features at each µm/px of the input, finest first."""
+
+    name: str
+    at: list[BackboneResult]
+
+
+def by_model(backbones: Sequence[BackboneResult]) -> list[Model]:
+    """Backbones whose µm/px is known, those of one model (weights, pooling, precision) together.
+
+    A model is called what its names begin with alike ("dino-0.5" and "dino-1" are dino). Of two of one µm/px
+    the first counts.
+    """
+    found: dict[tuple[str, str, str, str], dict[float, BackboneResult]] = {}
+    for b in backbones:
+        if b.mpp > 0:
+            kind = (b.backbone, b.backbone_digest, b.pooling, b.precision)
+            found.setdefault(kind, {}).setdefault(b.mpp, b)
+    models = []
+    for at in found.values():
+        rows = [at[mpp] for mpp in sorted(at)]
+        models.append(Model(_common_name([b.name for b in rows]) or rows[0].backbone, rows))
+    return models
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """What all begin with, without a number that was cut in two."""
+    if len(names) == 1:
+        return names[0]
+    letters = takewhile(lambda each: len(set(each)) == 1, zip(*names, strict=False))
+    return re.sub(r"[-_ ][\d.]*$|\d*\.$", "", "".join(each[0] for each in letters))
 
 
 def load_result(path: Path) -> ProbeResult | None:
@@ -102,6 +141,12 @@ def caveats_of(
             "batches) and draws, that of the others over splits."
         )
     said += sorted({s.interval_note for b in backbones for s in b.probes.values()} - {""})
+    if data.mpp is not None and not any(b.by_mpp for b in backbones):
+        n_mpp = len(np.unique(data.mpp[np.isfinite(data.mpp)]))
+        said.append(
+            f"Pictures are of {n_mpp} different µm/px, and there is no table by µm/px: at most {MOST_MPPS}, each "
+            "with reported pictures in every repeat."
+        )
     said.append(
         "The sd is over runs on one split; it does not tell how another data set would differ."
         if own

@@ -37,6 +37,15 @@ def eva_metrics(
     return {"AverageLoss": float(np.mean(means)), **own}
 
 
+def probabilities(logits: NDArray[np.float32], n_classes: int) -> NDArray[np.float64]:
+    """(n, classes), rows summing to 1, of logits (n, classes), or (n, 1) for two classes."""
+    z = np.asarray(logits, np.float64)
+    if n_classes == 2:
+        z = np.concatenate([np.zeros_like(z), z], axis=1)
+    shares: NDArray[np.float64] = np.exp(z - np.logaddexp.reduce(z, axis=1, keepdims=True))
+    return shares
+
+
 def confusion(
     truth: NDArray[np.int64], predicted: NDArray[np.int64], n_classes: int
 ) -> NDArray[np.int64]:

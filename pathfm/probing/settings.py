@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -9,7 +10,14 @@ from pydantic import BaseModel, Field, field_validator
 
 from pathfm.leakage import Policy
 from pathfm.probing.few_shot import SHOTS
-from pathfm.probing.protocol import EVA_BATCH, EVA_LEARNING_RATE, EVA_RUNS, EVA_STEPS, HeadProtocol
+from pathfm.probing.protocol import (
+    EVA_BATCH,
+    EVA_LEARNING_RATE,
+    EVA_RUNS,
+    EVA_STEPS,
+    HeadProtocol,
+    ten_shot,
+)
 from pathfm.runtime import PathfmError, pick_device
 from pathfm.tracking import TrackingConfig
 
@@ -28,8 +36,12 @@ class EvaConfig(BaseModel, frozen=True, extra="forbid"):
         max_length=64,
         description="AdamW's, all trained at once; with several, validation chooses one for all runs",
     )
-    n_runs: int = Field(
-        EVA_RUNS, ge=1, le=1000, description="first heads and batch orders, trained at once"
+    n_runs: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description=f"first heads and batch orders, trained at once; unset: {EVA_RUNS}, of a data set trained "
+        "on a few samples a class (patch_camelyon_10shot) 50, each with samples of its own",
     )
     n_steps: int = Field(EVA_STEPS, ge=1, le=10_000_000, description="most steps of each")
     batch_size: int = Field(EVA_BATCH, ge=1, le=1 << 20, description="samples a step")
@@ -38,7 +50,8 @@ class EvaConfig(BaseModel, frozen=True, extra="forbid"):
         None,
         ge=1,
         description="epochs without a better validation score before a head stops; unset: a fifth of "
-        "the steps, which is eva's figure for each of its data sets",
+        "the steps, which is eva's figure for each of its data sets (patch_camelyon_10shot: 125 validations, "
+        "one every tenth epoch)",
     )
     device: str = Field("auto", description="auto, cpu or cuda:N")
 
@@ -55,7 +68,7 @@ class ProbeConfig(BaseModel, frozen=True, extra="forbid"):
     also: tuple[Also, ...] = Field(
         (),
         description="protocols besides the logistic probe and kNN: eva (linear heads as kaiko-eva "
-        "trains them, minutes on a CPU), few-shot",
+        "trains them, minutes on a CPU), few-shot. A data set trained on a few samples a class always has eva",
     )
     n_seeds: int = Field(
         5,
@@ -92,19 +105,20 @@ class ProbeConfig(BaseModel, frozen=True, extra="forbid"):
     @classmethod
     def _makes_sense(cls, eva: EvaConfig) -> EvaConfig:
         try:
-            _protocol(eva, 0)
+            _protocol(eva, 0, 0)
         except PathfmError as error:
             raise ValueError(str(error)) from None
         return eva
 
-    def head_protocol(self) -> HeadProtocol:
-        """How eva's heads are trained."""
-        return _protocol(self.eva, self.seed)
+    def head_protocol(self, shots: int = 0) -> HeadProtocol:
+        """How eva's heads are trained; with `shots` samples a class, as its 10-shot form is."""
+        return _protocol(self.eva, self.seed, shots)
 
     def eva_device(self) -> torch.device:
         """Where eva's heads are trained."""
         return pick_device(self.eva.device)
 
 
-def _protocol(eva: EvaConfig, seed: int) -> HeadProtocol:
-    return HeadProtocol(**eva.model_dump(exclude={"device"}), seed=seed)
+def _protocol(eva: EvaConfig, seed: int, shots: int) -> HeadProtocol:
+    told = eva.model_dump(exclude={"device"}, exclude_none=True)
+    return replace(ten_shot() if shots else HeadProtocol(), **told, seed=seed)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from pathfm.probing.measuring import Scores
-from pathfm.probing.result import ProbeResult
+from pathfm.probing.result import ProbeResult, by_model
+from pathfm.probing.scoring import Scores, sd_of
 from pathfm.runtime import console
 
 _NAMES = {"logistic": "logistic", "eva": "eva's head"}
@@ -17,6 +17,10 @@ def show(result: ProbeResult) -> None:
     out = console()
     out.print(about(result), markup=False, highlight=False)
     out.print(score_table(result))
+    if any(s.ece for b in result.backbones for s in b.probes.values()):
+        out.print(calibration_table(result))
+    for table in mpp_tables(result):
+        out.print(table)
     out.print(recall_table(result))
     if any(b.few_shot for b in result.backbones):
         out.print(shot_table(result))
@@ -29,18 +33,19 @@ def show(result: ProbeResult) -> None:
 def about(result: ProbeResult) -> str:
     """What was measured on what, and what chose."""
     if result.own_splits:
+        few = f" ({result.shots} of each class, drawn anew for each of {result.n_seeds} runs)"
+        train = f"{result.n_train:,} train{few if result.shots else ''}"
         how = (
-            f"{result.n_train:,} train / {result.n_val:,} val / {result.n_test:,} test, its own split"
+            f"{train} / {result.n_val:,} val / {result.n_test:,} test, its own split"
             if result.reported_on == "test"
-            else f"{result.n_train:,} train / {result.n_val:,} val (chooses and reports), its own split"
+            else f"{train} / {result.n_val:,} val (chooses and reports), its own split"
         )
     else:
         how = f"{result.n_train:,} train / {result.n_test:,} test, {result.n_seeds} splits"
     return (
         f"{result.data}: {result.n:,} pictures, {len(result.classes)} classes, input "
         f"{result.input_px} px, {how}. Balanced accuracy, %, mean ± sd over "
-        f"{'runs' if result.own_splits else 'splits'}"
-        f"{', [95 % interval]' if _intervals(result) else ''}:"
+        f"{'runs' if result.own_splits else 'splits'}, [95 % interval]:"
     )
 
 
@@ -61,6 +66,58 @@ def score_table(result: ProbeResult) -> Table:
             *(_told(b.probes[probe]) for probe in probes),
             f"{b.rankme:.1f} of {b.dim}",
         )
+    return table
+
+
+def calibration_table(result: ProbeResult) -> Table:
+    """Calibration error of each probe, and which way it errs."""
+    title = (
+        "calibration error (ECE, 15 bins), %, mean ± sd; (confidence minus accuracy: + too sure)"
+    )
+    table = Table("backbone", title=title, title_justify="left")
+    probes = list(result.backbones[0].probes)
+    for probe in probes:
+        table.add_column(_NAMES.get(probe, "kNN, shares of votes"), justify="right", no_wrap=True)
+    for b in result.backbones:
+        table.add_row(escape(b.name), *(_calibrated(b.probes[probe]) for probe in probes))
+    return table
+
+
+def _calibrated(scores: Scores) -> str:
+    if not scores.ece:
+        return "not known"
+    sure = sum(scores.overconfidence) / len(scores.overconfidence)
+    return f"{100 * scores.mean_ece:.1f} ± {100 * sd_of(scores.ece):.1f} ({100 * sure:+.1f})"
+
+
+def mpp_tables(result: ProbeResult) -> list[Table]:
+    """Scores by µm/px of the input: a table for models of several, one for data whose rows differ in it."""
+    made = []
+    models = [m for m in by_model(result.backbones) if len(m.at) > 1]
+    if models:
+        rows = [(m.name, {b.mpp: (result.n_test, b.probes) for b in m.at}) for m in models]
+        made.append(_mpp_table("each µm/px a probe of its own, same pictures", rows))
+    mixed = [b for b in result.backbones if b.by_mpp]
+    if mixed:
+        rows = [(b.name, {at.mpp: (at.n, at.probes) for at in b.by_mpp}) for b in mixed]
+        made.append(_mpp_table("one probe for all, other pictures at each", rows))
+    return made
+
+
+def _mpp_table(
+    how: str, rows: list[tuple[str, dict[float, tuple[int, dict[str, Scores]]]]]
+) -> Table:
+    title = f"balanced accuracy by µm/px of the input, %, mean ± sd; {how}"
+    every = sorted({mpp for _, at in rows for mpp in at})
+    table = Table("model", "probe", title=title, title_justify="left")
+    for mpp in every:
+        table.add_column(f"{mpp:g} µm/px", justify="right", no_wrap=True)
+    for name, at in rows:
+        ns = (f"{at[mpp][0]:,}" if mpp in at else "" for mpp in every)
+        table.add_row(escape(name), "pictures reported", *ns, style="dim")
+        for probe in next(iter(at.values()))[1]:
+            cells = (_told(at[mpp][1][probe]) if mpp in at else "" for mpp in every)
+            table.add_row(escape(name), _NAMES.get(probe, "kNN"), *cells)
     return table
 
 
@@ -91,13 +148,9 @@ def shot_table(result: ProbeResult) -> Table:
     return table
 
 
-def _intervals(result: ProbeResult) -> bool:
-    return any(s.interval for b in result.backbones for s in b.probes.values())
-
-
 def _told(scores: Scores) -> str:
     text = f"{100 * scores.mean:.1f} ± {100 * scores.sd:.1f}"
     if scores.interval:
         low, high = (100 * x for x in scores.interval)
-        text += escape(f" [{low:.1f}, {high:.1f}]")
-    return text
+        return text + escape(f" [{low:.1f}, {high:.1f}]")
+    return text + escape(" [none]")

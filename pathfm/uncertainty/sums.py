@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathfm.runtime import PathfmError
-from pathfm.uncertainty.intervals import Interval, interval
+from pathfm.uncertainty.intervals import FEW_GROUPS, Interval, interval
 from pathfm.uncertainty.options import Options
 from pathfm.uncertainty.predictions import Ints, Predictions
 from pathfm.uncertainty.resampling import draw_swaps, in_blocks, replicate
@@ -113,5 +113,6 @@ def refuse_few(n_groups: int) -> None:
     """PathfmError where there is nothing to resample."""
     if n_groups < 2:
         raise PathfmError(
-            f"no interval: {n_groups} group(s) (patients or slides) cannot be resampled; test on at least two"
+            f"no interval: what is tested is of {n_groups} patient{'' if n_groups == 1 else 's'} or slide"
+            f"{'' if n_groups == 1 else 's'}, and an interval draws them anew: test on at least 2, better {FEW_GROUPS}"
         )
