@@ -114,6 +114,10 @@ def tell(args: argparse.Namespace, rows: dict[str, list[dict[str, float]]]) -> N
     """Prints the table, best first by the mean of both Dice coefficients."""
     print(f"{args.steps} steps of 8 crops of 256 px, {args.synthetic} synthetic thumbnails, "
           f"{args.seeds} seed(s), bf16; validation only.")  # fmt: skip
+    if args.seeds == 1:
+        print(
+            "One seed: how far another would move these was not measured; neighbours are not ranked."
+        )
     print(about_this_run("torch"))
     print(f"{'arm':<24} {'mean':>7} {'drawn':>16} {'synthetic':>16} {'CPU s':>7}")
 
