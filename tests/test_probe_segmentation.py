@@ -8,12 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pathfm import cli
+from pathfm.backbone import export_backbone, load_backbone
+from pathfm.leakage import PretrainedOn, Stage, digest_batch
+from pathfm.models import load_model
+from pathfm.models.maps import embed_maps, token_maps
 from pathfm.probe_segmentation import ProbeSegmentationConfig, run
 from pathfm.runtime import PathfmError
 from pathfm.segmentation_probe.pictures import fit_mask, read_pictures, tiles
 from pathfm.tracking import TrackingConfig
+from tests.conftest import noise
 from tests.datasets_mini import MAKERS
 
 
@@ -131,3 +137,168 @@ def test_mistakes_are_one_line_and_code_two(
     assert "holds no tile of 250 px" in told("consep", *partial)
     assert "input_px = 40 is no multiple" in told("consep", *partial, "--input_px", "40")
     assert "give each one of its own" in told("consep", *partial, "--names", "a", "b")
+    whole = (*partial, "--tile_px", "0", "--input_px", "32")
+    assert "has 12 blocks, wants 1 to that many" in told("consep", *whole, "--last_blocks", "13")
+    assert "gives one vector a picture, no patch tokens" in told(
+        "consep", *whole, "--weights", "python:tests.test_probe_segmentation:one_vector"
+    )
+    assert "tokens of its last block only" in told(
+        "consep",
+        *whole,
+        "--weights",
+        "python:tests.test_probe_segmentation:tokens",
+        "--last_blocks",
+        "2",
+    )
+
+
+# --- models from elsewhere ------------------------------------------------------------------------
+
+
+class Tokens(torch.nn.Module):
+    """Each 8 px cell's mean colour and its place, behind a CLS token: tokens that can be worked out."""
+
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+    def __init__(self, patches: bool = True) -> None:
+        super().__init__()
+        self.patches = patches
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        cells = torch.nn.functional.avg_pool2d(x, 8) * self.weight
+        flat = cells.flatten(2).transpose(1, 2)
+        found = torch.cat([flat.mean(1, keepdim=True), flat], 1)
+        return found if self.patches else found[:, 0]
+
+
+def tokens() -> Tokens:
+    return Tokens()
+
+
+def one_vector() -> Tokens:
+    return Tokens(patches=False)
+
+
+def test_a_function_s_tokens_become_a_map_row_by_row() -> None:
+    model = load_model("python:tests.test_probe_segmentation:tokens", input_px=32)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    (found,) = embed_maps(model, [pixels], torch.device("cpu"))
+    assert found.shape == (2, 3, 4, 4)
+    wanted = pixels[1, 8:16, 24:32].reshape(-1, 3).mean(axis=0) / 255
+    assert np.allclose(found[1, :, 1, 3], wanted, atol=1e-6)
+    with pytest.raises(PathfmError, match=r"made tokens .*: no square map"):
+        token_maps(model, torch.zeros(1, 3, 16, 24))
+
+
+@pytest.mark.slow
+def test_a_transformers_folder_gives_its_last_tokens_less_cls(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=8,
+    )
+    theirs = transformers.ViTModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.inference_mode():
+        wanted = theirs(pixel_values=x).last_hidden_state[:, 1:].reshape(2, 4, 4, 16)
+    (found,) = embed_maps(load_model(f"hf:{tmp_path}"), [pixels], torch.device("cpu"))
+    assert np.allclose(found, wanted.permute(0, 3, 1, 2).numpy(), atol=1e-5)
+
+
+# --- a folder of one's own ------------------------------------------------------------------------
+
+
+def painted(root: Path, names: str, seed: int = 0) -> None:
+    """Pictures whose 8 px cells are bright where the mask is 1: what a linear head must find."""
+    rng = np.random.default_rng(seed)
+    for name in names:
+        mask = np.kron(rng.integers(0, 2, (4, 4)), np.ones((8, 8), np.int64)).astype(np.uint8)
+        pixels = (60 + 120 * mask[..., None] + rng.integers(0, 40, (32, 32, 3))).astype(np.uint8)
+        for kind, values in (("images", pixels), ("masks", mask)):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(root / kind / f"{name}.png")
+
+
+OWN = {"partial": False, "tile_px": None, "heads": ("linear",), "steps": 40, "lr": 0.05}
+PYTHON = "python:tests.test_probe_segmentation:tokens"
+
+
+def test_a_folder_without_splits_is_folded_and_every_picture_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    painted(tmp_path / "d", "abcdef")
+    result = run(config(str(tmp_path / "d"), tmp_path / "out", weights=[PYTHON], **OWN))
+    said = capsys.readouterr().out
+    assert "6 pictures of 32 px reported: 5 folds by patient (another fold chose the" in said
+    assert result.models[0].mean > 0.85  # the linear head is upsampled over the cells' edges
+    assert result.classes == ["background", "class 1"]
+    assert len(result.models[0].values) == 2
+    caveats = " ".join(result.caveats)
+    assert "does not say whose its pictures are" in caveats
+    assert "its last norm is in them" in caveats
+    changes = OWN | {"weights": [PYTHON], "n_folds": 3, "steps": 2}
+    three = run(config(str(tmp_path / "d"), tmp_path / "out", **changes))
+    assert three.told.startswith("3 folds")
+
+
+def test_a_folder_with_splits_is_reported_on_its_test_pictures(tmp_path: Path) -> None:
+    for number, (split, names) in enumerate({"train": "abcd", "val": "ef", "test": "ghi"}.items()):
+        painted(tmp_path / "d" / split, names, number)
+    result = run(config(str(tmp_path / "d"), tmp_path / "out", weights=[PYTHON], **OWN))
+    assert (result.n, result.told) == (3, "test (val chose the epoch)")
+    eva = json.loads((tmp_path / "out" / "untrained.linear.results.json").read_text())["metrics"]
+    assert eva["test"][0]["test/MonaiDiceScore"]["values"] == result.models[0].values
+
+
+def test_pictures_of_background_alone_are_nothing_to_judge(tmp_path: Path) -> None:
+    painted(tmp_path / "d" / "train", "abc")
+    painted(tmp_path / "d" / "val", "de", 1)
+    for name in "de":
+        Image.new("L", (32, 32)).save(tmp_path / "d" / "val" / "masks" / f"{name}.png")
+    with pytest.raises(PathfmError, match="none of 2 reported pictures holds a class beside 'back"):
+        run(config(str(tmp_path / "d"), tmp_path / "out", weights=[PYTHON], **OWN))
+
+
+# --- leaks ----------------------------------------------------------------------------------------
+
+
+def test_a_reported_picture_that_the_model_had_seen_is_refused_or_marked(tmp_path: Path) -> None:
+    for split, names in {"train": "abc", "val": "de", "test": "fg"}.items():
+        root = tmp_path / "d" / split
+        for name in names:
+            (root / "images").mkdir(parents=True, exist_ok=True)
+            (root / "masks").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise((64, 64), ord(name))).save(root / "images" / f"{name}.png")
+            Image.fromarray(np.eye(64, dtype=np.uint8)).save(root / "masks" / f"{name}.png")
+    size = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = load_backbone("vit_tiny_patch16_224", "random", 32, **size)
+    given = OWN | {"tile_px": 32, "steps": 2, "n_runs": 1}
+
+    def probed(seen: list[np.ndarray], leaks: str) -> list[str]:
+        folder = tmp_path / "model"
+        export_backbone(model, folder)
+        stage = Stage("my corpus", "00" * 32, draws=1)
+        digests = digest_batch(np.stack(seen))
+        PretrainedOn((stage,), np.zeros((0, 16), np.uint8), (), digests).save(folder)
+        changes = given | {"weights": [str(folder)], "leaks": leaks}
+        return run(config(str(tmp_path / "d"), tmp_path / "out", **changes)).caveats
+
+    only_learnt = [noise((64, 64), ord("a"))]
+    marked = " ".join(probed(only_learnt, "refuse"))
+    assert "pretraining data" not in marked
+    whole = [noise((64, 64), ord("g"))[:, ::-1]]
+    with pytest.raises(PathfmError, match=r"4 of 8 samples .*test/images/g\.png.*--leaks mark"):
+        probed(whole, "refuse")
+    tile = [noise((64, 64), ord("f"))[32:, :32]]
+    marked = " ".join(probed(tile, "mark"))
+    assert "untrained: 1 of 8 samples were in the pretraining data (my corpus)" in marked

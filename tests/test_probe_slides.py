@@ -11,6 +11,7 @@ import pytest
 from pathfm import cli
 from pathfm.probe_slides import ProbeSlidesConfig, run
 from pathfm.slide_probe import Bags
+from pathfm.slide_probe.abmil import AbMil
 from pathfm.slide_probe.fit import SlideProtocol
 from pathfm.slide_probe.runs import probe_bags
 from pathfm.tracking import TrackingConfig
@@ -53,7 +54,20 @@ def test_own_splits_are_reported_on_test_with_both_poolings(
         judged = found["predicted"][0] >= 0
         right = found["predicted"][0, judged] == found["truth"][judged]
         recall = [right[found["truth"][judged] == c].mean() for c in (0, 1)]
+        truth, judged = found["truth"], found["predicted"] >= 0
+        both = [
+            np.mean(
+                [
+                    (p[j & (truth == c)] == c).mean()
+                    for p, j in zip(found["predicted"], judged, strict=True)
+                ]
+            )
+            for c in (0, 1)
+        ]
     assert np.mean(recall) == pytest.approx(result.models[0].values[0])
+    assert list(result.models[0].per_class.values()) == pytest.approx(both)
+    assert result.models[0].backbone_digest == "digest"
+    assert result.models[0].parameters == sum(p.numel() for p in AbMil(12, 1).parameters())
     run(config(tmp_path))
     assert "is up to date" in capsys.readouterr().out
     run(config(tmp_path, seed=1))

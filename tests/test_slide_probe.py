@@ -186,6 +186,20 @@ def test_a_folder_of_bags_and_a_table_are_the_bags_that_were_written(tmp_path: P
         assert np.array_equal(found.read(i), bags.read(i))
 
 
+def test_bags_of_two_models_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
+    bags = some_bags(4, 2)
+    table = write_bags(tmp_path, bags)
+    found = read_bags(tmp_path, table)
+    assert found.encoder_digest == "digest"
+    facts = BagFacts("2", "key", "tiny", "another", 0.5, 0.25, 224, 0.0, 4000, 3000)
+    features = bags.read(2)
+    places = np.zeros((len(features), 2), np.int64)
+    write_bag(tmp_path / "h5_files" / "2.h5", facts, features, places)
+    found.read(1)
+    with pytest.raises(PathfmError, match=r"2\.h5 was made by another model than .*0\.h5"):
+        found.read(2)
+
+
 @pytest.mark.parametrize(
     ("table", "told"),
     [
