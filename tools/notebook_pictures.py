@@ -1,6 +1,6 @@
 """Run a notebook and save the plots of its marked cells: what the pages in docs/ show.
 
-    python tools/notebook_pictures.py notebooks/03_losses.ipynb
+    python tools/notebook_pictures.py notebooks/02_masks_and_losses.ipynb
 
 A cell whose first line is a comment like ``# docs/pictures/losses_imbalance.png`` has its plot written
 there, as a PNG of 128 colours at most; plots need no more, and stay small.
