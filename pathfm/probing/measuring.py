@@ -20,7 +20,7 @@ from pathfm.embeddings import Embeddings
 from pathfm.metrics import initial_head, knn_shares, rankme
 from pathfm.probing.few_shot import FewShotScores, few_shot
 from pathfm.probing.linear import fit_probe
-from pathfm.probing.orders import Balanced, draw_shots
+from pathfm.probing.orders import Balanced
 from pathfm.probing.parts import Parts, check_inputs
 from pathfm.probing.scores import eva_metrics, probabilities
 from pathfm.probing.scoring import (
@@ -80,10 +80,16 @@ def shots_of(data: Embeddings) -> int:
 
 
 def with_own_protocol(options: ProbeConfig, data: Embeddings) -> ProbeConfig:
-    """The options with what the data set's own protocol adds: trained on few shots, eva's heads belong to it."""
-    if not shots_of(data) or "eva" in options.also:
+    """The options as the data set's own protocol has them.
+
+    Trained on few shots, eva's heads belong to it, and kNN asks at most as many neighbours as a class has
+    samples: twenty of ten and ten would always be a tie.
+    """
+    shots = shots_of(data)
+    if not shots:
         return options
-    return options.model_copy(update={"also": ("eva", *options.also)})
+    also = options.also if "eva" in options.also else ("eva", *options.also)
+    return options.model_copy(update={"also": also, "k": min(options.k, shots)})
 
 
 def parts_of(data: Embeddings, split: Split, options: ProbeConfig, repeat: int) -> Parts:
@@ -109,8 +115,8 @@ def repeats_of(
     if not shots:
         return [splits]
     runs = range(options.head_protocol(shots).n_runs)
-    drawn = [draw_shots(splits.train, data.labels, shots, options.seed, run) for run in runs]
-    return [Parts(rows, splits.val, splits.test) for rows in drawn]
+    drawn = Balanced(splits.train, data.labels, shots, options.seed)
+    return [Parts(drawn.rows(run, 0), splits.val, splits.test) for run in runs]
 
 
 def probe_backbone(
