@@ -60,9 +60,18 @@ def finished_run(folder: Path) -> Path:
     return folder
 
 
-def probe_file(path: Path, digest: str, input_px: int = 32, name: str = "mine|<b>") -> Path:
+def probe_file(
+    path: Path, digest: str, input_px: int = 32, name: str = "mine|<b>", **changes: object
+) -> Path:
     def row(name, digest, mean):
-        scores = {"mean": mean, "sd": 0.011, "values": [mean], "recall": [], "confusion": []}
+        scores = {
+            "mean": mean,
+            "sd": 0.011,
+            "values": [mean],
+            "recall": [],
+            "confusion": [],
+            "c": [],
+        }
         return {
             "name": name,
             "backbone": NAME,
@@ -75,6 +84,11 @@ def probe_file(path: Path, digest: str, input_px: int = 32, name: str = "mine|<b
         }
 
     probe = {
+        "key": "k",
+        "n_per_class": [100, 100],
+        "seed": 0,
+        "test_share": 0.3,
+        "paired": [],
         "data": "colorectal5",
         "data_digest": "d1d1d1d1d1d1d1d1",
         "input_px": input_px,
@@ -87,5 +101,5 @@ def probe_file(path: Path, digest: str, input_px: int = 32, name: str = "mine|<b
         "backbones": [row("init", "0" * 64, 0.789), row(name, digest, 0.851)],
         "caveats": ["No slide ids."],
     }
-    path.write_text(json.dumps(probe))
+    path.write_text(json.dumps(probe | changes))
     return path

@@ -109,6 +109,21 @@ def test_probes_of_this_model_are_in_the_card(finished, tmp_path):
     assert "colorectal5 (digest d1d1d1d1d1d1): 200 pictures, 2 classes, input 32 px" in card
 
 
+def test_a_card_says_whose_split_it_was_every_probe_and_its_interval(finished, tmp_path):
+    digest = backbone().digest
+    path = probe_file(tmp_path / "probe.json", digest)
+    rows = json.loads(path.read_text())["backbones"]
+    rows[1]["probes"]["eva"] = rows[1]["probes"]["logistic"] | {"interval": [0.8, 0.9]}
+    own = {"own_splits": True, "n_val": 30, "n_test": 30, "reported_on": "val"}
+    probe_file(path, digest, backbones=rows, **own)
+    run(ExportConfig(run=finished, out=tmp_path / "x", probes=[path]))
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "140 train / 30 val, val reported. Balanced accuracy, %, mean ± sd over runs [95" in card
+    assert "| features | logistic | kNN, k = 20 | kaiko-eva's head | RankMe |" in card
+    assert "| init | 78.9 ± 1.1 | 78.9 ± 1.1 | – | 11.1 |" in card
+    assert "85.1 ± 1.1 [80.0, 90.0] | 11.1 |" in card
+
+
 def test_a_probe_at_another_input_size_is_known_by_the_resampled_backbone(finished, tmp_path):
     at_64 = load_backbone(NAME, str(finished), 64).digest
     assert at_64 != backbone().digest

@@ -11,38 +11,11 @@ from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict
 
 from pathfm.export import Source, last_part, without_places
+from pathfm.probing.result import ProbeResult
+from pathfm.probing.scoring import Scores
 from pathfm.runtime import PathfmError
-
-
-class _Scores(TypedDict):
-    mean: float
-    sd: float
-
-
-class _Measured(TypedDict):
-    name: str
-    backbone_digest: str
-    weights_note: str
-    probes: dict[str, _Scores]
-    rankme: float
-
-
-class _Probe(TypedDict):
-    data: str
-    data_digest: str
-    input_px: int
-    classes: list[str]
-    n: int
-    n_train: int
-    n_test: int
-    n_seeds: int
-    k: int
-    backbones: list[_Measured]
-    caveats: list[str]
-
 
 _EVALUATE = """## Evaluate it with kaiko-eva
 
@@ -58,7 +31,7 @@ class ProbeTable:
     """One probe.json: its digest and its rows, this model's marked."""
 
     digest: str
-    probe: _Probe
+    probe: ProbeResult
     ours: str  # backbone_digest of the row that is this model
 
 
@@ -70,16 +43,18 @@ def read_probe_table(path: Path, source: Source) -> ProbeTable:
     """
     try:
         content = path.read_bytes()
-        probe = TypeAdapter(_Probe).validate_json(content)
+        probe = TypeAdapter(ProbeResult).validate_json(content)
     except OSError as error:
         raise PathfmError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError:
-        raise PathfmError(f"{path}: no probe.json of pathfm, or damaged") from None
+        raise PathfmError(
+            f"{path}: no probe.json of pathfm, or damaged, or of an earlier version: probe again"
+        ) from None
     ours = source.backbone.digest
-    if probe["input_px"] != source.backbone.input_px and source.backbone.is_transformer:
-        ours = source.resampled(probe["input_px"]).digest
-    if ours not in {row["backbone_digest"] for row in probe["backbones"]}:
-        names = ", ".join(row["name"] for row in probe["backbones"])
+    if probe.input_px != source.backbone.input_px and source.backbone.is_transformer:
+        ours = source.resampled(probe.input_px).digest
+    if ours not in {row.backbone_digest for row in probe.backbones}:
+        names = ", ".join(row.name for row in probe.backbones)
         raise PathfmError(
             f"{path} measures other backbones than this run's ({names}). Run `pathfm embed --weights "
             f"{source.folder}` and `pathfm probe` on it first"
@@ -220,27 +195,48 @@ def _probes(tables: Sequence[ProbeTable]) -> str:
 def _probe(table: ProbeTable) -> str:
     probe = table.probe
     about = (
-        f"{_words(probe['data'])} (digest {probe['data_digest'][:12]}): {probe['n']:,} pictures, "
-        f"{len(probe['classes'])} classes, input {probe['input_px']} px, {probe['n_train']:,} train / "
-        f"{probe['n_test']:,} test, {probe['n_seeds']} splits. Balanced accuracy, %, mean ± sd.\n"
+        f"{_words(probe.data)} (digest {probe.data_digest[:12]}): {probe.n:,} pictures, "
+        f"{len(probe.classes)} classes, input {probe.input_px} px, {_split(probe)}\n"
     )
-    header = ("features", "logistic", f"kNN, k = {probe['k']}", "RankMe")
+    kinds = list(dict.fromkeys(kind for row in probe.backbones for kind in row.probes))
+    named = {"knn": f"kNN, k = {probe.k}", "eva": "kaiko-eva's head"}
     rows = []
-    for row in probe["backbones"]:
-        ours = row["backbone_digest"] == table.ours
+    for row in probe.backbones:
+        ours = row.backbone_digest == table.ours
         rows.append(
             (
-                f"**{row['name']}** (this model)" if ours else row["name"],
-                *(_score(row["probes"].get(kind)) for kind in ("logistic", "knn")),
-                f"{row['rankme']:.1f}",
+                f"**{row.name}** (this model)" if ours else row.name,
+                *(_score(row.probes.get(kind)) for kind in kinds),
+                f"{row.rankme:.1f}",
             )
         )
-    caveats = "".join(f"- {_words(without_places(caveat))}\n" for caveat in probe["caveats"])
+    header = ("features", *(named.get(kind, kind) for kind in kinds), "RankMe")
+    caveats = "".join(f"- {_words(without_places(caveat))}\n" for caveat in probe.caveats)
     return f"{about}\n{_table(header, rows)}\n{caveats}"
 
 
-def _score(scores: _Scores | None) -> str:
-    return f"{100 * scores['mean']:.1f} ± {100 * scores['sd']:.1f}" if scores else "–"
+def _split(probe: ProbeResult) -> str:
+    """Which pictures are reported, and what the spread is over."""
+    sizes = f"{probe.n_train:,} train / {probe.n_test:,} test, {probe.n_seeds} splits"
+    if probe.own_splits:
+        tested = f" / {probe.n_test:,} test" if probe.reported_on == "test" else ""
+        sizes = (
+            f"{probe.n_train:,} train / {probe.n_val:,} val{tested}, {probe.reported_on} reported"
+        )
+    runs = "runs" if probe.own_splits else "splits"
+    between = any(s.interval for row in probe.backbones for s in row.probes.values())
+    told = " [95 % interval]" if between else ""
+    return f"{sizes}. Balanced accuracy, %, mean ± sd over {runs}{told}."
+
+
+def _score(scores: Scores | None) -> str:
+    if scores is None:
+        return "–"
+    told = f"{100 * scores.mean:.1f} ± {100 * scores.sd:.1f}"
+    if not scores.interval:
+        return told
+    low, high = (100 * value for value in scores.interval)
+    return f"{told} [{low:.1f}, {high:.1f}]"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
