@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
-from pathfm.heads.fit import Schedule, fit_best
+from pathfm.heads.fit import Fit, Schedule, fit_best
 from pathfm.heads.recording import file_name, once
 from pathfm.heads.result import HeadResult, HeadScores, load_result, write_eva_results, write_result
 from pathfm.runtime import PathfmError
@@ -27,7 +27,7 @@ class One(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
 
 
-def fitted(scores: list[float], **changes: object) -> tuple[One, object, list[list[int]]]:
+def fitted(scores: list[float], **changes: object) -> tuple[One, Fit, list[list[int]]]:
     """A head fitted on five rows, two a step, whose epochs are scored as given; the rows of each step."""
     head, asked, told = One(), iter(scores), []
     given = {"lr": 0.3, "batch": 2, "patience_epochs": 99, "weight_decay": 0.0, "max_epochs": 9}
