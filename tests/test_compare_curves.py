@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from pathfm.compare import CompareConfig, run
 from pathfm.compare.ablation import ablations, changes
-from pathfm.compare.curves import scaling
+from pathfm.compare.curves import over_mpp, scaling
 from pathfm.compare.gathering import chosen
 from pathfm.compare.records import Found
+from pathfm.compare.tables import by_mpp
 from pathfm.runtime import PathfmError
 from tests.comparing import (
     backbone,
@@ -64,6 +66,33 @@ def test_a_param_that_the_axis_does_not_explain_makes_lines_of_its_own(tmp_path:
     curve = next(c for c in curves if c.task.protocol == "logistic regression")
     lines = {name: [p.mean for p in points] for name, points in curve.lines.items()}
     assert lines == {"optim.lr 0.1": [0.5, 0.6], "optim.lr 0.2": [0.55, 0.7]}
+
+
+def test_scores_at_several_mpp_are_a_table_and_a_curve_a_model(tmp_path: Path) -> None:
+    def at(mpp: float, n: int, mean: float) -> dict[str, object]:
+        interval = (mean - 0.05, mean + 0.05) if mpp < 2 else None
+        return {"mpp": mpp, "n": n, "probes": {"logistic": scores(mean, interval)}}
+
+    a = backbone("init", logistic=scores(0.8)) | {"by_mpp": [at(2.0, 5, 0.5), at(0.5, 7, 0.9)]}
+    b = backbone("long", logistic=scores(0.7)) | {"by_mpp": [at(0.5, 7, 0.8), at(1.0, 8, 0.75)]}
+    lone = backbone("lone", logistic=scores(0.6)) | {"by_mpp": [at(1.0, 8, 0.6)]}  # nothing differs
+    file = write(tmp_path / "in" / "probe.json", probe([a, b, lone]))
+    found = found_in(tmp_path / "in").found
+    (curve,) = over_mpp(found.over_mpp)
+    assert list(curve.lines) == ["init", "long"]
+    assert [(p.x, p.mean) for p in curve.lines["init"]] == [(0.5, 0.9), (2.0, 0.5)]
+    assert curve.lines["init"][1].interval is None
+    (table,) = by_mpp(found)
+    assert table.columns == ("model", "0.5 µm/px", "1 µm/px", "2 µm/px")
+    assert table.rows[0] == ("init", "90.0 [85.0, 95.0]", "", "50.0")
+    assert table.rows[1] == ("long", "80.0 [75.0, 85.0]", "75.0 [70.0, 80.0]", "")
+    assert "7 at 0.5, 8 at 1, 5 at 2" in table.notes[0]
+    run(CompareConfig(results=[tmp_path / "in"], out=tmp_path / "out"))
+    assert (tmp_path / "out" / "mpp_1.png").read_bytes().startswith(b"\x89PNG")
+    a["by_mpp"][0]["mpp"] = -1.0  # type: ignore[index]
+    write(file, probe([a]))
+    with pytest.raises(PathfmError, match=r"by_mpp\.0\.mpp"):
+        found_in(tmp_path / "in")
 
 
 def test_an_axis_nothing_differs_in_is_told_with_those_that_are_known(tmp_path: Path) -> None:

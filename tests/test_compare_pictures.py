@@ -73,6 +73,7 @@ def test_a_curve_has_points_in_order_and_its_intervals(figures: list[Any]) -> No
     (panel,) = figures[0].axes
     assert lines_of(panel) == [([10, 1000], [50, 70]), ([10, 10], [40, 60])]
     assert panel.get_xscale() == "log"
+    assert [text.get_text() for text in panel.get_xticklabels()] == ["10", "1,000"]
     assert panel.get_xlabel() == "steps"
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pathfm.compare.records import Score, Task
+from pathfm.compare.records import OverMpp, Score, Task
 from pathfm.compare.tables import latest, protocols
 from pathfm.runtime import PathfmError
 
@@ -57,6 +57,27 @@ def scaling(scores: Sequence[Score], params: frozenset[str], axes: Sequence[str]
             f"{', '.join(known[:40]) or 'none (no pretraining run ended with a backbone that was probed)'}"
         )
     return curves
+
+
+def over_mpp(found: Sequence[OverMpp]) -> list[Curve]:
+    """Scores over the µm/px of the tested pictures, a curve a task, a line a model."""
+    lines: dict[Task, dict[str, tuple[Point, ...]]] = {}
+    for one in found:
+        points = tuple(
+            Point(mpp, mean, interval, one.model)
+            for mpp, (mean, interval) in zip(one.mpp, one.scores, strict=True)
+        )
+        lines.setdefault(one.task, {})[one.model] = points  # of one name the last, as in tables
+    note = "Lines of {0} models are more than can be told apart: {1} of them are drawn."
+    return [
+        Curve(
+            task,
+            "µm/px",
+            dict(list(models.items())[:_MOST_LINES]),
+            note.format(len(models), _MOST_LINES) if len(models) > _MOST_LINES else "",
+        )
+        for task, models in lines.items()
+    ]
 
 
 def _differing(scores: Sequence[Score], params: frozenset[str]) -> list[str]:

@@ -18,6 +18,7 @@ SOFTWARE = "pathfm compare"
 """Written into every picture: the next page in the folder replaces those, and no others."""
 
 _SOFT = "#8a8a8a"
+_MOST_TICKS = 6  # where the points are so few each has its number
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -94,9 +95,12 @@ def draw_curves(curves: Sequence[Curve]) -> bytes:
                 if p.interval is not None:
                     ends = [100 * end for end in p.interval]
                     panel.plot([p.x, p.x], ends, color=style["color"], linewidth=1, alpha=0.6)
-        xs = [p.x for points in curve.lines.values() for p in points]
+        xs = sorted({p.x for points in curve.lines.values() for p in points})
         if min(xs) > 0 and max(xs) / min(xs) >= 8:
             panel.set_xscale("log")
+        if len(xs) <= _MOST_TICKS:
+            panel.set_xticks(xs, [f"{x:,g}" for x in xs])
+            panel.minorticks_off()
         if any(curve.lines):
             panel.legend(fontsize=7)
         panel.set_title(plain_words(f"{curve.task.data}\n{curve.task.protocol}"), fontsize=8)

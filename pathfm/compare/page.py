@@ -21,7 +21,9 @@ from pathfm.compare.tables import Table
 from pathfm.runtime import counted, git_commit
 
 HTML, MARKDOWN, SCORES = "compare.html", "compare.md", "scores.csv"
-_OURS = re.compile(r"(leaderboard|ablation|scaling|few_shot|corruptions|confusion|map)_\d+\.png")
+_OURS = re.compile(
+    r"(leaderboard|ablation|scaling|few_shot|mpp|corruptions|confusion|map)_\d+\.png"
+)
 
 
 @dataclass(frozen=True)

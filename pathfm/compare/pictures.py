@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pathfm.compare.ablation import ablations
-from pathfm.compare.curves import Curve, scaling
+from pathfm.compare.curves import Curve, over_mpp, scaling
 from pathfm.compare.drawing import (
     draw_ablation,
     draw_corruptions,
@@ -30,6 +30,7 @@ def draw_all(gathered: Gathered, config: CompareConfig) -> list[Picture]:
         *_ablations(gathered, config),
         *_scaling(gathered, config),
         *_shots(found),
+        *_over_mpp(found),
         *_corruptions(found),
         *_confusions(found),
         *_maps(found, config),
@@ -82,6 +83,17 @@ def _shots(found: Found) -> Iterator[Picture]:
         told = f"Mean and band of one sd over draws of the training samples. {task.told}."
         png = draw_shots(task, curves)
         yield Picture(f"few_shot_{n}.png", png, f"{task.data}: {task.protocol}", told)
+
+
+def _over_mpp(found: Found) -> Iterator[Picture]:
+    curves = over_mpp(found.over_mpp)
+    if curves:
+        notes = " ".join(dict.fromkeys(curve.note for curve in curves if curve.note))
+        told = (
+            "One probe a model, fitted on pictures of every µm/px together and judged at each apart, "
+            f"with 95 % intervals. {notes}"
+        )
+        yield Picture("mpp_1.png", draw_curves(curves), "Score over µm/px", told.strip())
 
 
 def _corruptions(found: Found) -> Iterator[Picture]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Self
 
@@ -15,6 +15,7 @@ from pathfm.compare.records import (
     Confusion,
     Difference,
     Found,
+    OverMpp,
     Score,
     Shots,
     Source,
@@ -48,6 +49,12 @@ class _FewShot(BaseModel):
         return self
 
 
+class _AtMpp(BaseModel):
+    mpp: FiniteFloat = Field(gt=0)
+    n: int
+    probes: dict[str, _Scores]
+
+
 class _Backbone(BaseModel):
     name: str
     backbone: str = ""
@@ -55,6 +62,7 @@ class _Backbone(BaseModel):
     dim: int = 0
     probes: dict[str, _Scores]
     few_shot: dict[str, _FewShot] = {}
+    by_mpp: list[_AtMpp] = Field([], max_length=100)
 
 
 class _Paired(BaseModel):
@@ -96,9 +104,9 @@ class _Probe(BaseModel):
 
 
 def read_probe(source: Source) -> Found:
-    """Scores, paired differences, few-shot curves and confusion matrices of a `probe.json`."""
+    """Scores, paired differences, few-shot curves, scores by µm/px and confusion matrices of a `probe.json`."""
     probe = parsed(_Probe, source)
-    scores, shots, confusions = [], [], []
+    scores, shots, over_mpp, confusions = [], [], [], []
     for backbone in probe.backbones:
         facts = {"input_px": str(probe.input_px), "dim": str(backbone.dim)}
         for name, found in backbone.probes.items():
@@ -107,6 +115,7 @@ def read_probe(source: Source) -> Found:
             if found.confusion:
                 counts = tuple(map(tuple, found.confusion))
                 confusions.append(Confusion(task, backbone.name, tuple(probe.classes), counts))
+            over_mpp += _over_mpp(task, backbone, name)
         for method, curve in backbone.few_shot.items():
             task = _task(probe, f"few-shot, {method}", source)
             k, mean, sd = tuple(curve.shots), tuple(curve.mean), tuple(curve.sd)
@@ -127,8 +136,28 @@ def read_probe(source: Source) -> Found:
     digests = [backbone.backbone_digest for backbone in probe.backbones]
     files = tuple(zip(probe.embeddings, digests, strict=False))
     return Found(
-        tuple(scores), differences, tuple(shots), tuple(confusions), notes=notes, embeddings=files
+        scores=tuple(scores),
+        differences=differences,
+        shots=tuple(shots),
+        over_mpp=tuple(over_mpp),
+        confusions=tuple(confusions),
+        notes=notes,
+        embeddings=files,
     )
+
+
+def _over_mpp(task: Task, backbone: _Backbone, name: str) -> Iterator[OverMpp]:
+    """The probe's scores at each µm/px, where there is more than one."""
+    at = sorted((each for each in backbone.by_mpp if name in each.probes), key=lambda a: a.mpp)
+    if len(at) > 1:
+        found = (each.probes[name] for each in at)
+        yield OverMpp(
+            task,
+            backbone.name,
+            tuple(each.mpp for each in at),
+            tuple(each.n for each in at),
+            tuple((scores.mean, pair_of(scores.interval or ())) for scores in found),
+        )
 
 
 def _score(

@@ -71,6 +71,20 @@ class Shots:
 
 
 @dataclass(frozen=True)
+class OverMpp:
+    """A model's scores of one task where samples differ in µm/px, on those of each alone.
+
+    mpp: µm/px of the input, ascending; n: reported samples; scores: mean, and its interval or None.
+    """
+
+    task: Task
+    model: str
+    mpp: tuple[float, ...]
+    n: tuple[int, ...]
+    scores: tuple[tuple[float, tuple[float, float] | None], ...]
+
+
+@dataclass(frozen=True)
 class Confusion:
     """Counts of one model on one task, row = true class, summed over repeats."""
 
@@ -113,6 +127,7 @@ class Found:
     scores: tuple[Score, ...] = ()
     differences: tuple[Difference, ...] = ()
     shots: tuple[Shots, ...] = ()
+    over_mpp: tuple[OverMpp, ...] = ()
     confusions: tuple[Confusion, ...] = ()
     robustness: tuple[Robustness, ...] = ()
     notes: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pathfm.compare.published import LABEL, published_scores
-from pathfm.compare.records import CorruptedModel, Found, Score, Shots, Task
+from pathfm.compare.records import CorruptedModel, Found, OverMpp, Score, Shots, Task
 from pathfm.compare.runs import Comparison
 
 
@@ -88,6 +88,32 @@ def few_shots(found: Found) -> Iterator[Table]:
         notes = (f"{task.told}. Mean ± sd over draws of the training samples.",)
         columns = ("model", *(f"{k} a class" for k in every))
         yield Table(f"{task.data}, {task.protocol}: {task.metric}, %", notes, columns, tuple(rows))
+
+
+def by_mpp(found: Found) -> Iterator[Table]:
+    """Scores at each µm/px of the tested pictures: a table a task, a row a model."""
+    by_task: dict[Task, dict[str, OverMpp]] = {}
+    for one in found.over_mpp:
+        by_task.setdefault(one.task, {})[one.model] = one
+    for task, models in by_task.items():
+        sizes = {mpp: n for one in models.values() for mpp, n in zip(one.mpp, one.n, strict=True)}
+        rows = []
+        for name, one in models.items():
+            at = dict(zip(one.mpp, one.scores, strict=True))
+            rows.append((name, *(_over(at[mpp]) if mpp in at else "" for mpp in sorted(sizes))))
+        counts = ", ".join(f"{sizes[mpp]:,} at {mpp:g}" for mpp in sorted(sizes))
+        note = f"{task.told}. One probe for all; reported samples of each µm/px alone: {counts}."
+        columns = ("model", *(f"{mpp:g} µm/px" for mpp in sorted(sizes)))
+        title = f"{task.data}, {task.protocol}, by µm/px: {task.metric}, %"
+        yield Table(title, (note,), columns, tuple(rows))
+
+
+def _over(score: tuple[float, tuple[float, float] | None]) -> str:
+    mean, interval = score
+    text = f"{100 * mean:.1f}"
+    return (
+        text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    )
 
 
 def robustness_tables(found: Found) -> Iterator[Table]:
@@ -240,5 +266,6 @@ def every_table(found: Found, published: bool = True) -> list[Table]:
         *leaderboards(found, published),
         *differences(found),
         *few_shots(found),
+        *by_mpp(found),
         *robustness_tables(found),
     ]
