@@ -1,89 +1,76 @@
-"""Writes the drawn tissue masks as a folder of images/ and masks/, which `pathfm probe-segmentation` reads.
+"""Writes the drawn thumbnails as a folder of pictures and masks, for `pathfm probe-segmentation`.
 
-    python tools/drawn_masks.py --pictures ../shared/data/masks ../shared/data/wsi PICTURES --out drawn
+    python tools/drawn_masks.py --pictures ../shared/data/masks --out drawn --without helicobacter kidney
+    pathfm probe-segmentation --data drawn --weights imagenet random --tile_px 0
 
-PICTURES holds those of `pathfm/segmentation/drawn/pictures.csv` that come from elsewhere (its column origin).
-training, validation and evaluation become train, val and test; slides or cases are groups. Classes: glass (0),
-tissue (1: what was drawn, without what lies under pen), and 255 for pixels that cannot be decided.
+Only pictures that are there are taken, and none whose name holds a word of `--without`: slides that a backbone
+was pretrained on, or templates of pens and coverslip edges, which are no slides.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from online_patching.stores.local import atomic_write_bytes, atomic_write_text
+from pathfm.cohorts import write_csv
 from pathfm.runtime import PathfmError
-from pathfm.segmentation.truth import DRAWN, DrawnPicture, read_pictures
+from pathfm.segmentation.truth import COLUMNS, DRAWN, DrawnPicture, read_pictures, read_table
 
-SPLITS = {"training": "train", "validation": "val", "evaluation": "test"}
-CLASSES = "number,name,ignored\n0,glass,no\n1,tissue,no\n255,undecided,yes\n"
-IGNORED = 255
+CLASSES = ((0, "background", ""), (1, "tissue", ""), (2, "undecided", "yes"))
 
 
-def numbers_of(picture: DrawnPicture) -> NDArray[np.uint8]:
-    """0 glass, 1 tissue, 255 undecided, uint8 (h, w)."""
-    numbers = picture.tissue.astype(np.uint8)
-    numbers[picture.ignore] = IGNORED
-    return numbers
+def pictures_at_hand(root: Path, without: Sequence[str]) -> list[DrawnPicture]:
+    """The drawn pictures under `root` whose names hold none of the words of `without`."""
+    rows = [
+        row
+        for row in read_table(DRAWN / "pictures.csv")
+        if (root / row["file"]).is_file() and not any(word in row["name"] for word in without)
+    ]
+    if not rows:
+        raise PathfmError(f"none of the drawn pictures is under {root}")
+    with tempfile.TemporaryDirectory() as folder:
+        some = Path(folder)
+        write_csv(some / "pictures.csv", COLUMNS, [[row[c] for c in COLUMNS] for row in rows])
+        for row in rows:
+            shutil.copy(DRAWN / f"{row['name']}.geojson", some)
+        return read_pictures([root], drawn=some)
 
 
-def write_folder(pictures: Sequence[DrawnPicture], out: Path, least_px: int = 0) -> str:
-    """Writes the folder; a line about it. least_px: pictures with a shorter side are left out, and told.
-
-    Raises PathfmError where the folder is there already.
-    """
-    if out.exists():
-        raise PathfmError(f"{out} is there already: remove it, or write another folder")
-    rows = [("path", "group")]
-    small = [p.name for p in pictures if min(p.rgb.shape[:2]) < least_px]
-    taken = [p for p in pictures if p.name not in small]
-    for picture in taken:
-        split = SPLITS[picture.split]
-        path = f"{split}/images/{picture.name}.png"
-        _write(out / path, picture.rgb)
-        _write(out / split / "masks" / f"{picture.name}.png", numbers_of(picture))
-        rows.append((path, picture.case))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    atomic_write_text(out / "groups.csv", text.getvalue())
-    atomic_write_text(out / "classes.csv", CLASSES)
-    cases = len({picture.case for picture in taken})
-    left = f"; left out as smaller than {least_px} px: {', '.join(small)}" if small else ""
-    return f"{out}: {len(taken)} pictures of {cases} slides or cases{left}"
-
-
-def _write(path: Path, pixels: NDArray[np.uint8]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = io.BytesIO()
-    Image.fromarray(pixels).save(held, "PNG")
-    atomic_write_bytes(path, held.getvalue())
+def write_folder(pictures: Sequence[DrawnPicture], out: Path) -> None:
+    """`images/` and `masks/` of the same names, `classes.csv`, and `groups.csv` by case."""
+    for part in ("images", "masks"):
+        (out / part).mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        mask = np.where(picture.ignore, 2, picture.tissue.astype(np.uint8)).astype(np.uint8)
+        Image.fromarray(picture.rgb).save(out / "images" / f"{picture.name}.png")
+        Image.fromarray(mask).save(out / "masks" / f"{picture.name}.png")
+    write_csv(out / "classes.csv", ("number", "name", "ignored"), CLASSES)
+    groups = [(f"images/{picture.name}.png", picture.case) for picture in pictures]
+    write_csv(out / "groups.csv", ("path", "group"), groups)
 
 
 def main() -> None:
-    """Reads the arguments, writes the folder."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--pictures", type=Path, nargs="+", required=True, help="where pictures lie"
-    )
-    parser.add_argument("--drawn", type=Path, default=DRAWN, help="pictures.csv and the drawings")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--least_px", type=int, default=0, help="leave out pictures with a shorter side"
-    )
+    """The command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=Path, required=True, help="folder the pictures are in")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--without", nargs="*", default=(), help="words of names left out")
     given = parser.parse_args()
     try:
-        pictures = read_pictures(given.pictures, drawn=given.drawn)
-        print(write_folder(pictures, given.out, given.least_px))
+        pictures = pictures_at_hand(given.pictures, given.without)
+        write_folder(pictures, given.out)
     except PathfmError as error:
-        raise SystemExit(f"error: {error}") from None
+        parser.error(str(error))
+    share = np.mean([picture.tissue.mean() for picture in pictures])
+    print(
+        f"{len(pictures)} pictures of {len({p.case for p in pictures})} cases, {share:.0%} tissue"
+    )
 
 
 if __name__ == "__main__":
