@@ -49,6 +49,7 @@ VERBS = {
     "probe-segmentation": Verb("backbones + class masks -> heads on patch tokens, mean Dice"),
     "robustness": Verb("models on corrupted patches: mCE, calibration, wrong labels, site index"),
     "compare": Verb("runs and results side by side: tables, and a page with pictures"),
+    "study": Verb("a question -> arms x seeds, judged by its own criterion, on a page", ("name",)),
     "export": Verb(
         "a run -> a folder others can use: weights, model card, kaiko-eva configs", ("run",)
     ),

@@ -27,13 +27,17 @@ def only_run(folder: Path, ranks: Ranks) -> Iterator[None]:
     with ExitStack() as held:
         with together():
             if ranks.first:
-                held.enter_context(_locked(make_folder(folder)))
+                held.enter_context(locked(make_folder(folder)))
         yield
 
 
+class RunningError(PathfmError):
+    """Another process works in the folder."""
+
+
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the lock file, and takes it away at the end."""
+def locked(folder: Path, verb: str = "pathfm pretrain") -> Iterator[None]:
+    """Holds a folder's lock file, and takes it away at the end; RunningError where another process does."""
     path = folder / LOCK
     while True:
         try:
@@ -41,7 +45,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise PathfmError(f"{path} cannot be written: {error.strerror}") from error
         with file:
-            _lock(file.fileno(), folder)
+            _lock(file.fileno(), folder, verb)
             if not _is_at(file.fileno(), path):
                 continue  # that of a run which ended just now: it took the file with it
             try:
@@ -52,14 +56,24 @@ def _locked(folder: Path) -> Iterator[None]:
             return
 
 
-def _lock(file: int, folder: Path) -> None:
+def is_locked(path: Path) -> bool:
+    """Whether another process holds a lock file. Never of one that this process holds: it would be let go."""
+    try:
+        with path.open("r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    return False
+
+
+def _lock(file: int, folder: Path, verb: str) -> None:
     try:
         # of the process, unlike flock's, which forked children would go on holding
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise PathfmError(
-                f"{folder}: another `pathfm pretrain` is running there. Wait for it or end it, or "
+            raise RunningError(
+                f"{folder}: another `{verb}` is running there. Wait for it or end it, or "
                 "choose another --out"
             ) from None
 

@@ -1,0 +1,113 @@
+"""Who works on which cell: a lock file in its folder, and what a finished or failed one leaves there.
+
+cells/<arm>-s<seed>-<digest>/
+    .lock          held while a process works on it; the system frees it however that ends
+    result.json    written last, whole or not at all: the cell is done
+    failed.txt     why the last try ended
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from online_patching.stores.local import atomic_write_text
+from pathfm.pretrain.lock import LOCK, RunningError, is_locked, locked
+from pathfm.runtime import PathfmError, make_folder
+
+RESULT, FAILED = "result.json", "failed.txt"
+State = Literal["done", "running", "failed", "stopped", "waiting"]
+_MOST_BYTES = 1 << 24
+
+
+def digest_of(facts: Any) -> str:
+    """SHA-256 of plain facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cell's folder. `digest` covers all that its figures depend on, so a changed study has other folders."""
+
+    folder: Path
+    digest: str
+
+    def result(self) -> dict[str, Any] | None:
+        """What a finished cell found; None where it is not done, or of other settings."""
+        path = self.folder / RESULT
+        try:
+            if path.stat().st_size > _MOST_BYTES:
+                return None
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(found, dict) or found.get("digest") != self.digest:
+            return None
+        return found
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Writes result.json: from now on the cell is done."""
+        text = json.dumps({"digest": self.digest, **facts}, indent=1, allow_nan=False)
+        atomic_write_text(self.folder / RESULT, text + "\n")
+        (self.folder / FAILED).unlink(missing_ok=True)
+
+    def fail(self, why: str) -> None:
+        """Keeps the reason for whoever looks at the grid."""
+        atomic_write_text(self.folder / FAILED, why + "\n")
+
+    def failed(self) -> str:
+        """Why the last try ended; "" where there was none."""
+        try:
+            return (self.folder / FAILED).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return ""
+
+    def failed_since(self, moment_s: float) -> bool:
+        """Whether a try ended in failure after that moment (seconds since 1970)."""
+        try:
+            return (self.folder / FAILED).stat().st_mtime > moment_s
+        except OSError:
+            return False
+
+    def state(self, own: bool = False) -> State:
+        """What is known of the cell from its folder; `own`: this very process holds it."""
+        if self.result() is not None:
+            return "done"
+        if own or is_locked(self.folder / LOCK):
+            return "running"
+        if self.failed():
+            return "failed"
+        return "stopped" if self.folder.exists() else "waiting"
+
+    @contextmanager
+    def claimed(self) -> Iterator[bool]:
+        """Whether the cell is ours while this lives; False where another process works on it."""
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(make_folder(self.folder), "pathfm study"))
+            except RunningError:
+                yield False
+                return
+            yield True
+
+
+@contextmanager
+def in_turn(folder: Path, most_s: float = 3600.0) -> Iterator[None]:
+    """One process at a time: waits for the others, at most `most_s`. `PathfmError` after that."""
+    began_s = time.monotonic()
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(locked(make_folder(folder), "pathfm study"))
+                break
+            except RunningError as error:
+                if time.monotonic() - began_s > most_s:
+                    raise PathfmError(f"waited {most_s:.0f} s: {error}") from None
+                time.sleep(0.5)
+        yield

@@ -1,0 +1,198 @@
+"""What the cells of studies share: a corpus, labelled halves, a grid on disk. Made once, under a lock.
+
+All of it lies in `<out>/shared`, in folders named by what they are made of, so that studies share it too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from online_patching.philox import words
+from online_patching.stores.local import atomic_write_text
+from pathfm import foreground, index
+from pathfm.cohorts import CohortOptions, write_csv
+from pathfm.datasets import LabelledFolder, scan_folder, stratified_split
+from pathfm.pretrain import PretrainConfig
+from pathfm.runtime import PathfmError, make_folder
+from pathfm.study.claims import digest_of, in_turn
+from pathfm.study.equal import config_of
+from pathfm.study.plan import Arm, Data, Study
+
+_NOISE_STREAM = 471
+_TEST_SHARE = 0.3
+_DONE = "prepared.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Where the shared things are: None what the study does not use. facts: digests and counts of them."""
+
+    corpus: Path | None
+    patches: Path | None
+    train: dict[float, Path]
+    offline: dict[str, Path]
+    facts: dict[str, Any]
+
+
+def prepare(study: Study, out: Path) -> Prepared:
+    """Makes, or finds made, all that the cells need. `PathfmError` where data are missing."""
+    root = out / "shared"
+    if study.kind == "foreground":
+        facts = {"pictures": [str(path) for path in study.data.pictures]}
+        return Prepared(None, None, {}, {}, facts)
+    with in_turn(root):
+        patches, train, of_patches = _patches(study, root)
+        corpus: Path | None = None
+        offline: dict[str, Path] = {}
+        of_slides: dict[str, Any] = {}
+        if any(arm.reads != "labelled" for arm in study.arms):
+            corpus, of_slides = _corpus(study.data, root)
+        for arm in study.arms:
+            if arm.reads == "offline":
+                offline[arm.name], cost = _offline(study, arm, corpus, root)
+                of_slides[f"offline/{arm.name}"] = cost
+    return Prepared(corpus, patches, train, offline, of_patches | of_slides)
+
+
+def _corpus(data: Data, root: Path) -> tuple[Path, dict[str, Any]]:
+    """The slides' corpus folder: indexed and masked, unless that is done."""
+    from online_patching import Corpus
+
+    if not data.slides:
+        raise PathfmError("no slides: give --slides FOLDER, or `data.slides` in the study's file")
+    key = digest_of([list(data.slides), str(data.mpp_overrides), data.exclude])[:12]
+    folder = root / f"corpus-{key}"
+    index.run(
+        index.IndexConfig(
+            slides=data.slides,
+            out=folder,
+            mpp_overrides=data.mpp_overrides,
+            cohort=CohortOptions(**({"exclude": data.exclude} if data.exclude else {})),
+        )
+    )
+    foreground.run(foreground.ForegroundConfig(corpus=folder))
+    corpus = Corpus.open(folder)
+    return folder, {"corpus": corpus.digest, "slides": len(corpus)}
+
+
+def _patches(study: Study, root: Path) -> tuple[Path, dict[float, Path], dict[str, Any]]:
+    """The labelled folder that is probed, and the training half of it by label noise."""
+    given = study.data.patches
+    if given is None:
+        raise PathfmError("no labelled patches: give --patches FOLDER (one folder a class)")
+    folder = scan_folder(given)
+    facts = {"labelled": len(folder), "groups": len(set(folder.groups))}
+    if not study.split_labelled:
+        return given, {}, facts
+    whole = root / f"labelled-{folder.digest[:12]}"
+    with _made(whole) as draft:
+        if draft is not None:
+            _part(folder, draft)
+    parts = {name: len(scan_folder(whole / name)) for name in ("train", "test")}
+    train = {0.0: whole / "train"}
+    for noise in sorted({arm.label_noise for arm in study.arms} - {0.0}):
+        train[noise] = root / f"{whole.name}-noise{noise:g}"
+        with _made(train[noise]) as draft:
+            if draft is not None:
+                _mislabel(scan_folder(whole / "train"), noise, draft)
+    return whole, train, facts | parts
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[Path | None]:
+    """A folder to fill that takes its name when it is whole; None where it has been made."""
+    if (folder / _DONE).exists():
+        yield None
+        return
+    draft = folder.with_name(f".{folder.name}.draft")
+    for old in (draft, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    yield make_folder(draft)
+    atomic_write_text(draft / _DONE, "{}\n")
+    os.replace(draft, folder)
+
+
+def _part(folder: LabelledFolder, draft: Path) -> None:
+    """train/ and test/ of a labelled folder, groups whole; the same on every machine."""
+    split = stratified_split(folder.labels, _TEST_SHARE, 0, 0, folder.groups)
+    for name, rows in (("train", split.train), ("test", split.test)):
+        for row in rows.tolist():
+            _link(folder.root / folder.paths[row], draft / name / folder.paths[row])
+        if folder.groups:
+            listed = [(folder.paths[row], folder.groups[row]) for row in rows.tolist()]
+            write_csv(draft / name / "groups.csv", ("path", "group"), listed)
+
+
+def _mislabel(folder: LabelledFolder, share: float, draft: Path) -> None:
+    """The same pictures, `share` of each class in the folder of another class, any as likely."""
+    n_classes = len(folder.classes)
+    keys = words(0, np.arange(len(folder)), 0, _NOISE_STREAM, 2)
+    for label in range(n_classes):
+        members = np.flatnonzero(folder.labels == label)
+        order = members[np.argsort(keys[members, 0], kind="stable")]
+        wrong = set(order[: round(share * len(members))].tolist())
+        for row in members.tolist():
+            moved = 1 + int(keys[row, 1]) % (n_classes - 1) if row in wrong else 0
+            path = folder.paths[row]
+            told = folder.classes[(label + moved) % n_classes]
+            # the true class stays in the name: two classes may have a picture of one name
+            _link(folder.root / path, draft / told / path.replace("/", "__"))
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the disk has none."""
+    make_folder(target.parent)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def linked_tree(source: Path, target: Path) -> None:
+    """The files of a folder under another name too, unless there is nothing, or that name is taken."""
+    if not source.is_dir() or target.exists():
+        return
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    make_folder(target.parent)
+    shutil.copytree(source, draft, copy_function=_link_in_tree)
+    try:
+        os.replace(draft, target)
+    except OSError:  # another process was quicker
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _link_in_tree(source: str, target: str) -> None:
+    _link(Path(source), Path(target))
+
+
+def _offline(
+    study: Study, arm: Arm, corpus: Path | None, root: Path
+) -> tuple[Path, dict[str, float]]:
+    """The grid of an arm on disk, and what it costs; beside it what online patching costs."""
+    from pathfm.study.offline import cut_grid
+
+    config = config_of(study, arm)
+    assert isinstance(config, PretrainConfig)
+    assert corpus is not None
+    assert study.offline is not None
+    most = study.offline.per_slide_and_mpp
+    from online_patching import Corpus
+
+    facts = [Corpus.open(corpus).digest, config.patch_px, list(config.mpp), config.min_foreground]
+    folder = root / f"offline-{digest_of([*facts, most])[:12]}"
+    with _made(folder) as draft:
+        if draft is not None:
+            cost = cut_grid(config, corpus, most, draft)
+            atomic_write_text(draft / "cost.json", json.dumps(cost, indent=1) + "\n")
+            print(f"offline grid: {cost['patches']:,.0f} patches in {folder}")
+    cost = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
+    return folder, cost

@@ -1,0 +1,147 @@
+"""A study from its preparation to its page, by one process or several."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pathfm.runtime import PathfmError, make_folder, save_config
+from pathfm.study.cell import Stopped
+from pathfm.study.claims import in_turn
+from pathfm.study.equal import check_plan
+from pathfm.study.judging import judge
+from pathfm.study.page import lead_of, write_page
+from pathfm.study.plan import Study
+from pathfm.study.preparing import prepare
+from pathfm.study.showing import rows_of, show_grid
+from pathfm.study.working import (
+    Grid,
+    n_gpus,
+    parent_run,
+    processes,
+    share_of,
+    tell_parent,
+    work,
+)
+from pathfm.tracking import ui_command
+
+if TYPE_CHECKING:
+    from pathfm.study import StudyConfig, StudyResult
+
+_LOOKS_EVERY_S = 30.0
+
+
+def run_study(study: Study, config: StudyConfig) -> StudyResult:
+    """Works on the grid, or only looks at it; then the page of what is done."""
+    from pathfm.study import StudyResult
+
+    check_plan(study)
+    share = share_of(config.worker)
+    folder = make_folder(config.out / study.name)
+    save_config(study, folder, f"{study.name}.yaml")
+    tracking = config.tracking.filled(folder, study.name)
+    grid = Grid(study, folder, prepare(study, config.out), tracking)
+    alone = config.worker is not None or share.n > 1
+    n = 1 if alone else config.processes or max(1, n_gpus())
+    if config.status:
+        show_grid(grid)
+    elif n > 1:
+        parent_run(grid)  # before the processes would each want to make it
+        _share_out(grid, config, n)
+    else:
+        show_grid(grid)
+        try:
+            work(grid, share)
+        except Stopped as stopped:
+            if stopped.exit_code == 128 + signal.SIGINT:
+                raise
+            print(f"study {study.name}: stopped as it was told to; the same command goes on")
+            return StudyResult("not finished", None, stopped.exit_code)
+        show_grid(grid)
+    rows = rows_of(grid)
+    page = make_page(grid, config) if any(row.state == "done" for row in rows) else None
+    failed = [row for row in rows if row.state == "failed"]
+    if failed and not config.status:
+        raise PathfmError(
+            f"study {study.name}: {len(failed)} cell(s) failed, first {failed[0].name}: {failed[0].told} "
+            "(the same command tries again)"
+        )
+    return StudyResult("" if page is None else page[0], None if page is None else page[1])
+
+
+def _share_out(grid: Grid, config: StudyConfig, n: int) -> None:
+    """Starts n processes and shows the grid until they have ended."""
+    words = command_words(grid.study, config)
+    with processes(n, words, grid.folder) as started:
+        while any(process.poll() is None for process in started):
+            show_grid(grid, workers=n)
+            _wait(started)
+    show_grid(grid)
+    codes = [process.returncode for process in started]
+    if any(code not in (0, 2) for code in codes):  # 2: cells that failed, which are told of below
+        raise PathfmError(
+            f"study {grid.study.name}: a process ended with {next(c for c in codes if c not in (0, 2))}; its words "
+            f"are in {grid.folder}/worker_*.log. The same command goes on"
+        )
+
+
+def _wait(started: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Until the next look, or until all have ended."""
+    until_s = time.monotonic() + _LOOKS_EVERY_S
+    while time.monotonic() < until_s and any(process.poll() is None for process in started):
+        time.sleep(0.2)
+
+
+def make_page(grid: Grid, config: StudyConfig) -> tuple[str, Path]:
+    """The page of all cells that are done, and its verdict for MLflow; (verdict, the HTML file)."""
+    study = grid.study
+    with in_turn(grid.folder / "page"):
+        results: dict[str, Any] = {}
+        for name, (_, place) in grid.places.items():
+            found = place.result()
+            if found is not None:
+                results[name] = {**found, "prepared": grid.prepared.facts}
+        judged = judge(study, results)
+        files = write_page(study, judged, results, commands_of(study, config), grid.folder)
+    print(f"{study.name}: {lead_of(study, judged)}")
+    print(f"the page: {files[0].resolve().as_uri()}")
+    if judged.verdict != "not finished" and not config.status:
+        summary = {
+            f"{each.arm}-{each.against}.{what}": value
+            for each in judged.differences
+            for what, value in (("mean", each.mean), ("low", each.low), ("high", each.high))
+            if value == value
+        }
+        tell_parent(grid, summary, files)
+        print(f"MLflow: {ui_command(grid.tracking.store(grid.folder))}")
+    return judged.verdict, files[0]
+
+
+def command_words(study: Study, config: StudyConfig) -> list[str]:
+    """The words after `pathfm study` that do the same again."""
+    words = [study.name, "--out", str(config.out)]
+    if config.studies is not None:
+        words += ["--studies", str(config.studies)]
+    for name in ("mpp_overrides", "patches", "weights", "seeds"):
+        if getattr(config, name) is not None:
+            words += [f"--{name}", str(getattr(config, name))]
+    for name in ("slides", "pictures", "set"):
+        if getattr(config, name):
+            words += [f"--{name}", *map(str, getattr(config, name))]
+    tracking = config.tracking
+    words += (
+        ["--tracking.experiment", tracking.experiment] if tracking.experiment != "studies" else []
+    )
+    words += ["--tracking.uri", tracking.uri] if tracking.uri else []
+    return words if tracking.enabled else [*words, "--tracking.no-enabled"]
+
+
+def commands_of(study: Study, config: StudyConfig) -> list[str]:
+    """What to type to do it again, to look, and to work on it with several processes."""
+    base = shlex.join(["pathfm", "study", *command_words(study, config)])
+    return [base, f"{base} --status", f"{base} --processes 2"]

@@ -1,0 +1,160 @@
+"""The grid as a table: what is done, what runs how fast, what is left, and until when."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from pathfm.runtime import console
+from pathfm.study.cell import TRAINED
+from pathfm.study.claims import State
+from pathfm.study.equal import check_plan
+from pathfm.study.plan import Cell, Study, cells_of, settings_of
+from pathfm.study.working import Grid
+
+_TAIL_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell as it stands. seconds: of a finished one; left_s: of one that trains, nan where not known."""
+
+    name: str
+    state: State
+    told: str
+    seconds: float = float("nan")
+    left_s: float = float("nan")
+
+
+def rows_of(grid: Grid, own: Collection[str] = ()) -> list[Row]:
+    """Every cell's row; `own` are those that this process holds."""
+    return [
+        _row(
+            grid.study, cell, place.folder, place.state(name in own), place.result(), place.failed()
+        )
+        for name, (cell, place) in grid.places.items()
+    ]
+
+
+def _row(
+    study: Study, cell: Cell, folder: Path, state: State, result: dict[str, object] | None, why: str
+) -> Row:
+    if state == "done" and result is not None:
+        metrics = result.get("metrics")
+        value = metrics.get(study.criterion.metric) if isinstance(metrics, dict) else None
+        told = "" if value is None else f"{study.criterion.metric} {value:.4g}"
+        return Row(cell.name, state, told, float(str(result.get("seconds", "nan"))))
+    if state == "failed":
+        return Row(cell.name, state, why)
+    if state in ("running", "stopped") and cell.arm is not None:
+        return _training(study, cell, folder, state)
+    return Row(cell.name, state, "")
+
+
+def _training(study: Study, cell: Cell, folder: Path, state: State) -> Row:
+    assert cell.arm is not None
+    settings = settings_of(study, cell.arm)
+    steps = int(settings.get("steps", 0)) or 1
+    done, rate = last_step(folder / TRAINED / "metrics.jsonl")
+    if done >= steps:
+        return Row(cell.name, state, "trained; being measured" if state == "running" else "trained")
+    patches = int(settings.get("batch_size", 1))
+    told = f"step {done:,} of {steps:,}" + (f", {rate:.1f} patches/s" if rate else "")
+    left_s = (steps - done) * patches / rate if rate else float("nan")
+    return Row(cell.name, state, told, left_s=left_s)
+
+
+def last_step(path: Path) -> tuple[int, float]:
+    """Steps done and patches/s of the last whole row of a metrics.jsonl; 0, 0 where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+        row = json.loads(lines[-1])
+        return int(row["step"]) + 1, float(row.get("patches_per_s", 0.0))
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return 0, 0.0
+
+
+def left_s(rows: list[Row], workers: int) -> float:
+    """Seconds until the grid is done, by the mean of finished cells that train; nan before the first."""
+    known = [row.seconds for row in rows if row.state == "done" and row.name != "start"]
+    if not known:
+        return float("nan")
+    left = sum(row.state != "done" for row in rows)
+    return float(np.mean(known)) * left / max(1, workers)
+
+
+def show_grid(grid: Grid, own: Collection[str] = (), workers: int = 1) -> None:
+    """Prints the table of cells."""
+    rows = rows_of(grid, own)
+    done = sum(row.state == "done" for row in rows)
+    eta_s = left_s(rows, max(workers, sum(row.state == "running" for row in rows)))
+    until = f", about {_time(eta_s)} left" if eta_s == eta_s and done < len(rows) else ""
+    table = Table(
+        title=f"{grid.study.name}: {done} of {len(rows)} cells done{until}", title_justify="left"
+    )
+    for head in ("cell", "state", "", "time", "left"):
+        table.add_column(head, justify="right" if head in ("time", "left") else "left")
+    for row in rows:
+        cells = (row.name, row.state, escape(row.told[:90]), _time(row.seconds), _time(row.left_s))
+        table.add_row(*cells)
+    console().print(table)
+
+
+def show_plan(study: Study) -> None:
+    """Prints the grid of a dry run: what each arm sees, and how long it may take."""
+    plans = check_plan(study)
+    table = Table(title=f"{study.name}: {study.question}", title_justify="left")
+    for head in (
+        "arm",
+        "what it is",
+        "patches seen",
+        "optimizer steps",
+        "views seen",
+        "seeds",
+        "hours",
+    ):
+        table.add_column(head, justify="left" if head in ("arm", "what it is") else "right")
+    total_s = 0.0
+    for arm in study.arms:
+        plan, seconds = plans[arm.name], study.seeds * cell_s(study, plans[arm.name])
+        total_s += seconds
+        numbers = [f"{plan[k]:,}" for k in ("patches_seen", "optimizer_steps", "views_seen")]
+        table.add_row(
+            arm.name, escape(arm.tells), *numbers, str(study.seeds), f"{seconds / 3600:.2f}"
+        )
+    out = console()
+    out.print(table)
+    rates = study.rates
+    told = (
+        f"held equal: {', '.join(study.equal)}; judged by {study.criterion.metric}\n"
+        f"{len(cells_of(study))} cells, about {_time(total_s)} one after the other, at {rates.patches_per_s:g} "
+        f"patches/s in training and {rates.pictures_per_s:g} pictures/s in measuring ({rates.measured})"
+    )
+    out.print(told, markup=False, highlight=False, soft_wrap=True)
+
+
+def cell_s(study: Study, plan: dict[str, int]) -> float:
+    """Seconds a cell may take by the study's rates: training, and every view of the labelled patches."""
+    seconds = plan["patches_seen"] / study.rates.patches_per_s
+    if study.kind == "pretrain":
+        pictures = study.rates.pictures * len(study.views)
+        if study.robustness is not None:
+            pictures += study.rates.robust_pictures
+        seconds += pictures / study.rates.pictures_per_s
+    return seconds
+
+
+def _time(seconds: float) -> str:
+    if seconds != seconds:
+        return ""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

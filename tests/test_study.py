@@ -1,0 +1,425 @@
+"""The planners of `pathfm study`: what a YAML may say, what is held equal, whose cell it is, what counts as a yes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from scipy import stats
+
+from pathfm.cli import main
+from pathfm.datasets import scan_folder
+from pathfm.runtime import PathfmError
+from pathfm.study.claims import Place
+from pathfm.study.equal import check_equal, check_plan, config_of, planned
+from pathfm.study.judging import Difference, judge, overall, summed
+from pathfm.study.page import write_page
+from pathfm.study.plan import START, Study, cells_of, load_study, names_in, settings_of
+from pathfm.study.preparing import _mislabel, _part, linked_tree
+from pathfm.study.showing import cell_s, last_step
+from pathfm.study.working import Share, share_of
+
+STUDIES = Path(__file__).parents[1] / "configs" / "studies"
+ARMS: list[dict[str, Any]] = [
+    {"name": "a", "tells": "the <first> arm"},
+    {"name": "b", "tells": "the other | arm", "pretrain": {"weights": "random"}},
+]
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "title": "Tiny",
+    "question": "Is a better than b?",
+    "published": "nothing",
+    "seeds": 3,
+    "pretrain": {"steps": 6, "batch_size": 4, "optim": {"warmup_steps": 1}},
+    "arms": ARMS,
+    "equal": ["patches_seen", "optimizer_steps"],
+    "criterion": {"metric": "probe/224/knn", "contrasts": [{"arm": "a", "against": "b"}]},
+    "rates": {"patches_per_s": 2, "pictures_per_s": 5, "pictures": 50, "measured": "a test"},
+}
+
+
+def study(**changes: Any) -> Study:
+    return Study.model_validate(TINY | changes)
+
+
+def results(a: list[float], b: list[float], **more: Any) -> dict[str, Any]:
+    """Finished cells of TINY with these kNN scores."""
+    held = {"run/patches_seen": 24.0, "run/optimizer_steps": 6.0, "run/views_seen": 240.0}
+    found = {
+        f"{arm}-s{seed}": {"metrics": {**held, "probe/224/knn": value}, "curves": {}}
+        for arm, values in (("a", a), ("b", b))
+        for seed, value in enumerate(values)
+    }
+    return {START: {"metrics": {"probe/224/knn": 0.5}, "curves": {}}, **found, **more}
+
+
+# what a YAML may say
+
+
+@pytest.mark.parametrize("name", names_in(STUDIES))
+def test_a_shipped_study_is_valid_and_holds_equal_what_it_says(name: str) -> None:
+    found = load_study(STUDIES, name)
+    plans = check_plan(found)
+    assert set(plans) == {arm.name for arm in found.arms}
+    for what in found.equal:
+        assert len({plan[what] for plan in plans.values()}) == 1
+    assert found.published
+
+
+def test_a_study_goes_over_the_base_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "_base.yaml").write_text(yaml.safe_dump({k: TINY[k] for k in TINY if k != "arms"}))
+    own = {"base": "_base", "name": "own", "arms": ARMS, "pretrain": {"steps": 9}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    found = load_study(tmp_path, "own")
+    assert settings_of(found, found.arm("a")) | {"optim": None} == {
+        "steps": 9, "batch_size": 4, "optim": None,
+    }  # fmt: skip
+    assert names_in(tmp_path) == ["own"]
+    (tmp_path / "own.yaml").write_text("base: ../_base")
+    with pytest.raises(PathfmError, match=r"no '\.\./_base' beside it"):
+        load_study(tmp_path, "own")
+
+
+def test_an_arm_s_settings_lie_over_the_common_ones_and_spoil_none() -> None:
+    found = study(arms=[{"name": "a", "pretrain": {"optim": {"lr": 1e-3}}}, ARMS[1]])
+    assert settings_of(found, found.arm("a"))["optim"] == {"warmup_steps": 1, "lr": 1e-3}
+    assert settings_of(found, found.arm("b"))["optim"] == {"warmup_steps": 1}
+
+
+def test_words_of_the_command_line_are_settings_of_all_arms() -> None:
+    name = names_in(STUDIES)[0]
+    words = ["pretrain.steps=20", "pretrain.optim.lr=1e-3", "pretrain.mpp=[0.5, 1]"]
+    values = load_study(STUDIES, name, words).pretrain
+    assert (values["steps"], values["optim"]["lr"], values["mpp"]) == (20, 0.001, [0.5, 1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"arms": [ARMS[0], ARMS[0]]}, "two arms have one name"),
+        ({"arms": [{"name": "start"}, ARMS[0]]}, "not be 'start'"),
+        ({"arms": [{"name": "../a"}, ARMS[0]]}, "1 to 48 of a-z"),
+        ({"arms": [{"name": "a", "reads": "offline"}, ARMS[1]]}, "does not say which places"),
+        ({"arms": [{"name": "a", "reads": "labelled"}, ARMS[1]]}, "set split_labelled"),
+        ({"arms": [{"name": "a", "label_noise": 0.1}, ARMS[1]]}, "label_noise is of arms"),
+        ({"equal": ["hours"]}, "optimizer_steps"),
+        ({"criterion": {"metric": "m", "contrasts": [{"arm": "a", "against": "c"}]}}, "'c' is no arm; there: a, b"),
+        ({"criterion": {"metric": "m", "contrasts": [{"arm": "a", "against": "a"}]}}, "cannot be compared"),
+        ({"name": "shared"}, "take another"),
+        ({"views": [{"embed": {"input_px": 3}}]}, "view 224: input_px = 3: should be"),
+        ({"robustness": {"severities": [9]}}, "severities: 9 is none of 1, 2, 3, 4, 5"),
+        ({"colour": "red"}, "unknown key 'colour'"),
+    ],
+)  # fmt: skip
+def test_a_study_that_makes_no_sense_is_refused_in_one_line(
+    tmp_path: Path, changes: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | changes))
+    assert main(["study", "tiny", "--studies", str(tmp_path), "--dry-run"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert reason in told
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["nothing"], "no study 'nothing' in"),
+        (["../tiny"], "no study '../tiny' in"),
+        (["tiny", "--set", "steps=2"], "should be KEY=VALUE with a KEY below pretrain"),
+        (["tiny", "--set", "pretrain.steps=[", "--dry-run"], "its value is no YAML"),
+        (["tiny", "--set", "pretrain.stebs=2", "--dry-run"], "arm a: unknown key 'stebs': did you mean 'steps'?"),
+        (["tiny", "--set", "probe.k=0", "--dry-run"], "study tiny, probe: k = 0: should be greater"),
+        (["tiny", "--seeds", "0"], "seeds = '0'"),
+        (["tiny", "--worker", "2/2", "--out", "OUT"], "'2/2' should be K/N"),
+        (["tiny", "--out", "OUT"], "no labelled patches: give --patches FOLDER"),
+    ],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line_is_one_line(
+    tmp_path: Path, words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    given = [str(tmp_path / "out") if word == "OUT" else word for word in words]
+    assert main(["study", *given, "--studies", str(tmp_path), "--tracking.no-enabled"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert reason in told
+
+
+def test_without_a_name_the_studies_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    assert main(["study", "--studies", str(tmp_path)]) == 0
+    assert "Is a better than b?" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_what_each_arm_sees_and_makes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    out = tmp_path / "out"
+    assert main(["study", "tiny", "--studies", str(tmp_path), "--dry-run", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "held equal: patches_seen, optimizer_steps" in told
+    # 24 patches at 2 a second and 50 pictures at 5: 22 s a cell, 2 arms x 3 seeds
+    assert "7 cells, about 2 min one after the other" in told
+    assert cell_s(study(), {"patches_seen": 24}) == 22.0
+    assert not out.exists()
+
+
+# the grid
+
+
+def test_the_grid_goes_seed_by_seed_so_that_a_part_of_it_has_whole_pairs() -> None:
+    names = [cell.name for cell in cells_of(study())]
+    assert names == ["start", "a-s0", "b-s0", "a-s1", "b-s1", "a-s2", "b-s2"]
+
+
+def test_workers_begin_at_different_cells_and_together_get_to_all() -> None:
+    cells = list("abcdefg")
+    orders = [Share(k, 3).order(cells) for k in range(3)]
+    assert [order[0] for order in orders] == ["a", "b", "c"]
+    assert all(sorted(order) == cells for order in orders)
+    assert Share().order(cells) == cells
+
+
+def test_a_rank_of_torchrun_is_a_worker_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert share_of(None) == Share(1, 4)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "WORLD_SIZE" not in os.environ  # else its training would wait for the others
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+
+
+# what is held equal
+
+
+def test_views_are_counted_as_the_method_takes_them() -> None:
+    """By hand: 6 steps of 4 patches; DINO sees 2 + 8 views of each, SimCLR two, cross-entropy one."""
+    seen = {}
+    for method in ("dino", "simclr", "supervised"):
+        arm = study(arms=[{"name": "a", "pretrain": {"method": method}}, ARMS[1]])
+        seen[method] = planned(config_of(arm, arm.arm("a")))
+    assert {m: s["views_seen"] for m, s in seen.items()} == {
+        "dino": 240, "simclr": 48, "supervised": 24,
+    }  # fmt: skip
+    assert {s["patches_seen"] for s in seen.values()} == {24}
+
+
+def test_arms_that_see_unequal_amounts_are_refused_before_and_after() -> None:
+    uneven = study(arms=[ARMS[0], {"name": "b", "pretrain": {"steps": 7}}])
+    with pytest.raises(
+        PathfmError, match=r"holds patches_seen equal, and as planned a has 24, b 28"
+    ):
+        check_plan(uneven)
+    halves = {"name": "b", "pretrain": {"steps": 12, "batch_size": 2}}
+    check_plan(study(arms=[ARMS[0], halves], equal=["patches_seen"]))
+    short = results([0.7], [0.6])
+    short["b-s0"]["metrics"]["run/optimizer_steps"] = 5.0
+    with pytest.raises(PathfmError, match=r"as it came out b \(seed 0\) has 5, a \(seed 0\) 6"):
+        judge(study(), short)
+    check_equal(study(), {}, "without cells")
+
+
+# whose cell it is
+
+
+def test_a_cell_is_done_only_with_a_whole_result_of_these_very_settings(tmp_path: Path) -> None:
+    place = Place(tmp_path / "cell", "digest")
+    assert place.state() == "waiting"
+    with place.claimed() as ours:
+        assert ours
+        place.fail("no slides")
+    assert place.state() == "failed"
+    assert place.failed_since(0)
+    place.finish({"metrics": {}})
+    assert (place.state(), place.failed()) == ("done", "")
+    assert Place(tmp_path / "cell", "another").state() == "stopped"
+    (tmp_path / "cell" / "result.json").write_text('{"digest": "digest", "metr')
+    assert place.result() is None
+
+
+@pytest.mark.slow
+def test_a_cell_that_a_process_works_on_is_nobody_else_s_until_it_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom pathfm.study.claims import Place\n"
+        f"with Place(Path({str(tmp_path)!r}), 'd').claimed() as ours:\n"
+        "    print(ours, flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+        place = Place(tmp_path, "d")
+        with place.claimed() as ours:
+            assert not ours
+        assert place.state() == "running"
+        other.kill()
+        other.wait()
+        assert place.state() == "stopped"
+        with place.claimed() as ours:
+            assert ours
+
+
+def test_progress_is_read_from_the_last_whole_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_step(path) == (0, 0.0)
+    row = json.dumps({"step": 4, "patches_per_s": 12.5})
+    path.write_text(f'{{"step": 3}}\n{row}\n{{"step": 5, "pat')
+    assert last_step(path) == (5, 12.5)
+    path.write_text("[]\n")
+    assert last_step(path) == (0, 0.0)
+
+
+# what counts as a yes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_interval_is_that_of_a_paired_t_test(seed: int) -> None:
+    ours, theirs = np.random.default_rng(seed).normal(size=(2, 3 + seed))
+    found = summed("a", "b", (ours - theirs).tolist(), 0.95)
+    oracle = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high))
+    assert found.mean == pytest.approx((ours - theirs).mean())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "margin", "says"),
+    [
+        (0.01, 0.03, 0.0, "yes"),
+        (-0.01, 0.03, 0.0, "cannot tell"),
+        (-0.03, -0.01, 0.0, "no"),
+        (0.01, 0.03, 0.02, "cannot tell"),
+        (-0.005, 0.03, -0.01, "yes"),  # not worse by more than 0.01
+        (0.0, 0.03, 0.0, "cannot tell"),  # the whole of it must lie above
+        (float("nan"), float("nan"), 0.0, "cannot tell"),  # one seed
+    ],
+)
+def test_a_difference_answers_by_the_whole_of_its_interval(
+    low: float, high: float, margin: float, says: str
+) -> None:
+    each = Difference("a", "b", (0.0, 0.0), 0.0, low, high, 0.0)
+    assert each.answers(margin) == says
+
+
+def test_one_no_is_a_no_and_a_yes_wants_all() -> None:
+    yes = Difference("a", "b", (0.1, 0.1), 0.1, 0.05, 0.2, 0.0)
+    no = Difference("a", "c", (-0.1, -0.1), -0.1, -0.2, -0.05, 0.0)
+    dim = Difference("a", "d", (0.0, 0.0), 0.0, -0.2, 0.2, 0.0)
+    assert overall([yes, yes], 0.0) == "yes"
+    assert overall([yes, dim], 0.0) == "cannot tell"
+    assert overall([yes, dim, no], 0.0) == "no"
+
+
+def test_seeds_are_paired_and_the_answer_waits_for_the_whole_grid() -> None:
+    found = judge(study(), results([0.70, 0.75, 0.72], [0.60, 0.64, 0.63]))
+    assert found.verdict == "yes"
+    assert found.differences[0].values == pytest.approx((0.10, 0.11, 0.09))
+    assert found.start == {"probe/224/knn": 0.5}
+    assert judge(study(), results([0.70, 0.75], [0.60, 0.64])).verdict == "not finished"
+
+
+def test_where_lower_is_better_the_sign_is_turned() -> None:
+    criterion = TINY["criterion"] | {"higher_is_better": False}
+    found = judge(study(criterion=criterion), results([0.1, 0.2, 0.3], [0.3, 0.4, 0.5]))
+    assert found.differences[0].mean == pytest.approx(0.2)
+    assert found.verdict == "yes"
+
+
+def test_the_start_is_the_same_at_every_seed() -> None:
+    criterion = TINY["criterion"] | {"contrasts": [{"arm": "a", "against": START}]}
+    found = judge(study(criterion=criterion), results([0.7, 0.8, 0.6], [0.6, 0.6, 0.6]))
+    assert found.differences[0].values == pytest.approx((0.2, 0.3, 0.1))
+
+
+# the page
+
+
+def test_the_page_says_answer_interval_and_commands_and_escapes_names(tmp_path: Path) -> None:
+    found = study(also_shown=["run/patches_seen"], caveats=["few <slides>"])
+    cells = results([0.70, 0.75, 0.72], [0.60, 0.64, 0.63])
+    judged = judge(found, cells)
+    files = write_page(found, judged, cells, ["pathfm study tiny"], tmp_path)
+    page, text = files[0].read_text(), (tmp_path / "study.md").read_text()
+    oracle = stats.ttest_rel([0.70, 0.75, 0.72], [0.60, 0.64, 0.63]).confidence_interval()
+    interval = f"[+{100 * oracle.low:.2f}, +{100 * oracle.high:.2f}]"
+    for each in (page, text):
+        assert "Yes." in each
+        assert f"+10.00 points {interval}" in each.replace("\\", "")
+        assert "pathfm study tiny" in each
+        assert "<slides>" not in each
+        assert "&lt;first&gt;" in each
+    assert r"other \| arm" in text
+    assert "<script" not in page
+    with Image.open(tmp_path / "verdict.png") as picture:
+        assert picture.width > 800
+    figures = json.loads((tmp_path / "study.json").read_text())
+    assert figures["verdict"] == "yes"
+    assert figures["differences"][0]["mean"] == pytest.approx(0.10)
+
+
+def test_a_page_of_nothing_but_one_pair_says_that_it_is_not_finished(tmp_path: Path) -> None:
+    cells = results([0.7], [0.6])
+    write_page(study(), judge(study(), cells), cells, [], tmp_path)
+    assert "Not finished: 3 of 7 cells are done" in (tmp_path / "study.md").read_text()
+
+
+# what cells share
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Two classes of twenty pictures, four of each slide."""
+    lines = ["path,group"]
+    for label in ("x", "y"):
+        (tmp_path / "labelled" / label).mkdir(parents=True)
+        for number in range(20):
+            path = f"{label}/{number:02d}.png"
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "labelled" / path)
+            lines.append(f"{path},slide{number // 4}")
+    (tmp_path / "labelled" / "groups.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "labelled"
+
+
+def test_the_labelled_halves_tear_no_group_and_lose_no_picture(
+    labelled: Path, tmp_path: Path
+) -> None:
+    _part(scan_folder(labelled), tmp_path / "parted")
+    train, test = (scan_folder(tmp_path / "parted" / name) for name in ("train", "test"))
+    assert len(train) + len(test) == 40
+    assert not set(train.groups) & set(test.groups)
+    assert 0.2 <= len(test) / 40 <= 0.4
+
+
+def test_wrong_labels_are_as_many_of_each_class_as_asked_for(
+    labelled: Path, tmp_path: Path
+) -> None:
+    _mislabel(scan_folder(labelled), 0.25, tmp_path / "noisy")
+    noisy = scan_folder(tmp_path / "noisy")
+    pairs = Counter((p.split("/")[0], p.split("/")[1].split("__")[0]) for p in noisy.paths)
+    assert pairs == {("x", "x"): 15, ("y", "x"): 5, ("y", "y"): 15, ("x", "y"): 5}
+
+
+def test_a_tree_is_linked_once_and_never_over_another(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "f").write_text("1")
+    linked_tree(tmp_path / "none", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    linked_tree(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b" / "f").read_text() == "1"
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "f").write_text("2")
+    linked_tree(tmp_path / "c", tmp_path / "b")
+    assert (tmp_path / "b" / "f").read_text() == "1"
