@@ -37,7 +37,7 @@ from pathfm.probing.measuring import (
     with_own_protocol,
 )
 from pathfm.probing.parts import Parts
-from pathfm.probing.recording import record_backbone
+from pathfm.probing.recording import Place, record_backbone
 from pathfm.probing.result import ProbeResult, caveats_of, load_result
 from pathfm.probing.scoring import Paired, Scores
 from pathfm.probing.settings import EvaConfig, ProbeConfig
@@ -108,9 +108,10 @@ def run(config: ProbeConfig) -> ProbeResult:
         atomic_write_text(path, json.dumps(asdict(result), indent=1) + "\n")
         _record(tracked, result.backbones)
         tracked.artifact(path)
-        if config.also:
-            for part, one in zip(parts, measured, strict=True):
-                record_backbone(tracked, tracking, config.out, params, part, one)
+        for file, part, one in zip(files, parts, measured, strict=True):
+            place = Place(tracking, config.out, file)
+            tracked.tag(f"embeddings.{part.info.name}.key", part.info.key)
+            record_backbone(tracked, place, params, part, one)
     show(result)
     print(f"written: {path}")
     return result

@@ -15,7 +15,7 @@ from pathfm.embeddings import Embeddings
 from pathfm.probe import EvaConfig, ProbeConfig, run
 from pathfm.probing.files import read_predictions
 from pathfm.runtime import PathfmError
-from pathfm.tracking import TrackingConfig, read_runs
+from pathfm.tracking import TrackingConfig
 from tests.test_probe import made_up
 
 QUIET = TrackingConfig(enabled=False)
@@ -151,20 +151,6 @@ def test_backbones_with_other_labels_or_splits_are_not_compared(tmp_path: Path) 
     with_splits("val", "train", name="b").save(tmp_path / "e" / "b.safetensors")
     with pytest.raises(PathfmError, match="their splits differ"):
         run(config(tmp_path))
-
-
-@pytest.mark.slow
-def test_a_backbone_is_recorded_below_the_verbs_run_with_its_curves(tmp_path: Path) -> None:
-    with_splits("train", "val").save(tmp_path / "e" / "init.safetensors")
-    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    run(config(tmp_path, tracking=TrackingConfig(uri=store)))
-    records = {record.name: record for record in read_runs(store, "pathfm")}
-    child = records["probe init"]
-    assert child.parent_id == records["probe"].run_id
-    assert {"eva.mean", "eva.low", "eva.high", "few-shot.simpleshot", "eva.run2.val"} <= set(
-        child.metrics
-    )
-    assert child.params["eva.n_steps"] == "60"
 
 
 @pytest.mark.parametrize(
