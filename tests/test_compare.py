@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pathfm.compare import CompareConfig, as_tree, by_stage, differing_params, find_store, run
+from pathfm.compare.runs import listed
 from pathfm.runtime import PathfmError
 from pathfm.tracking import RunRecord, TrackingConfig, open_run
 from tests.mlflow_store import new_store
@@ -35,6 +36,17 @@ def test_children_stand_under_their_parents_and_orphans_at_the_top() -> None:
         (2, "c"),
         (0, "orphan"),
     ]
+
+
+def test_single_repeats_of_a_probe_are_not_listed() -> None:
+    stages = {
+        "a": "probe",
+        "b": "probe of a backbone",
+        "c": "probe, one run",
+        "d": "probe, one run",
+    }
+    runs = [record(run_id, tags={"stage": stage}) for run_id, stage in stages.items()]
+    assert [r.run_id for r in listed([*runs, record("e")])] == ["a", "b", "e"]
 
 
 def test_only_params_that_differ_are_shown() -> None:

@@ -134,6 +134,11 @@ def test_results_kept_with_runs_are_read_out_of_the_store(
     )
     rows = list(csv.DictReader((tmp_path / "out" / "scores.csv").read_text().splitlines()))
     assert [row["source"] for row in rows] == ["first"] * 4  # the second run kept the same file
+    page = (tmp_path / "out" / "compare.md").read_text()
+    heads = [line[3:] for line in page.splitlines() if line.startswith("## ")]
+    order = [heads.index("Against the baseline"), heads.index("Pictures")]
+    assert order == sorted(order)
+    assert all(heads.index(head) > order[1] for head in heads if "metrics" in head)
     assert "mlflow ui --backend-store-uri" in capsys.readouterr().out
     broken = next((tmp_path / "mlflow-artifacts").rglob("probe.json"))
     broken.chmod(0o644)

@@ -25,10 +25,11 @@ from pathfm.compare.runs import (
     by_stage,
     differing_params,
     find_store,
+    listed,
     show_runs,
 )
 from pathfm.compare.settings import CompareConfig
-from pathfm.runtime import PathfmError, console, make_folder, save_config, without_secrets
+from pathfm.runtime import PathfmError, console, counted, make_folder, save_config, without_secrets
 from pathfm.tracking import RunRecord, read_runs, replay, ui_command
 
 if TYPE_CHECKING:
@@ -74,17 +75,20 @@ def run(config: CompareConfig) -> CompareResult:
     if not config.results or {"uri", "experiment", "runs"} & config.model_fields_set:
         uri = find_store(config.uri)
         records = _records(uri, config)
-        tree, stages = list(as_tree(records)), list(by_stage(records, config))
+        shown = listed(records)
+        tree, stages = list(as_tree(shown)), list(by_stage(shown, config))
         kept, notes = from_runs(uri, records)
         sources = [*kept, *sources]
         show_runs(tree, stages)
+        if len(shown) < len(records):
+            print(f"and {counted(len(records) - len(shown), 'run')} of one repeat of a probe each")
     gathered = gather(sources, notes)
     tables = every_table(gathered.found, config.published)
     _show(tables, gathered.found.notes)
     written = []
     if config.out is not None:
-        shown = [*tables, *(stage_table(part) for part in stages)]
-        written = _written(config, gathered, shown, uri)
+        runs = [stage_table(part) for part in stages]
+        written = _written(config, gathered, tables, runs, uri)
     if uri:
         # not wrapped: it is there to be copied
         print(f"\nto look at them in a browser: {ui_command(uri)}")
@@ -103,13 +107,13 @@ def _records(uri: str, config: CompareConfig) -> list[RunRecord]:
 
 
 def _written(
-    config: CompareConfig, gathered: Gathered, tables: list[Table], uri: str
+    config: CompareConfig, gathered: Gathered, tables: list[Table], runs: list[Table], uri: str
 ) -> list[Path]:
     """The page's files; `PathfmError` where there is nothing to put on one."""
     from pathfm.compare.page import Page, lead_of, write_page
     from pathfm.compare.pictures import draw_all
 
-    if not tables and not config.maps:
+    if not tables and not runs and not config.maps:
         raise PathfmError(
             "nothing was measured in these runs, and no probe.json or robustness.json is kept with them: "
             "run `pathfm probe`, or give --results or --maps"
@@ -124,6 +128,7 @@ def _written(
         lead=lead_of(gathered.found),
         tables=tables,
         pictures=pictures,
+        runs=runs,
         notes=gathered.found.notes,
     )
     written = write_page(page, gathered.found, make_folder(config.out))

@@ -27,6 +27,7 @@ _STREAM = 461  # of the words that draw rows
 _MOST_FILES = 100
 _COLOURS = (*COLOURS[:6], "#8b5a2b", "#5b2a86", "#111111", "#b8c200")
 """As many names are told apart; the rest is grey."""
+_TOLD = {"slide": "slide, or what else the groups are"}
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ def _umap() -> type:
 
 def draw_map(one: EmbeddingMap) -> bytes:
     """A panel an aspect; the most frequent names in colours, others grey, in the same order everywhere."""
-    figure, panels = sheet(len(one.aspects), 1, 4.6 * len(one.aspects), 4.9)
+    figure, panels = sheet(len(one.aspects), 1, 4.6 * len(one.aspects), 5.2)
+    figure.suptitle(plain_words(one.model), fontsize=11)
     for panel, (aspect, told) in zip(panels[0], one.aspects.items(), strict=True):
         names, counts = np.unique(told, return_counts=True)
         ranked = [str(names[i]) for i in np.lexsort((names, -counts)) if names[i]]
@@ -191,7 +193,7 @@ def draw_map(one: EmbeddingMap) -> bytes:
                 label=plain_words(name),
                 **style,
             )
-        panel.set_title(aspect, fontsize=10)
+        panel.set_title(_TOLD.get(aspect, aspect), fontsize=9)
         panel.set_xlabel(one.axes[0], fontsize=8)
         panel.set_ylabel(one.axes[1], fontsize=8)
         panel.set_xticks([])

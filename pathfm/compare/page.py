@@ -7,7 +7,7 @@ import csv
 import html
 import io
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,13 +28,18 @@ _OURS = re.compile(
 
 @dataclass(frozen=True)
 class Page:
-    """Everything the page shows. where: the store or the folders, as they are named to people; lead: `lead_of`."""
+    """Everything the page shows, in its order.
+
+    where: the store or the folders, as they are named to people; lead: `lead_of`; tables: results;
+    runs: stages side by side, which stand last.
+    """
 
     title: str
     where: str
     lead: str
     tables: Sequence[Table]
     pictures: Sequence[Picture]
+    runs: Sequence[Table]
     notes: Sequence[str]
 
 
@@ -107,20 +112,26 @@ def _is_ours(path: Path) -> bool:
 def markdown(page: Page, made: str) -> str:
     """The page as Markdown: tables, and pictures by their file names."""
     parts = [f"# {_md(page.title)}", f"{_md(page.where)}; made {made}.", _md(page.lead)]
-    for table in page.tables:
-        lines = ["| " + " | ".join(map(_md, table.columns)) + " |"]
-        lines.append("|" + "|".join([" --- ", *[" ---: "] * (len(table.columns) - 1)]) + "|")
-        lines += ["| " + " | ".join(map(_md, row)) + " |" for row in table.rows]
-        parts += [f"## {_md(table.title)}", "\n".join(lines)]
-        parts += [_md(note) for note in table.notes]
+    parts += _tables(page.tables)
     if page.pictures:
         parts.append("## Pictures")
     for picture in page.pictures:
         parts += [f"### {_md(picture.title)}", f"![{_md(picture.title)}]({picture.name})"]
         parts.append(_md(picture.caption))
+    parts += _tables(page.runs)
     if page.notes:
         parts += ["## Notes", "\n".join(f"- {_md(note)}" for note in page.notes)]
     return "\n\n".join(parts) + "\n"
+
+
+def _tables(tables: Sequence[Table]) -> Iterator[str]:
+    for table in tables:
+        lines = ["| " + " | ".join(map(_md, table.columns)) + " |"]
+        lines.append("|" + "|".join([" --- ", *[" ---: "] * (len(table.columns) - 1)]) + "|")
+        lines += ["| " + " | ".join(map(_md, row)) + " |" for row in table.rows]
+        yield f"## {_md(table.title)}"
+        yield "\n".join(lines)
+        yield from map(_md, table.notes)
 
 
 def scores_csv(found: Found) -> str:

@@ -106,7 +106,8 @@ class _Probe(BaseModel):
 def read_probe(source: Source) -> Found:
     """Scores, paired differences, few-shot curves, scores by µm/px and confusion matrices of a `probe.json`."""
     probe = parsed(_Probe, source)
-    scores, shots, over_mpp, confusions = [], [], [], []
+    scores, shots, confusions = [], [], []
+    over_mpp: list[OverMpp] = []
     for backbone in probe.backbones:
         facts = {"input_px": str(probe.input_px), "dim": str(backbone.dim)}
         for name, found in backbone.probes.items():

@@ -12,6 +12,9 @@ from pathfm.compare.settings import CompareConfig
 from pathfm.runtime import PathfmError, console
 from pathfm.tracking import RunRecord
 
+_REPEATS = frozenset({"probe, one run"})
+"""Stages whose runs are repeats of what their parent tells as a mean: counted, not listed."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -56,6 +59,11 @@ def as_tree(records: Sequence[RunRecord]) -> Iterator[tuple[int, RunRecord]]:
             yield from walk(record.run_id, depth + 1)
 
     yield from walk(None, 0)
+
+
+def listed(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs but for single repeats of a probe, of which a study has hundreds."""
+    return [record for record in records if record.tags.get("stage") not in _REPEATS]
 
 
 def by_stage(records: Sequence[RunRecord], config: CompareConfig) -> Iterator[Comparison]:
