@@ -17,6 +17,7 @@ from rich.table import Table
 
 from pathfm.datasets import DATASETS, Benchmark, open_dataset
 from pathfm.datasets.benchmark import SPLITS
+from pathfm.datasets.registry import UNCONFIRMED
 from pathfm.runtime import PathfmError, progress
 
 _BATCH = 256  # samples handed to the threads at a time
@@ -72,6 +73,8 @@ def run(config: CheckDataConfig) -> CheckDataResult:
         print(f"wrong: {line}")
     if len(wrong) > _MOST_TOLD:
         print(f"wrong: ... and {len(wrong) - _MOST_TOLD:,} more")
+    if doubts := found.doubts():
+        print(f"unsure: {'; '.join(doubts)}: {UNCONFIRMED}")
     if not wrong:
         print(f"{found.name}: nothing is wrong" + ("" if config.read else "; no picture was read"))
     return CheckDataResult(len(found), tuple(wrong))

@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -14,7 +15,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from pathfm.datasets import DATASETS, Benchmark, open_dataset
+from pathfm.datasets import DATASETS, Benchmark, open_dataset, registry
 from pathfm.datasets.panda import stratified
 from pathfm.runtime import PathfmError
 from tests.datasets_mini import MAKERS, make_patch_camelyon, small_slide
@@ -215,24 +216,43 @@ def test_noisy_labels_of_panda_are_left_out(copies: dict[str, Benchmark]) -> Non
     assert not noisy & set(copies["panda"].groups)
 
 
-# --- what a data set can do -----------------------------------------------------------------------
-
-
-def test_shots_are_k_a_class_of_train_and_a_function_of_seed_and_run(
-    copies: dict[str, Benchmark],
+@pytest.mark.parametrize("name", ["bracs", "crc", "mhist"])
+def test_class_counts_that_no_source_confirms_are_a_warning_not_a_refusal(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
-    found = copies["patch_camelyon_10shot"]
-    assert found.facts.shots == 10
-    runs = [tuple(found.shots(10, seed, run)) for seed, run in ((0, 0), (0, 1), (1, 0), (0, 0))]
-    assert runs[0] == runs[3]
-    assert len(set(runs)) == 3
-    for run in runs:
-        assert np.bincount(found.labels[list(run)]).tolist() == [10, 10]
-        assert {found.splits[row] for row in run} == {"train"}
-    with pytest.raises(
-        PathfmError, match="12 training samples of class 'no_tumor', fewer than the 13"
-    ):
-        found.shots(13, 0, 0)
+    entry, root = DATASETS[name], MAKERS[name](tmp_path / name)
+    counts = {split: len(entry.open(root).rows(split)) for split in entry.facts.counts}
+    labels = {split: entry.open(root).labels[entry.open(root).rows(split)] for split in counts}
+    n_classes = len(entry.facts.classes)
+    of_class = {s: np.bincount(y, minlength=n_classes).tolist() for s, y in labels.items()}
+    of_class["train"][:2] = of_class["train"][0] + 1, of_class["train"][1] - 1
+    expected = {s: tuple(n) for s, n in of_class.items()}
+    facts = replace(entry.facts, counts=counts, class_counts=expected)
+    changed = replace(entry, facts=facts, open=lambda r: replace(entry.open(r), facts=facts))
+    monkeypatch.setattr(registry, "DATASETS", {name: changed})
+    found = open_dataset(name, root)
+    assert len(found) == sum(counts.values())
+    told = capsys.readouterr().err
+    first = of_class["train"][0]
+    assert told.startswith(f"{name} at {root}: WARNING train has {first - 1:,} of class ")
+    assert f"expected {first:,}; train has {of_class['train'][1] + 1:,} of class" in told
+    assert "expected from counts that no source at hand confirms" in told
+    assert told.count("\n") == 1
+    assert found.shortfalls() == ()
+    sure = replace(facts, class_counts_confirmed="the publisher's table")
+    monkeypatch.setattr(
+        registry,
+        "DATASETS",
+        {name: replace(changed, open=lambda r: replace(entry.open(r), facts=sure))},
+    )
+    with pytest.raises(PathfmError, match="published are"):
+        open_dataset(name, root)
+
+
+# --- what a data set can do -----------------------------------------------------------------------
 
 
 def test_a_subset_reads_the_samples_it_names(copies: dict[str, Benchmark]) -> None:
@@ -317,7 +337,7 @@ def test_a_missing_class_and_a_wrong_balance_are_told(tmp_path: Path) -> None:
     lines = [line for line in table.read_text().splitlines() if "SSA,6,train" not in line]
     table.write_text("\n".join(lines))
     short = open_dataset("mhist", root, partial=True).shortfalls()
-    assert "train has 0 of class SSA, published are 630" in short
+    assert "train has none of class SSA" in short
     skewed = make_patch_camelyon(tmp_path / "pcam", (10, 10, 10))
     with h5py.File(skewed / "camelyonpatch_level_2_split_test_y.h5", "r+") as file:
         file["y"][:] = np.asarray([1] * 8 + [0] * 2, np.uint8).reshape(-1, 1, 1, 1)

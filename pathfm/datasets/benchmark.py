@@ -18,14 +18,12 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from online_patching.philox import words
 from pathfm.runtime import PathfmError
 
 Task = Literal["classification", "slide", "segmentation"]
 SplitName = Literal["train", "val", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 
-_STREAM_SHOTS = 423
 _SHARE_TOLERANCE = 0.01
 
 
@@ -35,7 +33,8 @@ class Facts:
 
     `reported` is the split whose score goes into a table. Where it is "val", the same rows also
     choose the checkpoint: `selects_on_reported`, and every table has to say so.
-    `shares` (of the classes, in every split) and `class_counts` are checked where they are known.
+    `shares` (of the classes, in every split) and `class_counts` are checked where they are known; a copy
+    is refused for the latter only where `class_counts_confirmed` names who says so, else it is warned of.
     """
 
     name: str
@@ -49,6 +48,7 @@ class Facts:
     layout: str  # what the download unpacks to, relative to the root
     reported: SplitName = "val"
     class_counts: Mapping[SplitName, tuple[int, ...]] = field(default_factory=dict)
+    class_counts_confirmed: str = ""  # by what; "": by no source that could be read
     shares: tuple[float, ...] = ()
     shots: int = 0  # train on so many a class, drawn anew each run; 0: on all
     slide_patches: int = 0  # patches that eva samples of a slide
@@ -197,25 +197,6 @@ class Benchmark:
             order=self.order[rows],
         )
 
-    def shots(self, k: int, seed: int, run: int) -> NDArray[np.int64]:
-        """`k` rows of each class of the training split, ascending; a function of (seed, run).
-
-        As eva's 10-shot form: without replacement, new ones each run. Its own draws come from one
-        stateful generator and cannot be told from the run's number; ours are Philox(seed, row).
-        """
-        train = self.rows("train")
-        keys = words(seed, train, run, _STREAM_SHOTS, 1)[:, 0]
-        chosen: list[int] = []
-        for label, name in enumerate(self.classes):
-            members = np.flatnonzero(self.labels[train] == label)
-            if len(members) < k:
-                raise PathfmError(
-                    f"{self.name}: {len(members):,} training samples of class {name!r}, "
-                    f"fewer than the {k} shots asked for"
-                )
-            chosen += train[members[np.argsort(keys[members], kind="stable")][:k]].tolist()
-        return np.asarray(sorted(chosen), np.int64)
-
     @cached_property
     def digest(self) -> str:
         """SHA-256 over every sample's path, label, split, group and content: reads all the data.
@@ -242,9 +223,22 @@ class Benchmark:
                 found += self._balance(split, np.bincount(labels, minlength=len(facts.classes)))
         return tuple(found)
 
+    def doubts(self) -> tuple[str, ...]:
+        """Classes whose counts are not the expected ones, where no source confirms these: a sentence each."""
+        if self.facts.class_counts_confirmed:
+            return ()
+        told = []
+        for split, expected in self.facts.class_counts.items():
+            counts = np.bincount(self.labels[self.rows(split)], minlength=len(self.classes))
+            for name, n, wanted in zip(self.classes, counts.tolist(), expected, strict=True):
+                if n != wanted:
+                    told.append(f"{split} has {n:,} of class {name}, expected {wanted:,}")
+        return tuple(told)
+
     def _balance(self, split: SplitName, counts: NDArray[np.int64]) -> list[str]:
         told = []
-        published = self.facts.class_counts.get(split, ())
+        confirmed = self.facts.class_counts_confirmed
+        published = self.facts.class_counts.get(split, ()) if confirmed else ()
         for c, (name, n) in enumerate(zip(self.classes, counts.tolist(), strict=True)):
             if published and n != published[c]:
                 told.append(f"{split} has {n:,} of class {name}, published are {published[c]:,}")

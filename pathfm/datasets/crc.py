@@ -1,4 +1,8 @@
-"""CRC: 107,180 patches of colorectal tissue in nine classes (NCT-CRC-HE-100K, CRC-VAL-HE-7K)."""
+"""CRC: 107,180 patches of colorectal tissue in nine classes (NCT-CRC-HE-100K, CRC-VAL-HE-7K).
+
+Sizes of the splits: kaiko-eva's docs/datasets/crc.md (100,000 / 7,180). The counts of classes are confirmed by
+no source that could be read.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""MHIST: 3,152 patches of colorectal polyps, serrated adenoma against hyperplastic polyp."""
+"""MHIST: 3,152 patches of colorectal polyps, serrated adenoma against hyperplastic polyp.
+
+Sizes of the splits: kaiko-eva's docs/datasets/mhist.md (2,175 / 977). The counts of classes are confirmed by
+no source that could be read.
+"""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def open_patch_camelyon(root: Path) -> Benchmark:
 
 
 def open_patch_camelyon_10shot(root: Path) -> Benchmark:
-    """The same; `shots(10, seed, run)` are the training rows of a run, of 50 in eva."""
+    """The same; `facts.shots` tells `pathfm probe` to train each of 50 runs on 10 new samples a class."""
     return _open(FACTS_10SHOT, root)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ from pathfm.datasets.table import open_table
 from pathfm.runtime import PathfmError
 
 _MOST_TOLD = 3
+UNCONFIRMED = (
+    "expected from counts that no source at hand confirms, while the sizes of the splits are confirmed; "
+    "compare with the publisher's page"
+)
+"""What is said of counts of a class that differ from unconfirmed ones."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,9 @@ def open_dataset(
     folder, a folder of images and masks, or a .csv.
 
     A public one whose counts or class balance are not the published ones is refused, unless
-    `partial`. `mpp` and `size_px` are for patches that a table places in slides. `PathfmError` tells
-    what is missing, where to get it and under which licence.
+    `partial`; counts of a class that no source confirms are told on stderr instead. `mpp` and
+    `size_px` are for patches that a table places in slides. `PathfmError` tells what is missing,
+    where to get it and under which licence.
     """
     text = str(name_or_folder)
     name, separator, folder = text.partition("=")
@@ -106,6 +113,11 @@ def _public(entry: Entry, root: Path, partial: bool) -> Benchmark:
     if short and not partial:
         more = f" (and {len(short) - _MOST_TOLD} more)" if len(short) > _MOST_TOLD else ""
         raise lacking(entry.facts, root, "; ".join(short[:_MOST_TOLD]) + more)
+    doubts = found.doubts()
+    if doubts and not partial:
+        more = f" (and {len(doubts) - _MOST_TOLD} more)" if len(doubts) > _MOST_TOLD else ""
+        told = "; ".join(doubts[:_MOST_TOLD]) + more
+        print(f"{found.name} at {root}: WARNING {told}: {UNCONFIRMED}", file=sys.stderr)
     return found
 
 
