@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, Field
 
 from pathfm.heads.recording import file_name, key_of, once
-from pathfm.heads.result import HeadResult, HeadScores, write_eva_results
+from pathfm.heads.result import HeadPaired, HeadResult, HeadScores, write_eva_results
 from pathfm.heads.telling import show as tell
 from pathfm.models.naming import WEIGHTS_HELP
 from pathfm.runtime import PathfmError, pick_device, progress
@@ -183,7 +183,8 @@ def _probe(
     classes = tuple(c for k, c in enumerate(data.classes) if k not in data.facts.ignored)
     ignore = data.facts.ignored[0] if data.facts.ignored else None
     found: list[HeadScores] = []
-    scores = None
+    paired: list[HeadPaired] = []
+    first: dict[str, DiceScores] = {}
     fits = len(names) * len(config.heads) * config.n_runs * (n_folds or 1)
     with progress(fits, "fits", "probe-segmentation") as bar:
         for name, model in zip(names, models, strict=True):
@@ -204,7 +205,10 @@ def _probe(
                     bar.advance,
                 )
                 found.append(_scores(config, name, model, head, held, scores))
-    assert scores is not None
+                if head in first:
+                    paired.append(_paired((names[0], name), head, first[head], scores, pictures))
+                first.setdefault(head, scores)
+    scores = first[config.heads[0]]
     return HeadResult(
         key=key,
         data=data.name,
@@ -215,6 +219,7 @@ def _probe(
         told=scores.told,
         metric=METRIC,
         models=found,
+        paired=paired,
         caveats=[*_caveats(config, data, names, models, scores), *notes],
     )
 
@@ -258,6 +263,19 @@ def _scores(
         parameters=parameters_of(TokenHead(head, held.widths, len(held.classes))),
         per_class=scores.per_class,
     )
+
+
+def _paired(
+    names: tuple[str, str], head: str, a: DiceScores, b: DiceScores, pictures: Pictures
+) -> HeadPaired:
+    import numpy as np
+
+    from pathfm.segmentation_probe.runs import interval_over
+
+    difference = b.by_picture - a.by_picture
+    found = interval_over(difference, [pictures.groups[i] for i in a.rows])
+    between = [found.low, found.high] if found else []
+    return HeadPaired(*names, head, float(np.nanmean(difference)), between)
 
 
 def _caveats(

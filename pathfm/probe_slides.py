@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from online_patching.stores.local import atomic_write_bytes
 from pathfm.heads.recording import key_of, once
-from pathfm.heads.result import HeadResult, HeadScores, write_eva_results
+from pathfm.heads.result import HeadPaired, HeadResult, HeadScores, write_eva_results
 from pathfm.heads.telling import show as tell
 from pathfm.runtime import PathfmError, pick_device, progress
 from pathfm.tracking import TrackingConfig
@@ -113,7 +113,10 @@ def _probe(
 
     device = str(pick_device(config.device))
     fits = len(names) * len(config.poolings) * config.n_runs * (config.n_folds or 1)
-    models, caveats, scores = [], [], None
+    models: list[HeadScores] = []
+    caveats: dict[str, list[str]] = {}
+    paired: list[HeadPaired] = []
+    first: dict[str, SlideScores] = {}
     with progress(fits, "fits", "probe-slides") as bar:
         for name, bags in zip(names, found, strict=True):
             loaded = bags.loaded(int(config.memory_gib * 2**30), config.most_patches)
@@ -129,11 +132,17 @@ def _probe(
                     bar.advance,
                 )
                 models.append(_model(name, protocol, bags, scores))
-                caveats += [f"{name}, {pooling}: {c}" for c in scores.interval.caveats]
+                for caveat in scores.interval.caveats:
+                    caveats.setdefault(caveat, []).append(f"{name}, {pooling}")
                 _write_files(config, f"{name}.{pooling}", bags, scores)
-    assert scores is not None
+                if pooling in first:
+                    paired.append(_paired((names[0], name), pooling, first[pooling], scores))
+                first.setdefault(pooling, scores)
+    scores = first[config.poolings[0]]
+    every = len(models)
+    said = [c if len(of) == every else f"{'; '.join(of)}: {c}" for c, of in caveats.items()]
     if not any(found[0].patients):
-        caveats.append("No patients are known: each slide counts as a patient of its own.")
+        said.append("No patients are known: each slide counts as a patient of its own.")
     return HeadResult(
         key=key,
         data=config.labels,
@@ -144,8 +153,17 @@ def _probe(
         told=scores.told,
         metric=METRIC,
         models=models,
-        caveats=[*caveats, *notes],
+        paired=paired,
+        caveats=[*said, *notes],
     )
+
+
+def _paired(names: tuple[str, str], pooling: str, a: SlideScores, b: SlideScores) -> HeadPaired:
+    from pathfm.uncertainty import compare
+
+    found = compare(a.predictions, b.predictions)
+    between = [found.interval.low, found.interval.high]
+    return HeadPaired(*names, pooling, found.interval.estimate, between, found.p_swap)
 
 
 def _protocol(config: ProbeSlidesConfig, pooling: Pooling) -> SlideProtocol:

@@ -256,6 +256,14 @@ def test_a_folder_with_splits_is_reported_on_its_test_pictures(tmp_path: Path) -
         painted(tmp_path / "d" / split, names, number)
     result = run(config(str(tmp_path / "d"), tmp_path / "out", weights=[PYTHON], **OWN))
     assert (result.n, result.told) == (3, "test (val chose the epoch)")
+    both = {"weights": [PYTHON, "random"], "names": ["untrained", "vit"]}
+    pair = run(config(str(tmp_path / "d"), tmp_path / "two", **OWN | both)).paired[0]
+    held = json.loads((tmp_path / "two" / "segmentation_probe.json").read_text())
+    means = [model["mean"] for model in held["models"]]
+    assert (pair.baseline, pair.other) == ("untrained", "vit")
+    assert pair.mean == pytest.approx(means[1] - means[0])
+    assert pair.interval[0] <= pair.mean <= pair.interval[1]
+    assert held["paired"][0]["interval"] == pair.interval
     eva = json.loads((tmp_path / "out" / "untrained.linear.results.json").read_text())["metrics"]
     assert eva["test"][0]["test/MonaiDiceScore"]["values"] == result.models[0].values
 

@@ -106,6 +106,12 @@ def test_two_models_on_the_same_slides_stand_in_one_table(tmp_path: Path) -> Non
     result = run(config(tmp_path, bags=folders, poolings=("mean",)))
     assert [m.name for m in result.models] == ["vit", "other"]
     assert result.models[0].values == result.models[1].values
+    assert result.paired[0].told.startswith("other minus vit, mean: +0.0 [0.0, 0.0] points, p 1")
+    one = write_bags(tmp_path / "noise", some_bags(48, 2, signal=0.0))
+    result = run(config(tmp_path, bags=[tmp_path / "vit", one.parent], poolings=("mean",), lr=0.1))
+    (pair,) = result.paired
+    assert pair.mean == pytest.approx(result.models[1].mean - result.models[0].mean)
+    assert pair.interval[0] <= pair.mean <= pair.interval[1]
 
 
 def test_mistakes_are_one_line_and_code_two(

@@ -69,6 +69,33 @@ class HeadScores:
 
 
 @dataclass(frozen=True)
+class HeadPaired:
+    """One head on another model's features minus the same head on the first one's, in scores (0..1).
+
+    interval: 95 %, paired: the same patients for both; [] where there is none. p: of no difference, by
+    swapping the two in random groups; None where it is not tested.
+    """
+
+    baseline: str
+    other: str
+    protocol: str
+    mean: float
+    interval: list[float]
+    p: float | None = None
+
+    @property
+    def told(self) -> str:
+        """As a line: "random minus imagenet, conv: -7.9 [-17.3, -3.1] points"."""
+        low_high = ", ".join(f"{100 * value:.1f}" for value in self.interval)
+        between = f" [{low_high}]" if self.interval else ""
+        tested = f", p {self.p:.2g}" if self.p is not None else ""
+        return (
+            f"{self.other} minus {self.baseline}, {self.protocol}: {100 * self.mean:+.1f}{between} "
+            f"points{tested}"
+        )
+
+
+@dataclass(frozen=True)
 class HeadResult:
     """What `slide_probe.json` and `segmentation_probe.json` hold."""
 
@@ -81,6 +108,7 @@ class HeadResult:
     metric: str
     models: list[HeadScores]
     caveats: list[str]
+    paired: list[HeadPaired] = field(default_factory=list)  # other models minus the first
     n_slides: int = 0  # reported or not
     input_px: int = 0
 

@@ -10,7 +10,7 @@ from pathfm.runtime import console
 
 
 def show(result: HeadResult, judged: str, score: str) -> None:
-    """Prints what was judged by which score, the table and the caveats.
+    """Prints what was judged by which score, the table, paired differences and the caveats.
 
     judged: such as "48 slides, 2 classes, 12 reported". score: such as "Balanced accuracy".
     """
@@ -20,6 +20,8 @@ def show(result: HeadResult, judged: str, score: str) -> None:
     )
     out.print(about, markup=False, highlight=False)
     out.print(score_table(result))
+    for pair in result.paired:
+        out.print(pair.told, markup=False, highlight=False)
     for caveat in result.caveats:
         out.print(f"note: {caveat}", markup=False, highlight=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,19 +90,22 @@ def probe_maps(
             f"none of {len(rows)} reported pictures holds a class beside {data.classes[0]!r}: there is "
             "nothing to judge"
         )
-    scores = DiceScores(
+    return DiceScores(
         told=told,
         values=tuple(one.mean for one in found),
         val=tuple(val),
         rows=rows,
         by_picture=by_picture,
         per_class=_per_class(found),
-        interval=None,
+        interval=interval_over(by_picture, [groups[i] for i in rows]),
         epochs=tuple(epochs),
     )
-    of = [groups[i] for i in rows]
-    judged = {g for g, value in zip(of, by_picture, strict=True) if np.isfinite(value)}
-    return replace(scores, interval=interval_of_mean(by_picture, of)) if len(judged) > 1 else scores
+
+
+def interval_over(by_picture: NDArray[np.float64], groups: Sequence[str]) -> Interval | None:
+    """The interval of a mean over pictures, resampling groups; None where only one group has a value."""
+    judged = {g for g, value in zip(groups, by_picture, strict=True) if np.isfinite(value)}
+    return interval_of_mean(by_picture, groups) if len(judged) > 1 else None
 
 
 def _per_class(tables: Sequence[DiceTable]) -> dict[str, float | None]:

@@ -21,7 +21,8 @@ class SlideScores:
     """What several runs found. All scores are balanced accuracies, 0..1.
 
     values: one a run, on the reported slides; with folds every slide is reported once a run. val: the best
-    validation score a run (mean over folds). predicted: (runs, n) classes, -1 where a slide is not reported.
+    validation score a run (mean over folds). predicted: (runs, slides) classes, -1 where one is not reported;
+    predictions: the same of those that any run reports, with truth and patients.
     interval: of the mean over runs, resampling patients. epochs: of each fit. recall: of each class, mean
     over runs, None for a class that no reported slide has.
     """
@@ -30,10 +31,15 @@ class SlideScores:
     values: tuple[float, ...]
     val: tuple[float, ...]
     predicted: NDArray[np.int64]
+    predictions: Predictions
     interval: Interval
-    n: int
     epochs: tuple[float, ...]
     recall: tuple[float | None, ...]
+
+    @property
+    def n(self) -> int:
+        """How many slides are reported."""
+        return self.predictions.n
 
     @property
     def mean(self) -> float:
@@ -76,14 +82,14 @@ def probe_bags(
         epochs += [fit.epochs for fit in fits]
     rows = np.flatnonzero((predicted >= 0).any(axis=0))
     groups = [bags.groups[i] for i in rows]
-    found = score(Predictions(bags.labels[rows], predicted[:, rows], n_classes, groups))
+    reported = Predictions(bags.labels[rows], predicted[:, rows], n_classes, groups)
     return SlideScores(
         told=told,
         values=tuple(values),
         val=tuple(val),
         predicted=predicted,
-        interval=found.interval,
-        n=len(rows),
+        predictions=reported,
+        interval=score(reported).interval,
         epochs=tuple(epochs),
         recall=_recall(bags, predicted),
     )
