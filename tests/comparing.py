@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pathfm.compare.gathering import Gathered, from_files, gather
+from pathfm.embeddings.info import RESIZED, describe_transform
 
 DIGESTS = {"init": "a" * 64, "long": "b" * 64, "short": "c" * 64}
 
@@ -38,6 +39,8 @@ def backbone(name: str, **probes: dict[str, object]) -> dict[str, object]:
         "rankme": 3.0,
         "probes": probes,
         "few_shot": {},
+        "pooling": "cls",
+        "transform": describe_transform(RESIZED, 224, [0.5] * 3, [0.5] * 3),
     }
 
 

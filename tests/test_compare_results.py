@@ -14,6 +14,7 @@ from pathfm.compare.published import _ROWS, published_scores
 from pathfm.compare.records import EVA, Task
 from pathfm.compare.tables import Table, every_table, leaderboards
 from pathfm.datasets import DATASETS
+from pathfm.embeddings.info import describe_transform
 from pathfm.heads.result import HeadResult
 from pathfm.probing.protocol import HeadProtocol
 from pathfm.probing.result import ProbeResult
@@ -69,7 +70,9 @@ def test_validation_that_selects_and_reports_is_said(tmp_path: Path) -> None:
     assert table.rows == (("init", "80.0"),)  # one repeat has no sd
 
 
-def bach(folder: Path, settings: str | None, **more: object) -> list[Table]:
+def bach(
+    folder: Path, settings: str | None, mine: dict[str, object] | None = None, **more: object
+) -> list[Table]:
     facts = DATASETS["bach"].facts
     same = {
         "data": "bach",
@@ -81,7 +84,7 @@ def bach(folder: Path, settings: str | None, **more: object) -> list[Table]:
     }
     write(
         folder / "probe.json",
-        probe([backbone("mine", eva=scores(0.8), logistic=scores(0.9))], **(same | more)),
+        probe([mine or backbone("mine", eva=scores(0.8), logistic=scores(0.9))], **(same | more)),
     )
     if settings is not None:
         (folder / "probe.yaml").write_text(settings)
@@ -121,6 +124,35 @@ def test_published_rows_stay_away_from_anything_else(
     table = bach(tmp_path, settings, **more)[0]
     assert title in table.title
     assert [row[0] for row in table.rows] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ({"pooling": "cls+mean"}, "(pooling cls+mean)"),
+        ({"transform": describe_transform("as the test says", 224, [], []), "mpp": 1.0}, "1 µm/px"),
+        ({"transform": "", "mpp": 0.5}, "(input not known)"),
+    ],
+)
+def test_published_rows_stay_away_from_other_features_and_these_replace_no_others(
+    model: dict[str, object], told: str, tmp_path: Path
+) -> None:
+    same, other = tmp_path / "a", tmp_path / "b"
+    bach(same, eva_settings(seed=7))
+    bach(other, eva_settings(seed=7), backbone("mine", eva=scores(0.85)) | model)
+    tables = list(leaderboards(found_in(tmp_path).found))
+    (plain,) = [table for table in tables if table.title.startswith(f"{EVA}:")]
+    (changed,) = [table for table in tables if told in table.title]
+    assert dict(plain.rows)["mine"] == "80.0 ± 1.0"  # not replaced by the later figure
+    assert [row[1] for row in changed.rows] == ["85.0 ± 1.0"]
+
+
+def test_one_model_by_two_poolings_has_two_rows_that_say_so(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "probe.json", probe([backbone("m", knn=scores(0.8))]))
+    mean = backbone("m", knn=scores(0.7)) | {"pooling": "mean"}
+    write(tmp_path / "b" / "probe.json", probe([mean]))
+    (table,) = leaderboards(found_in(tmp_path).found)
+    assert [row[0] for row in table.rows] == ["m, cls", "m, mean"]
 
 
 def test_published_figures_are_those_of_the_leaderboard_column_by_column() -> None:

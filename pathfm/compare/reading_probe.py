@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -21,6 +22,7 @@ from pathfm.compare.records import (
     Source,
     Task,
 )
+from pathfm.embeddings.info import RESIZED
 from pathfm.probing.protocol import HeadProtocol
 
 _EVA_PX = 224
@@ -63,6 +65,9 @@ class _Backbone(BaseModel):
     probes: dict[str, _Scores]
     few_shot: dict[str, _FewShot] = {}
     by_mpp: list[_AtMpp] = Field([], max_length=100)
+    pooling: str = ""
+    transform: str = ""
+    mpp: float = 0.0
 
 
 class _Paired(BaseModel):
@@ -109,21 +114,22 @@ def read_probe(source: Source) -> Found:
     scores, shots, confusions = [], [], []
     over_mpp: list[OverMpp] = []
     for backbone in probe.backbones:
-        facts = {"input_px": str(probe.input_px), "dim": str(backbone.dim)}
+        facts = {"input_px": str(probe.input_px), "dim": str(backbone.dim)} | _input_facts(backbone)
         for name, found in backbone.probes.items():
-            task = _task(probe, name, source)
+            task = _task(probe, name, source, backbone)
             scores.append(_score(task, backbone, found, facts, source))
             if found.confusion:
                 counts = tuple(map(tuple, found.confusion))
                 confusions.append(Confusion(task, backbone.name, tuple(probe.classes), counts))
             over_mpp += _over_mpp(task, backbone, name)
         for method, curve in backbone.few_shot.items():
-            task = _task(probe, f"few-shot, {method}", source)
+            task = _task(probe, f"few-shot, {method}", source, backbone)
             k, mean, sd = tuple(curve.shots), tuple(curve.mean), tuple(curve.sd)
             shots.append(Shots(task, backbone.name, k, mean, sd))
+    models = {backbone.name: backbone for backbone in probe.backbones}
     differences = tuple(
         Difference(
-            _task(probe, pair.probe, source),
+            _task(probe, pair.probe, source, models.get(pair.other)),
             pair.baseline,
             pair.other,
             pair.mean,
@@ -179,11 +185,27 @@ def _score(
     )
 
 
-def _task(probe: _Probe, name: str, source: Source) -> Task:
+def _input_facts(backbone: _Backbone) -> dict[str, str]:
+    """What else makes one model's features others: the pooling, and µm/px that were asked for."""
+    facts = {"pooling": backbone.pooling} if backbone.pooling else {}
+    if _geometry(backbone) not in ("", RESIZED) and backbone.mpp:
+        facts["input_mpp"] = f"{backbone.mpp:g}"
+    return facts
+
+
+def _geometry(backbone: _Backbone) -> str:
+    """How pictures were brought to the input; "" where that is not known."""
+    try:
+        return str(json.loads(backbone.transform)["geometry"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
+def _task(probe: _Probe, name: str, source: Source, backbone: _Backbone | None) -> Task:
     """The column of one probe: anything that makes figures incomparable is in its words."""
     protocol = {"logistic": "logistic regression", "knn": f"kNN, k = {probe.k}"}.get(name, name)
     if name == "eva":
-        changed = _changed(source.params, probe.input_px)
+        changed = _changed(source.params, probe.input_px, backbone)
         protocol = f"{EVA} ({changed})" if changed else EVA
     if not probe.own_splits:
         each = (
@@ -203,11 +225,16 @@ def _task(probe: _Probe, name: str, source: Source) -> Task:
     return Task(protocol, BALANCED, probe.data, probe.data_digest, probe.n, told, reported)
 
 
-def _changed(params: Mapping[str, str], input_px: int) -> str:
+def _changed(params: Mapping[str, str], input_px: int, backbone: _Backbone | None) -> str:
     """What a run set otherwise than eva does, in words; "" where it did exactly as eva."""
     default, told = HeadProtocol(), []
     if input_px != _EVA_PX:
         told.append(f"input {input_px} px")
+    if backbone is None or backbone.pooling != "cls":
+        told.append(f"pooling {(backbone and backbone.pooling) or 'not known'}")
+    if backbone is None or _geometry(backbone) != RESIZED:
+        mpp = _input_facts(backbone).get("input_mpp") if backbone else None
+        told.append(f"input at {mpp} µm/px" if mpp else "input not known")
     if not any(key.startswith("eva.") for key in params):
         return ", ".join([*told, "settings not known"])
     for part in fields(default):

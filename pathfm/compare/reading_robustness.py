@@ -53,7 +53,7 @@ def read_robustness(source: Source) -> Found:
     severities = ", ".join(map(str, found.severities))
     told = (
         f"{found.n:,} pictures, {found.n_tested:,} of {found.n_groups:,} groups tested in "
-        f"{found.n_splits} splits; fitted and selected on clean training pictures; severities "
+        f"{found.n_splits} splits; fitted and selected on clean pictures; severities "
         f"{severities}; input {found.input_px} px"
     )
     models = tuple(_corrupted(model) for model in found.models)

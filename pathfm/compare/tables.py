@@ -155,22 +155,23 @@ def latest(scores: Sequence[Score], tasks: Sequence[Task]) -> list[Score]:
     return list(kept.values())
 
 
-def entity(score: Score) -> tuple[str, str, str]:
-    """What makes a row: the name, the weights, the input size."""
-    return score.model, score.backbone_digest, score.facts.get("input_px", "")
+def entity(score: Score) -> tuple[str, ...]:
+    """What makes a row: the name, the weights, the input size, the pooling, the µm/px asked for."""
+    facts = (score.facts.get(key, "") for key in ("input_px", "pooling", "input_mpp"))
+    return score.model, score.backbone_digest, *facts
 
 
-def labels(scores: Sequence[Score]) -> Mapping[tuple[str, str, str], str]:
-    """A name for every row: the model's, with the input size or the weights' digest where needed."""
+def labels(scores: Sequence[Score]) -> Mapping[tuple[str, ...], str]:
+    """A name for every row: the model's, with what sets it apart from others of that name."""
     every = list(dict.fromkeys(entity(score) for score in scores))
     found = {}
     for one in every:
-        model, digest, px = one
-        alike = [other for other in every if other[0] == model]
-        name = model
-        if px and len({other[2] for other in alike}) > 1:
-            name += f", {px} px"
-        if len({other[1] for other in alike if other[2] == px}) > 1:
+        name, digest, *inputs = one
+        alike = [other for other in every if other[0] == name]
+        for at, unit in enumerate(("{} px", "{}", "{} µm/px"), 2):
+            if one[at] and len({other[at] for other in alike}) > 1:
+                name += f", {unit.format(one[at])}"
+        if len({other[1] for other in alike if list(other[2:]) == inputs}) > 1:
             name += f" ({digest[:8] or 'no digest'})"
         found[one] = name
     return found

@@ -23,7 +23,7 @@ from pathfm.embed.samples import Rows, input_mpp, make_input, scales_to, some_of
 from pathfm.embed.settings import EmbedConfig, EmbedResult, refuse_without_effect
 from pathfm.embed.slides import embed_slides, is_corpus
 from pathfm.embeddings import Embeddings, EmbeddingsInfo, stored_key
-from pathfm.embeddings.info import describe_transform
+from pathfm.embeddings.info import RESIZED, describe_transform
 from pathfm.embeddings.table import save_streamed
 from pathfm.leakage import check_beside, salt_at_hand
 from pathfm.metrics import rankme
@@ -147,7 +147,7 @@ def _info(
     scales: NDArray[np.float64] | None,
 ) -> EmbeddingsInfo:
     """What the features will have been made of; reads all the data once, for its digest."""
-    geometry = "shorter side resized, centre cropped, bilinear, antialiased"
+    geometry = RESIZED
     if scales is not None:
         own = hashlib.sha256(scales.tobytes()).hexdigest()[:16]  # labels of µm/px may be mended
         geometry = (

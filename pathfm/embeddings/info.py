@@ -14,6 +14,10 @@ Pooling = Literal["cls", "cls+mean", "mean"]
 Storage = Literal["fp32", "bf16"]
 
 
+RESIZED = "shorter side resized, centre cropped, bilinear, antialiased"
+"""The geometry of pictures whatever their µm/px: as kaiko-eva and most others take them."""
+
+
 @dataclass(frozen=True)
 class EmbeddingsInfo:
     """What features were made of. Two infos with one `key` have the same features."""

@@ -59,6 +59,7 @@ class BackboneResult:
     few_shot: dict[str, FewShotScores] = field(default_factory=dict)
     mpp: float = 0.0  # µm/px of the input; 0 where it is not known, or not one
     pooling: str = ""
+    transform: str = ""  # from a picture to the model's input, as embed tells it
     by_mpp: list[MppScores] = field(default_factory=list)  # where the rows differ in µm/px
 
 
@@ -164,6 +165,7 @@ def measure(
         few_shot=shots,
         mpp=data.info.mpp,
         pooling=data.info.pooling,
+        transform=data.info.transform,
         by_mpp=by_mpp(answers, data),
     )
     predictions = {probe: each.predictions(data) for probe, each in answers.items()}
