@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
 
-from pathfm.heads.recording import file_name, key_of, once
+from pathfm.heads.recording import file_name, key_of, once, stem_of
 from pathfm.heads.result import HeadPaired, HeadResult, HeadScores, write_eva_results
 from pathfm.heads.telling import show as tell
 from pathfm.models.naming import WEIGHTS_HELP
@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # torch is imported when there is work, not for --help
 RESULT = "segmentation_probe.json"
 METRIC = "mean_dice_without_background"
 EVA_METRIC = "MonaiDiceScore"
+EVA_RESULTS = ".results.json"
 EVA_PATIENCE = {"consep": 200, "monusac": 100}
 Head = Literal["conv", "mlp", "linear"]
 
@@ -84,7 +85,7 @@ class ProbeSegmentationConfig(BaseModel, frozen=True, extra="forbid"):
         le=100,
         description="folds by patient; unset: the data's own splits, or 5 folds where it has none",
     )
-    seed: int = Field(0, ge=0, description="key of all folds, heads and batches")
+    seed: int = Field(0, ge=0, lt=1 << 64, description="key of all folds, heads and batches")
     lr: float = Field(2e-3, gt=0, le=10, description="AdamW's rate; a third of it for five epochs")
     batch: int = Field(64, ge=1, le=4096, description="pictures a step")
     steps: int = Field(2000, ge=1, le=10_000_000, description="steps at most")
@@ -204,7 +205,7 @@ def _probe(
                     config.eva_ignore,
                     bar.advance,
                 )
-                found.append(_scores(config, name, model, head, held, scores))
+                found.append(_scores(config, name, model, head, data, held, scores))
                 if head in first:
                     paired.append(_paired((names[0], name), head, first[head], scores, pictures))
                 first.setdefault(head, scores)
@@ -241,13 +242,14 @@ def _scores(
     name: str,
     model: Embedder,
     head: Head,
+    data: Benchmark,
     held: MaskedMaps,
     scores: DiceScores,
 ) -> HeadScores:
     from pathfm.segmentation_probe.decoders import TokenHead, parameters_of
 
     test = () if scores.told.startswith("val") else scores.values
-    path = config.out / f"{file_name(name)}.{head}.results.json"
+    path = config.out / f"{stem_of(name, head)}{EVA_RESULTS}"
     write_eva_results(path, EVA_METRIC, scores.val, test)
     return HeadScores.of(
         name,
@@ -255,7 +257,7 @@ def _scores(
         scores.values,
         scores.val,
         scores.interval,
-        "mean over runs, patients (or pictures) resampled",
+        _unit(data),
         scores.epochs,
         backbone_digest=model.digest,
         weights_note=model.weights_note,
@@ -289,9 +291,9 @@ def _caveats(
 
     found = []
     if not any(data.groups):
-        found.append(f"{data.name} does not say whose its pictures are: each counts as a patient.")
+        found.append(f"{data.name} does not say whose its pictures are: each counts for itself.")
     if scores.interval is None:
-        found.append("No interval: the reported pictures are of one patient.")
+        found.append("No interval: the reported pictures are of one group.")
     else:
         found += scores.interval.caveats
     if data.facts.ignored and config.eva_ignore:
@@ -303,6 +305,15 @@ def _caveats(
     if normed and not config.norm:
         found.append(f"Tokens of {', '.join(normed)} are as it ends: its last norm is in them.")
     return found
+
+
+def _unit(data: Benchmark) -> str:
+    """What pictures belong to that must not be torn: what the intervals are over."""
+    from pathfm.datasets import DATASETS
+
+    if not any(data.groups):
+        return "pictures"
+    return "patients" if data.name in DATASETS else "groups"
 
 
 def _batches(pixels: NDArray[np.uint8], size: int) -> Iterator[NDArray[np.uint8]]:

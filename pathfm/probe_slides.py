@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, Field
 
 from online_patching.stores.local import atomic_write_bytes
-from pathfm.heads.recording import key_of, once
+from pathfm.heads.recording import file_name, key_of, once, stem_of
 from pathfm.heads.result import HeadPaired, HeadResult, HeadScores, write_eva_results
 from pathfm.heads.telling import show as tell
 from pathfm.runtime import PathfmError, pick_device, progress
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # torch and h5py are imported when there is work, not for --h
 
 RESULT = "slide_probe.json"
 METRIC = "balanced_accuracy"
+EVA_RESULTS, PREDICTIONS = ".results.json", ".predictions.npz"
 _FORMAT = "pathfm.slide_probe.2"
 
 
@@ -51,7 +52,7 @@ class ProbeSlidesConfig(BaseModel, frozen=True, extra="forbid"):
     n_folds: int | None = Field(
         None, ge=3, le=100, description="folds by patient; unset: the table's own splits"
     )
-    seed: int = Field(0, ge=0, description="key of all folds, heads and batches")
+    seed: int = Field(0, ge=0, lt=1 << 64, description="key of all folds, heads and batches")
     lr: float = Field(1e-3, gt=0, le=10, description="AdamW's rate; a third of it for five epochs")
     batch_slides: int = Field(32, ge=1, le=4096, description="slides a step")
     max_epochs: int = Field(100, ge=1, le=10_000, description="epochs at most")
@@ -73,7 +74,7 @@ def run(config: ProbeSlidesConfig) -> HeadResult:
     from pathfm.slide_probe.bags import same_slides
 
     names = [_name(folder) for folder in config.bags]
-    if len({*names}) < len(names):
+    if len({file_name(name) for name in names}) < len(names):
         raise PathfmError(f"two folders of bags have one name ({', '.join(names)}): rename one")
     found = [_open(folder, config.labels) for folder in config.bags]
     same_slides(found, names)
@@ -86,7 +87,8 @@ def run(config: ProbeSlidesConfig) -> HeadResult:
     def measure() -> HeadResult:
         return _probe(config, key, names, found, notes)
 
-    return once("probe-slides", config, RESULT, key, data, measure, show)
+    beside = (EVA_RESULTS, PREDICTIONS)
+    return once("probe-slides", config, RESULT, key, data, measure, show, beside)
 
 
 def _leaks(config: ProbeSlidesConfig, names: Sequence[str], found: Sequence[Bags]) -> list[str]:
@@ -134,7 +136,7 @@ def _probe(
                 models.append(_model(name, protocol, bags, scores))
                 for caveat in scores.interval.caveats:
                     caveats.setdefault(caveat, []).append(f"{name}, {pooling}")
-                _write_files(config, f"{name}.{pooling}", bags, scores)
+                _write_files(config, stem_of(name, pooling), bags, scores)
                 if pooling in first:
                     paired.append(_paired((names[0], name), pooling, first[pooling], scores))
                 first.setdefault(pooling, scores)
@@ -188,7 +190,7 @@ def _model(name: str, protocol: SlideProtocol, bags: Bags, scores: SlideScores) 
         scores.values,
         scores.val,
         scores.interval,
-        "mean over runs, patients resampled",
+        "patients" if any(bags.patients) else "slides",
         scores.epochs,
         backbone_digest=bags.encoder_digest,
         dim=bags.dim,
@@ -203,7 +205,7 @@ def _write_files(config: ProbeSlidesConfig, stem: str, bags: Bags, scores: Slide
 
     metric = "BinaryBalancedAccuracy" if len(bags.classes) == 2 else "MulticlassAccuracy"
     test = () if scores.told.startswith("val") else scores.values
-    write_eva_results(config.out / f"{stem}.results.json", metric, scores.val, test)
+    write_eva_results(config.out / f"{stem}{EVA_RESULTS}", metric, scores.val, test)
     held = io.BytesIO()
     np.savez_compressed(
         held,
@@ -212,7 +214,7 @@ def _write_files(config: ProbeSlidesConfig, stem: str, bags: Bags, scores: Slide
         slides=np.array(bags.slides),
         patients=np.array(bags.groups),
     )
-    atomic_write_bytes(config.out / f"{stem}.predictions.npz", held.getvalue())
+    atomic_write_bytes(config.out / f"{stem}{PREDICTIONS}", held.getvalue())
 
 
 def _open(folder: Path, labels: str) -> Bags:
@@ -226,9 +228,9 @@ def _open(folder: Path, labels: str) -> Bags:
     if data.facts.task != "slide":
         raise PathfmError(f"{labels}: a {data.facts.task} data set; slides are wanted, or a CSV")
     slides = [data.slide(i).rsplit("/", 1)[-1].split(".")[0] for i in range(len(data))]
-    return bags_of_samples(
-        folder, labels, slides, data.labels, data.classes, data.groups, data.splits
-    )
+    # groups that are all different are the slides themselves: whose they are is not known
+    patients = data.groups if len({*data.groups}) < len(data) else [""] * len(data)
+    return bags_of_samples(folder, labels, slides, data.labels, data.classes, patients, data.splits)
 
 
 def _name(folder: Path) -> str:

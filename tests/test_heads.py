@@ -14,6 +14,7 @@ from torch import nn
 from pathfm.heads.fit import Fit, Schedule, fit_best
 from pathfm.heads.recording import file_name, once
 from pathfm.heads.result import HeadResult, HeadScores, load_result, write_eva_results, write_result
+from pathfm.heads.telling import show
 from pathfm.runtime import PathfmError
 from pathfm.tracking import TrackingConfig
 from pathfm.uncertainty import interval_of_mean
@@ -136,15 +137,49 @@ def test_the_same_key_is_measured_once_and_another_key_again(
     def ask(key: str) -> HeadResult:
         def measure() -> HeadResult:
             made.append(key)
+            (tmp_path / "o" / "vit.conv.npz").touch()
             return result(key=key)
 
         config = Settings(out=tmp_path / "o")
-        return once("a-verb", config, "r.json", key, ("d", "f"), measure, lambda _: None)
+        return once("a-verb", config, "r.json", key, ("d", "f"), measure, lambda _: None, [".npz"])
 
     ask("one"), ask("one"), ask("two")
     assert made == ["one", "two"]
     assert capsys.readouterr().out.count("up to date") == 1
     assert (tmp_path / "o" / "a_verb.yaml").exists()
+    (tmp_path / "o" / "vit.conv.npz").unlink()
+    ask("two")
+    assert made == ["one", "two", "two"]
+
+
+def test_a_run_that_is_killed_while_it_is_recorded_leaves_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathfm.tracking.run.Run.summary", killed)
+    config = Settings(out=tmp_path / "o")
+    with pytest.raises(KeyboardInterrupt):
+        once("a-verb", config, "r.json", "k", ("d", "f"), result, lambda _: None)
+    assert not (tmp_path / "o" / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("between", "told"),
+    [
+        (True, "Score, %, with the mean's 95 % interval over 3 slides:"),
+        (False, "Score, %, without an interval:"),
+    ],
+)
+def test_the_table_says_what_its_intervals_are_over(
+    between: bool, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interval = interval_of_mean(np.array([0.2, 0.4, 0.9]), ["a", "b", "c"]) if between else None
+    one = HeadScores.of("vit", "conv", [0.5], [0.5], interval, "slides", [3])
+    show(result(models=[one]), "9 slides, 3 reported", "Score")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"d: 9 slides, 3 reported: test (val chose the epoch). {told}" in said
 
 
 def test_a_model_s_path_becomes_a_file_s_name() -> None:

@@ -210,6 +210,8 @@ def test_bags_of_two_models_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
         ("slide,label\n0,\n", "line 2: no slide or no label"),
         ("slide,label,split\n0,a,train\n1,b,\n", "slide '1' has no split and others do"),
         ("slide,label\n0,a\n0,a\n", "there twice"),
+        (f"slide,label\n0,{'a' * 140_000}\n", r"line \d: no CSV"),
+        ('slide,label\n0,"a" b\n', r"line \d: no CSV"),
     ],
 )
 def test_a_wrong_table_is_told_in_one_line(tmp_path: Path, table: str, told: str) -> None:

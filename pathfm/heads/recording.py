@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -40,16 +40,19 @@ def once(
     data: tuple[str, str],
     measure: Callable[[], HeadResult],
     show: Callable[[HeadResult], None],
+    beside: Sequence[str] = (),
 ) -> HeadResult:
     """The result that lies in `<out>/<file>` under this key; otherwise what `measure` finds.
 
-    data: its name and digest, for the tracked run. A new result is written with the settings beside it,
-    tracked (mean and sd of every head, each run a step) and shown.
+    data: its name and digest, for the tracked run. beside: what each head's other files end with, which
+    `measure` writes as `stem_of` says; where one is gone all is measured again. A new result is tracked (mean
+    and sd of every head, each run a step), and written last: what a killed run leaves is no result.
     """
     path = config.out / file
     earlier = load_result(path)
-    if earlier is not None and earlier.key == key:
-        print(f"{verb}: {path} is up to date")
+    if earlier is not None and earlier.key == key and _whole(earlier, config.out, beside):
+        again = "; it is not recorded again" if config.tracking.enabled else ""
+        print(f"{verb}: {path} is up to date{again}")
         show(earlier)
         return earlier
     assert isinstance(config, BaseModel)
@@ -59,18 +62,29 @@ def once(
     with open_run(tracking, config.out, as_dict(config), tags) as tracked:
         tracked.cohort(*data, "evaluation")
         result = measure()
-        write_result(path, result)
+        tracked.tag("reported", result.told)
         for model in result.models:
             at = f"{file_name(model.name)}/{model.protocol}"
             tracked.summary(**{f"{at}.mean": model.mean, f"{at}.sd": model.sd})
             for number, value in enumerate(model.values):
                 tracked.log(number, **{f"{at}.by_run": value})
+        write_result(path, result)
         tracked.artifact(path)
     show(result)
     print(f"written: {path}")
     return result
 
 
+def stem_of(name: str, protocol: str) -> str:
+    """What the names of a head's own files begin with."""
+    return f"{file_name(name)}.{protocol}"
+
+
 def file_name(name: str) -> str:
     """A model's name as a part of a file's name: a weights file is named by its path."""
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[-100:].lstrip(".") or "_"
+
+
+def _whole(result: HeadResult, out: Path, beside: Sequence[str]) -> bool:
+    stems = [stem_of(model.name, model.protocol) for model in result.models]
+    return all((out / f"{stem}{end}").is_file() for stem in stems for end in beside)

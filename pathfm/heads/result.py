@@ -20,7 +20,8 @@ class HeadScores:
     """One head on one model's features. Scores 0..1, of each run on the reported rows.
 
     protocol: which head. val: each run's best on validation (mean over folds). interval: 95 %, of the
-    mean over runs, resampling patients; [] where there is none. epochs: mean length of a fit.
+    mean over runs, resampling what `interval_of` says; [] where there is none. n_patients: how many of
+    these there are. epochs: mean length of a fit.
     per_class: each class's own score (recall, Dice), mean over runs; None where it does not occur.
     What does not apply is left at its default, and out of the file.
     """
@@ -48,11 +49,11 @@ class HeadScores:
         values: Sequence[float],
         val: Sequence[float],
         interval: Interval | None,
-        interval_of: str,
+        groups: str,
         epochs: Sequence[float],
         **about: Any,
     ) -> HeadScores:
-        """From the scores of each run; `about` are the fields with defaults."""
+        """From the scores of each run. groups: what was resampled; `about` are the fields with defaults."""
         return HeadScores(
             name=name,
             protocol=protocol,
@@ -61,7 +62,7 @@ class HeadScores:
             mean=float(np.mean(values)),
             sd=spread(values),
             interval=[interval.low, interval.high] if interval else [],
-            interval_of=interval_of if interval else "",
+            interval_of=f"mean over runs, {groups} resampled" if interval else "",
             epochs=float(np.mean(epochs)),
             n_patients=interval.n_groups if interval else 0,
             **about,

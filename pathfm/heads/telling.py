@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from pathfm.heads.result import HeadResult
+from pathfm.heads.result import HeadResult, HeadScores
 from pathfm.runtime import console
 
 
@@ -15,15 +15,24 @@ def show(result: HeadResult, judged: str, score: str) -> None:
     judged: such as "48 slides, 2 classes, 12 reported". score: such as "Balanced accuracy".
     """
     out = console()
-    about = (
-        f"{result.data}: {judged}: {result.told}. {score}, %, with its 95 % interval over patients:"
+    out.print(
+        f"{result.data}: {judged}: {result.told}. {score}, %{_over(result.models[0])}:",
+        markup=False,
+        highlight=False,
     )
-    out.print(about, markup=False, highlight=False)
     out.print(score_table(result))
     for pair in result.paired:
         out.print(pair.told, markup=False, highlight=False)
     for caveat in result.caveats:
         out.print(f"note: {caveat}", markup=False, highlight=False)
+
+
+def _over(scores: HeadScores) -> str:
+    """What the intervals are over, and how many: "18 patients"."""
+    if not scores.interval:
+        return ", without an interval"
+    groups = scores.interval_of.removeprefix("mean over runs, ").removesuffix(" resampled")
+    return f", with the mean's 95 % interval over {scores.n_patients:,} {groups}"
 
 
 def score_table(result: HeadResult) -> Table:

@@ -95,7 +95,14 @@ def _rows(path: Path) -> list[dict[str, str]]:
         raise PathfmError(
             f"{path}: cannot be read ({why}): give a CSV with slide and label"
         ) from None
-    table = csv.DictReader(lines)
+    table = csv.DictReader(lines, strict=True)
+    try:
+        return _named_rows(path, table)
+    except csv.Error as error:
+        raise PathfmError(f"{path}, line {table.line_num}: no CSV ({error})") from None
+
+
+def _named_rows(path: Path, table: csv.DictReader[str]) -> list[dict[str, str]]:
     columns = {name.strip().lower(): name for name in table.fieldnames or ()}
     slide = next((columns[name] for name in _SLIDE if name in columns), None)
     if slide is None or "label" not in columns:
