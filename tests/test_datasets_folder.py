@@ -140,3 +140,19 @@ def test_groups_in_another_encoding_are_refused(tmp_path: Path) -> None:
     (tmp_path / "groups.csv").write_bytes("path,group\na/0.png,Müller\n".encode("latin-1"))
     with pytest.raises(PathfmError, match=r"groups\.csv: not a UTF-8"):
         scan_folder(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["picture", "class", "nowhere"])
+def test_a_link_out_of_a_labelled_folder_is_refused(tmp_path: Path, what: str) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "a", root / "b", outside):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(folder / "1.png")
+    (root / "b" / "2.png").symlink_to(root / "b" / "1.png")
+    assert len(scan_folder(root)) == 3  # within the folder a link is a picture
+    if what == "class":
+        (root / "c").symlink_to(outside)
+    else:
+        (root / "a" / "2.png").symlink_to(outside / ("1.png" if what == "picture" else "none"))
+    with pytest.raises(PathfmError, match=r"a link that leads nowhere|a link out of the data set"):
+        scan_folder(root)

@@ -64,8 +64,8 @@ def test_a_table_of_pictures_has_its_rows_in_its_order(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("path,label\n", "a header and no rows"),
-        ("path,label\n1.png,a\n2.png,a\n", "a single class"),
-        ("path,label\n1.png,a\n2.png,\n", "rows without a label"),
+        ("path,label\n1.png,a\n2.png,a\n", "all 2 rows are of class 'a'"),
+        ("path,label\n1.png,a\n2.png,\n", "1 of 2 rows have no label, first row 2"),
         ("path,class\n1.png,a\n", "no column label"),
         ("file,label\n1.png,a\n2.png,b\n", "wants a column path, or slide"),
         ("path,label,label\n1.png,a,b\n", "comes twice"),

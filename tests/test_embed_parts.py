@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from pathfm.datasets import open_dataset
+from pathfm.datasets.preparing import in_batches
 from pathfm.embed import EmbedConfig, SlideOptions, run, running
 from pathfm.embed.parts import Parts
-from pathfm.embed.samples import Rows, in_batches, make_input, scales_to, some_of
+from pathfm.embed.samples import Rows, make_input, scales_to, some_of
 from pathfm.embeddings import Embeddings
 from pathfm.embeddings.container import from_bf16, to_bf16
 from pathfm.models import load_model

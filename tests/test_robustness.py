@@ -462,11 +462,12 @@ def test_features_that_are_not_finite_stop_the_run_by_name(
         run(config(data, tmp_path / "out", "m=2"))
 
 
-def test_a_damaged_picture_is_named(tmp_path: Path, made: list[str]) -> None:
+def test_damaged_pictures_are_counted_and_named(tmp_path: Path, made: list[str]) -> None:
     data = paint(tmp_path / "d", 5)
-    (data / "b" / "02.png").write_bytes(b"no picture")
-    with pytest.raises(PathfmError, match=r"b/02\.png"):
-        run(config(data, tmp_path / "out", "m=2"))
+    for name in ("a/04", "b/02", "c/00"):
+        (data / f"{name}.png").write_bytes(b"no picture")
+    with pytest.raises(PathfmError, match=r"3 of 1\d pictures .*a/04\.png.*b/02\.png.*c/00\.png"):
+        run(config(data, tmp_path / "out", "m=2", batch_size=4))
 
 
 def test_the_saved_config_repeats_the_run(tmp_path: Path, made: list[str]) -> None:

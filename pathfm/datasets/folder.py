@@ -6,10 +6,8 @@ not be torn apart by a split: the slide, or better the patient, that a picture c
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from online_patching.philox import words
+from pathfm.datasets.listing import files_under, folders_in, read_groups
+from pathfm.datasets.pixels import FORMATS, unfit
 from pathfm.runtime import PathfmError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -82,23 +82,19 @@ def scan_folder(root: Path) -> LabelledFolder:
     """Lists the pictures; opens none. Hidden and empty class folders are left out.
 
     Raises `PathfmError` if the root is missing, holds fewer than two classes with pictures, more
-    than a million pictures, or a `groups.csv` that does not name every picture.
+    than a million pictures, a link out of it, or a `groups.csv` that does not name every picture.
     """
     if not root.is_dir():
         raise PathfmError(f"labelled folder {root}: no such folder; wanted {root}/<class>/*.png")
     paths: list[str] = []
     labels: list[int] = []
     classes: list[str] = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != "."):
-        found = sorted(
-            p.relative_to(root).as_posix()
-            for p in folder.iterdir()
-            if p.suffix.lower() in SUFFIXES and p.name[0] != "."
-        )
+    for name in folders_in(root):
+        found = [path for path in files_under(root, name, SUFFIXES) if path.count("/") == 1]
         if found:
             paths += found
             labels += [len(classes)] * len(found)
-            classes.append(folder.name)
+            classes.append(name)
         if len(paths) > MAX_PICTURES:
             raise PathfmError(f"labelled folder {root}: more than {MAX_PICTURES:,} pictures")
     if len(classes) < 2:
@@ -107,13 +103,19 @@ def scan_folder(root: Path) -> LabelledFolder:
             f"labelled folder {root}: {found_text}; a probe needs at least two folders of "
             f"{', '.join(SUFFIXES)}"
         )
-    groups = _read_groups(root, paths)
+    groups = tuple(read_groups(root, paths))
     return LabelledFolder(root, tuple(classes), tuple(paths), np.asarray(labels, np.int64), groups)
 
 
 def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture as RGB. `PathfmError` names a file that is damaged or larger than 64 Mpx."""
+    """The picture as RGB.
+
+    `PathfmError` names a file that is damaged, no PNG, JPEG or TIFF, larger than 64 Mpx, deeper than
+    8 bits a channel, of another colour space, or transparent anywhere (`pixels.unfit`).
+    """
     with _opened(path, max_pixels) as image:
+        if reason := unfit(image):
+            raise PathfmError(f"{path}: {reason}")
         return image.convert("RGB")
 
 
@@ -125,15 +127,16 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 def check_picture(path: Path) -> None:
     """Raises what `read_picture` does, as far as the file's header tells; decodes no pixel."""
-    with _opened(path):
-        pass
+    with _opened(path) as image:
+        if reason := unfit(image, decode=False):
+            raise PathfmError(f"{path}: {reason}")
 
 
 @contextmanager
 def _opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """A picture of patch size; what fails in the block is the file's fault."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise PathfmError(
                     f"{path}: {image.width:,} x {image.height:,} px is no patch; "
@@ -143,21 +146,3 @@ def _opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PathfmError(f"{path}: not a readable picture ({reason}). Remove it") from None
-
-
-def _read_groups(root: Path, paths: Sequence[str]) -> tuple[str, ...]:
-    table = root / "groups.csv"
-    if not table.exists():
-        return ()
-    try:
-        text = table.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise PathfmError(f"{table}: not a UTF-8 text file; save it as one") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if not {"path", "group"} <= set(reader.fieldnames or ()):
-        raise PathfmError(f"{table}: wants a header with the columns path and group")
-    group_of = {row["path"]: row["group"] for row in reader}
-    missing = [path for path in paths if not group_of.get(path)]
-    if missing:
-        raise PathfmError(f"{table}: {len(missing):,} pictures have no group, first {missing[0]}")
-    return tuple(group_of[path] for path in paths)

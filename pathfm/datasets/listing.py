@@ -36,6 +36,20 @@ def files_under(root: Path, folder: str, suffixes: Sequence[str]) -> list[str]:
     return [path for path, _ in sorted(_walk(root, folder, tuple(suffixes)), key=_by_folder)]
 
 
+def folders_in(root: Path) -> list[str]:
+    """Names of the folders in the root, sorted; hidden ones are left out, links out of it refused."""
+    real_root = root.resolve()
+    try:
+        with os.scandir(root) as entries:
+            found = [entry for entry in entries if entry.name[0] != "." and entry.is_dir()]
+    except OSError as error:
+        raise PathfmError(f"{root}: cannot be listed: {error.strerror}") from None
+    for entry in found:
+        if entry.is_symlink():
+            refuse_link_out(real_root, root / entry.name)
+    return sorted(entry.name for entry in found)
+
+
 def _by_folder(item: tuple[str, str]) -> tuple[str, str]:
     path, name = item
     return path[: -len(name)].rstrip("/"), name  # as os.walk tells them
@@ -43,6 +57,8 @@ def _by_folder(item: tuple[str, str]) -> tuple[str, str]:
 
 def _walk(root: Path, folder: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     real_root = root.resolve()
+    if (root / folder).is_dir():
+        refuse_link_out(real_root, root / folder)
     waiting, found = [(folder, 0)], 0
     while waiting:
         here, depth = waiting.pop()
@@ -54,7 +70,7 @@ def _walk(root: Path, folder: str, suffixes: tuple[str, ...]) -> Iterator[tuple[
         for entry in listed:
             path = f"{here}/{entry.name}" if here else entry.name
             if entry.is_symlink():
-                _inside(real_root, root / path)
+                refuse_link_out(real_root, root / path)
             if entry.is_dir():
                 if depth >= _MAX_DEPTH:  # also what ends a link to a folder above itself
                     raise PathfmError(f"{root / path}: deeper than {_MAX_DEPTH} folders")
@@ -66,7 +82,8 @@ def _walk(root: Path, folder: str, suffixes: tuple[str, ...]) -> Iterator[tuple[
                 yield path, entry.name
 
 
-def _inside(real_root: Path, path: Path) -> None:
+def refuse_link_out(real_root: Path, path: Path) -> None:
+    """`PathfmError` for a link that leads nowhere, or out of the root (which is resolved)."""
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):
@@ -132,6 +149,30 @@ def _text(table: Path) -> str:
         raise PathfmError(f"{table}: not a UTF-8 text file; save it as one") from None
     except OSError as error:
         raise PathfmError(f"{table}: cannot be read: {error.strerror}") from None
+
+
+def read_groups(root: Path, paths: Sequence[str]) -> list[str]:
+    """The group (patient, slide) of each picture by `root/groups.csv` (`path,group`); [] without it.
+
+    Paths in it are relative to the root. `PathfmError` for one that comes twice, a picture without a
+    group, and what `read_rows` refuses.
+    """
+    table = root / "groups.csv"
+    if not os.path.lexists(table):
+        return []
+    refuse_link_out(root.resolve(), table)
+    group_of: dict[str, str] = {}
+    for row in read_rows(table, ("path", "group")):
+        path = PurePosixPath(row["path"]).as_posix()
+        if path in group_of:
+            raise PathfmError(f"{table}: {path} comes twice; one row a picture")
+        group_of[path] = row["group"]
+    missing = [path for path in paths if not group_of.get(path)]
+    if missing:
+        raise PathfmError(
+            f"{table}: {len(missing):,} of {len(paths):,} pictures have no group, first {missing[0]}"
+        )
+    return [group_of[path] for path in paths]
 
 
 def read_table(table: Path) -> list[list[str]]:

@@ -18,7 +18,8 @@ from PIL import Image
 
 from pathfm.datasets.benchmark import SPLITS, Benchmark, Facts
 from pathfm.datasets.folder import SUFFIXES, picture_size, read_picture
-from pathfm.datasets.listing import files_under, named_file, read_rows
+from pathfm.datasets.labelled import refuse_other_folders
+from pathfm.datasets.listing import files_under, folders_in, read_groups, read_rows, refuse_link_out
 from pathfm.datasets.sources import assemble, file_digest
 from pathfm.datasets.table import refuse_torn
 from pathfm.runtime import PathfmError
@@ -96,6 +97,7 @@ def open_mask_folder(root: Path) -> Benchmark:
     """
     whole = (root / "images").is_dir()
     splits = [""] if whole else [split for split in SPLITS if (root / split / "images").is_dir()]
+    _refuse_unread(root, splits)
     paths: list[str] = []
     of: list[str] = []
     for split in splits:
@@ -106,7 +108,7 @@ def open_mask_folder(root: Path) -> Benchmark:
     classes = read_classes(root) or _unlisted(root, masks)
     table = classes.table()
     _refuse_wrong(root, paths, masks, table)
-    groups = _groups(root, paths)
+    groups = read_groups(root, paths) or [""] * len(paths)
     skipped = bool(classes.ignored)
     facts = Facts(
         name=root.resolve().name,
@@ -127,11 +129,25 @@ def open_mask_folder(root: Path) -> Benchmark:
     return found_set
 
 
+def _refuse_unread(root: Path, splits: Sequence[str]) -> None:
+    """`PathfmError` for pictures or groups that lie where nobody looks."""
+    known = (*splits, "images", "masks") if "" in splits else splits
+    with_images = [name for name in folders_in(root) if (root / name / "images").is_dir()]
+    refuse_other_folders(root, [name for name in with_images if name not in known])
+    for split in filter(None, splits):
+        if (root / split / "groups.csv").exists():
+            raise PathfmError(
+                f"{root / split / 'groups.csv'} is not read; write its rows into {root / 'groups.csv'}, "
+                f"paths as {split}/images/..."
+            )
+
+
 def read_classes(root: Path) -> MaskClasses | None:
     """What classes.csv says, None without one; `PathfmError` for numbers or names that are none or twice."""
     table = root / "classes.csv"
     if not table.exists():
         return None
+    refuse_link_out(root.resolve(), table)
     names: list[str] = []
     numbers: list[int] = []
     ignored: list[int] = []
@@ -258,17 +274,3 @@ def _strange(numbers: NDArray[np.int64], found: NDArray[np.int16]) -> str:
     values, counts = np.unique(numbers[found < 0], return_counts=True)
     pairs = list(zip(values.tolist(), counts.tolist(), strict=True))[:3]
     return ", ".join(f"{value} on {count:,} px" for value, count in pairs)
-
-
-def _groups(root: Path, paths: Sequence[str]) -> list[str]:
-    table = root / "groups.csv"
-    if not table.exists():
-        return [""] * len(paths)
-    rows = read_rows(table, ("path", "group"))
-    group_of = {named_file(root, row["path"], str(table)): row["group"] for row in rows}
-    missing = [path for path in paths if not group_of.get(path)]
-    if missing:
-        raise PathfmError(
-            f"{table}: {len(missing)} of {len(paths)} pictures have no group, first {missing[0]}"
-        )
-    return [group_of[path] for path in paths]

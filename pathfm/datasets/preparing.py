@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,11 @@ from PIL import Image
 from pathfm.datasets.folder import read_picture
 from pathfm.runtime import PathfmError
 
+Pixels = NDArray[np.uint8]
+
 _AHEAD = 3  # batches decoded before the backbone asks for them: bounds the pictures in memory
+_LOOK_ON = 10_000  # pictures still looked at after one that cannot be read
+_NAMED = 3
 
 
 def read_batches(
@@ -21,25 +26,55 @@ def read_batches(
 ) -> Iterator[NDArray[np.uint8]]:
     """The pictures as uint8 (b, size, size, 3), in order, a few batches decoded ahead.
 
-    A picture that cannot be read ends the iteration with `PathfmError` naming it.
+    Pictures that cannot be read end the iteration, as `in_batches` says.
     """
-    chunks = [files[at : at + batch_size] for at in range(0, len(files), batch_size)]
+    numbers = [
+        range(at, min(at + batch_size, len(files))) for at in range(0, len(files), batch_size)
+    ]
+    return in_batches(lambda i: prepare(files[i], size_px), numbers, threads)
+
+
+def in_batches(
+    make: Callable[[int], Pixels], batches: Sequence[Sequence[int]], threads: int
+) -> Iterator[Pixels]:
+    """`make(i)` of every number, stacked batch by batch, in order, made in threads a few ahead.
+
+    Where one raises PathfmError, up to 10,000 numbers that follow are tried as well, and the error that
+    ends the iteration counts all that fail and names three.
+    """
     with ThreadPoolExecutor(threads, "pathfm-decode") as pool:
-        waiting: list[list[Future[NDArray[np.uint8]]]] = []
-
-        def submit(chunk: Sequence[Path]) -> None:
-            waiting.append([pool.submit(prepare, file, size_px) for file in chunk])
-
+        waiting: list[list[Future[Pixels]]] = []
         try:
-            for chunk in chunks[:_AHEAD]:
-                submit(chunk)
-            for i in range(len(chunks)):
-                batch = np.stack([future.result() for future in waiting.pop(0)])
-                if i + _AHEAD < len(chunks):
-                    submit(chunks[i + _AHEAD])
-                yield batch
+            for at in range(len(batches) + _AHEAD):
+                if at < len(batches):
+                    waiting.append([pool.submit(make, i) for i in batches[at]])
+                if at >= _AHEAD:
+                    yield np.stack([future.result() for future in waiting.pop(0)])
+        except PathfmError as error:
+            rest = [i for batch in batches[max(0, at - _AHEAD) :] for i in batch]
+            raise _all_failures(pool, make, rest[:_LOOK_ON], error) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _all_failures(
+    pool: ThreadPoolExecutor, make: Callable[[int], Any], rest: Sequence[int], first: PathfmError
+) -> PathfmError:
+    """One error for all of `rest` that fail; the first where it is the only one."""
+
+    def reason(i: int) -> str:
+        try:
+            make(i)
+        except PathfmError as error:
+            return str(error)
+        return ""
+
+    found = [text for text in pool.map(reason, rest) if text]
+    if len(found) < 2:
+        return first
+    named = " | ".join(found[:_NAMED])
+    more = f" | and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
+    return PathfmError(f"{len(found):,} of {len(rest):,} pictures looked at fail: {named}{more}")
 
 
 def prepare(file: Path, size_px: int) -> NDArray[np.uint8]:

@@ -27,8 +27,9 @@ def open_table(table: Path, *, mpp: float | None = None, size_px: int = 224) -> 
     """The samples of a CSV file in its order; paths in it are relative to its folder.
 
     Patches in slides are `size_px` pixels at `mpp` µm/px (else at the column's `mpp`), the same
-    places whatever the mpp. `PathfmError` for a table without samples or with fewer than two
-    classes, a split that is none, some rows without one, or a group in two splits.
+    places whatever the mpp; their group is the slide where no group is told. `PathfmError` for a table
+    without samples or with fewer than two classes, a sample that comes twice, a split that is none, some
+    rows without one, or a group in two splits.
     """
     if not table.is_file():
         raise PathfmError(f"table {table}: there is no such file")
@@ -36,17 +37,26 @@ def open_table(table: Path, *, mpp: float | None = None, size_px: int = 224) -> 
     if not rows:
         raise PathfmError(f"{table}: a header and no rows")
     classes = tuple(sorted({row["label"] for row in rows}))
-    if "" in classes or len(classes) < 2:
-        raise PathfmError(f"{table}: rows without a label, or a single class; two are needed")
+    if "" in classes:
+        lacking = [number for number, row in enumerate(rows, 1) if not row["label"]]
+        raise PathfmError(
+            f"{table}: {len(lacking):,} of {len(rows):,} rows have no label, first row {lacking[0]:,}: "
+            "label them, or leave them out"
+        )
+    if len(classes) < 2:
+        raise PathfmError(
+            f"{table}: all {len(rows):,} rows are of class {classes[0]!r}; a probe needs two classes"
+        )
     splits = _splits(table, rows)
     task, paths, source, at_mpp = _samples(table, rows, mpp, size_px)
+    _refuse_twice(table, rows, paths)
     found = assemble(
         _facts(table, task, classes, splits),
         table.parent,
         paths,
         labels=[classes.index(row["label"]) for row in rows],
         splits=splits,
-        groups=[row.get("group", "") for row in rows],
+        groups=_groups(table, rows, paths, task),
         source=source,
         mpp=at_mpp,
     )
@@ -62,6 +72,37 @@ def refuse_torn(found: Benchmark) -> None:
             f"{found.name}: {len(torn):,} groups are in more than one split, first {torn[0]!r}; "
             f"what is judged must not have been learnt"
         )
+
+
+def _refuse_twice(table: Path, rows: Rows, paths: Sequence[str]) -> None:
+    """`PathfmError` for a file, a slide or a place (at one µm/px) in two rows, whatever their labels."""
+    first: dict[tuple[str, ...], int] = {}
+    for number, (path, row) in enumerate(zip(paths, rows, strict=True), start=1):
+        key = (path, row.get("mpp", ""), row.get("slide_mpp", "")) if "#" in path else (path,)
+        if key in first:
+            raise PathfmError(
+                f"{table}: rows {first[key]:,} and {number:,} are the same sample, {path}: it would be "
+                f"learnt and judged, or count twice{_WITHOUT_QUERY if is_remote(path) else ''}"
+            )
+        first[key] = number
+
+
+_WITHOUT_QUERY = " (http slides are told apart by what stands before '?': the rest may be a secret)"
+
+
+def _groups(table: Path, rows: Rows, paths: Sequence[str], task: Task) -> list[str]:
+    """The column `group`; of places whose rows have none, the slide: its patches are neighbours."""
+    told = [row.get("group", "") for row in rows]
+    if task == "slide" or "slide" not in rows[0]:
+        return told
+    slides = [path.rpartition("#")[0] for path in paths]
+    with_group = {slide for slide, group in zip(slides, told, strict=True) if group}
+    for number, (slide, group) in enumerate(zip(slides, told, strict=True), start=1):
+        if not group and slide in with_group:
+            raise PathfmError(
+                f"{table}: row {number:,} has no group, and other rows of {slide} have one; give it to all"
+            )
+    return [group or slide for group, slide in zip(told, slides, strict=True)]
 
 
 def _facts(table: Path, task: Task, classes: tuple[str, ...], splits: Sequence[str]) -> Facts:

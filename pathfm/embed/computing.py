@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pathfm.datasets.preparing import Pixels, in_batches
 from pathfm.embed.parts import Parts
-from pathfm.embed.samples import Pixels, in_batches
 from pathfm.embed.settings import EmbedConfig
 from pathfm.embeddings.table import check_finite
 from pathfm.models import Embedder

@@ -1,11 +1,8 @@
-"""Labelled pictures on their way to a model: opened, brought to its size, a few batches ahead."""
+"""Labelled pictures on their way to a model: which, and how each is brought to its size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +12,10 @@ from online_patching.philox import words
 from pathfm.datasets import Benchmark
 from pathfm.datasets.benchmark import CutFromSlides
 from pathfm.datasets.folder import picture_size
-from pathfm.datasets.preparing import fit
+from pathfm.datasets.preparing import Pixels, fit
 from pathfm.datasets.sources import PictureFiles
 from pathfm.runtime import PathfmError
 
-Pixels = NDArray[np.uint8]
-
-_AHEAD = 3  # batches decoded before the model asks for them: bounds the pictures in memory
-_LOOK_ON = 10_000  # pictures still looked at after one that cannot be read
-_NAMED = 3
 _STREAM_SUBSET = 401  # that of a labelled folder's own subset
 _MAX_UPSCALE = 2.0  # as for slides
 
@@ -131,46 +123,3 @@ def make_input(samples: Benchmark, i: int, input_px: int, scale: float | None) -
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - input_px) / 2), round((height - input_px) / 2)
     return np.asarray(image.crop((left, top, left + input_px, top + input_px)))
-
-
-def in_batches(
-    make: Callable[[int], Pixels], batches: Sequence[Sequence[int]], threads: int
-) -> Iterator[Pixels]:
-    """`make(i)` of every number, stacked batch by batch, in order, made in threads a few ahead.
-
-    Where one raises PathfmError, up to 10,000 numbers that follow are tried as well, and the error that
-    ends the iteration counts all that fail and names three.
-    """
-    with ThreadPoolExecutor(threads, "pathfm-decode") as pool:
-        waiting: list[list[Future[Pixels]]] = []
-        try:
-            for at in range(len(batches) + _AHEAD):
-                if at < len(batches):
-                    waiting.append([pool.submit(make, i) for i in batches[at]])
-                if at >= _AHEAD:
-                    yield np.stack([future.result() for future in waiting.pop(0)])
-        except PathfmError as error:
-            rest = [i for batch in batches[max(0, at - _AHEAD) :] for i in batch]
-            raise _all_failures(pool, make, rest[:_LOOK_ON], error) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _all_failures(
-    pool: ThreadPoolExecutor, make: Callable[[int], Any], rest: Sequence[int], first: PathfmError
-) -> PathfmError:
-    """One error for all of `rest` that fail; the first where it is the only one."""
-
-    def reason(i: int) -> str:
-        try:
-            make(i)
-        except PathfmError as error:
-            return str(error)
-        return ""
-
-    found = [text for text in pool.map(reason, rest) if text]
-    if len(found) < 2:
-        return first
-    named = " | ".join(found[:_NAMED])
-    more = f" | and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
-    return PathfmError(f"{len(found):,} of {len(rest):,} pictures looked at fail: {named}{more}")

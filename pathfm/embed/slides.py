@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from online_patching import GridSampler, PatchLoader
 from online_patching.errors import PatchingError
 from online_patching.stores.local import atomic_write_text
-from pathfm.datasets.preparing import fit
+from pathfm.datasets.preparing import Pixels, fit
 from pathfm.embed.computing import Plan, choose_precision
-from pathfm.embed.samples import Pixels
 from pathfm.embed.settings import EmbedConfig, EmbedResult
 from pathfm.embed.slide_tasks import OfOneSlide, Task, choose, list_tasks, open_grid, share
 from pathfm.embeddings.bags import FOLDER, bag_key, write_bag

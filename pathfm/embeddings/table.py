@@ -156,7 +156,7 @@ def check_finite(features: NDArray[np.float32], name: str, first_row: int = 0) -
     if bad:
         raise PathfmError(
             f"embeddings {name!r}: {bad:,} of {len(features):,} rows are not finite (first: row "
-            f"{first:,}); the backbone has diverged"
+            f"{first:,}); the backbone has diverged: embed with an earlier checkpoint, or in fp32"
         )
 
 

@@ -82,7 +82,7 @@ def check_shots(labels: NDArray[np.int64], parts: Parts, shots: Sequence[int]) -
     if counts.min() < max(shots):
         raise PathfmError(
             f"class {classes[counts.argmin()]} has {counts.min():,} training samples, fewer than the "
-            f"{max(shots)} shots asked for: ask for fewer"
+            f"{max(shots)} shots asked for: set shots to {counts.min():,} or fewer"
         )
 
 

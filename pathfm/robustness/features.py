@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 
 from pathfm.corruptions import CORRUPTIONS, corrupt, picture_numbers
 from pathfm.datasets import Benchmark
-from pathfm.datasets.preparing import fit
+from pathfm.datasets.preparing import fit, in_batches
 from pathfm.embeddings import Embeddings, EmbeddingsInfo, stored_key
 from pathfm.embeddings.info import describe_transform
 from pathfm.robustness.settings import RobustnessConfig
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 
 Features = NDArray[np.float32]
 CLEAN = "clean"
-_AHEAD = 3  # batches made before the network asks for them: bounds the pictures in memory
 _GEOMETRY = "shorter side resized (bilinear, antialiased), centre cropped"
 
 
@@ -87,28 +84,12 @@ class _Pictures:
     ) -> dict[str, Features]:
         """Features (len(rows), d) by model; each picture read, and corrupted, once."""
         parts: dict[str, list[Features]] = {name: [] for name in models}
-        with ThreadPoolExecutor(self.config.threads, "pathfm-corrupt") as pool:
-            for batch in self._batches(pool, rows, case):
-                for name, model in models.items():
-                    parts[name].append(model.embed_pixels(batch, precision=self.precision))
+        size, threads = self.config.batch_size, self.config.threads
+        chunks = [rows[at : at + size].tolist() for at in range(0, len(rows), size)]
+        for batch in in_batches(lambda row: self._one(row, case), chunks, threads):
+            for name, model in models.items():
+                parts[name].append(model.embed_pixels(batch, precision=self.precision))
         return {name: np.concatenate(found) for name, found in parts.items()}
-
-    def _batches(
-        self, pool: ThreadPoolExecutor, rows: NDArray[np.int64], case: tuple[str, int] | None
-    ) -> Iterator[NDArray[np.uint8]]:
-        """uint8 (b, s, s, 3) in the order of rows, a few batches read and corrupted ahead."""
-        size, waiting = self.config.batch_size, deque[list[Future[NDArray[np.uint8]]]]()
-        chunks = [rows[at : at + size] for at in range(0, len(rows), size)]
-        try:
-            for i in range(len(chunks) + _AHEAD):
-                if i < len(chunks):
-                    waiting.append([pool.submit(self._one, int(row), case) for row in chunks[i]])
-                if i >= _AHEAD or i >= len(chunks):
-                    if not waiting:
-                        return
-                    yield np.stack([future.result() for future in waiting.popleft()])
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _one(self, row: int, case: tuple[str, int] | None) -> NDArray[np.uint8]:
         path = self.samples.paths[row]
