@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -276,6 +277,43 @@ def test_what_is_not_known_is_marked_and_never_refused():
     )
 
 
+def test_a_list_that_could_not_be_compared_whole_is_never_taken_for_clean():
+    slide, other = "ab" * 32, "cd" * 32
+    stage = Stage("corpus", "ab" * 32, draws=10_000_000, slides=1, patches=2, every=5_000_000)
+    known = replace(
+        seen(digest_batch(tissue(2)), [slide], ["mark p1"]), stages=(stage,)
+    )  # of slides, whose patches are listed in part
+    pictures = digest_batch(tissue(4, seed=7))
+    line = refuse_or_mark(leaks(Evidence(4, patches=pictures), known))
+    assert "0 of 4 samples" in line
+    assert "nothing to compare its 1 slides and its 1 patient ids with" in line
+    assert "Listed are 2 patches of 10,000,000 draws" in line
+    by_slide = leaks(Evidence(4, slides=[other] * 4), known)
+    assert "nothing to compare its 1 patient ids with" in refuse_or_mark(by_slide)
+    assert "listed patches" not in refuse_or_mark(by_slide)  # their slides are in the list
+    both = Evidence(4, ["Patient 1"] * 4, [other] * 4)
+    assert refuse_or_mark(leaks(both, replace(known, patients=(public_id("Patient 2"),)))) == ""
+
+
+def test_pictures_of_a_folder_are_clean_where_all_are_listed_and_marked_where_some_are():
+    stage = Stage("folder", "ab" * 32, draws=2_000_000, patches=2, every=1)
+    whole = replace(seen(digest_batch(tissue(2))), stages=(stage,))
+    pictures = Evidence(4, patches=digest_batch(tissue(4, seed=7)))
+    assert refuse_or_mark(leaks(pictures, whole)) == ""
+    some = replace(whole, stages=(replace(stage, every=20),))
+    assert "Listed are 2 patches of 2,000,000 draws" in refuse_or_mark(leaks(pictures, some))
+    slides = leaks(
+        Evidence(4, slides=["cd" * 32] * 4), replace(whole, slides=slide_keys(["ab" * 32]))
+    )
+    assert "nothing to compare its 2 listed patches with" in refuse_or_mark(slides)
+
+
+def test_samples_of_no_known_patient_are_counted():
+    known = seen(patients=[public_id("Patient 9")])
+    found = leaks(Evidence(3, ["Patient 1", "", ""]), known)
+    assert "2 of 3 samples are of no known patient" in refuse_or_mark(found)
+
+
 def test_weights_that_have_seen_no_slides_need_no_remark(tmp_path):
     for weights in ("random", "random:7", "imagenet", "dinov2"):
         assert refuse_or_mark(leaks(Evidence(4), seen_by(weights))) == ""
@@ -341,6 +379,28 @@ def test_leaks_lie_beside_the_features_and_are_looked_for_once(embedded):
     assert check_beside(e.at, "key", e.weights, e.samples).rows == {"patch": (0, 1, 2)}
 
 
+def test_a_check_without_the_salt_is_made_again_once_it_is_at_hand(embedded, salt):
+    e = embedded
+    named = [f"{salt.mark} {salt.id('patient', 'Patient 1')}"]
+    seen(patients=named).save(Path(e.weights))
+    assert check_beside(e.at, "key", e.weights, e.samples).rows == {"patient": ()}
+    found = check_beside(e.at, "key", e.weights, e.samples, ids=salt)
+    assert found.rows == {"patient": (0,)}
+    assert read_beside(e.at, "key") == found
+
+
+def test_a_record_of_the_first_form_is_looked_for_again_and_never_read_as_clean(embedded):
+    e = embedded
+    found = check_beside(e.at, "key", e.weights, e.samples)
+    place = e.at.with_name("mine.leaks.json")
+    facts = json.loads(place.read_text())
+    for name in ("form", "salt"):
+        del facts[name]
+    place.write_text(json.dumps(facts))
+    assert not read_beside(e.at, "key").known
+    assert check_beside(e.at, "key", e.weights, e.samples) == found
+
+
 def test_what_was_found_for_other_features_is_not_taken(embedded):
     check_beside(embedded.at, "key", embedded.weights, embedded.samples)
     assert not read_beside(embedded.at, "another key").known
@@ -355,7 +415,9 @@ def test_a_path_that_stands_for_a_group_is_no_patient(embedded):
     assert found.rows == {"patient": (0,)}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"key": "key"}', '{"key": "key", "leaks": 3}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"form": "2"}', '{"form": "2", "key": "key", "leaks": 3}']
+)
 def test_a_damaged_file_beside_features_is_refused(embedded, text):
     embedded.at.with_name("mine.leaks.json").write_text(text)
     with pytest.raises(PathfmError, match="damaged"):

@@ -20,6 +20,7 @@ from pathfm.leakage.seen import Ids, PretrainedOn
 from pathfm.runtime import PathfmError
 
 _MAX_BYTES = 256 << 20
+_FORM = "2"  # the first form did not tell what could not be compared
 
 
 class Samples(Protocol):
@@ -52,11 +53,13 @@ def check_beside(
 ) -> Leaks:
     """The leaks of a data set, looked for once for these features and this list, and written beside them.
 
-    key: of the embeddings, which says what model and data they are of. A sample without a group is told
-    apart by its path, which is no patient's name, so that groups equal to paths count as unknown.
+    key: of the embeddings, which says what model and data they are of. Looked for again where the weights'
+    list has changed, or a salt is at hand that was not (`ids.mark`): under it other patients are found. A
+    sample without a group is told apart by its path, which is no patient's name, so that groups equal to
+    paths count as unknown.
     """
     seen = seen_by(weights)
-    about = {"key": key, "seen": _digest(seen)}
+    about = {"form": _FORM, "key": key, "seen": _digest(seen), "salt": ids.mark if ids else ""}
     path = _place(embeddings)
     found = _stored(path, about)
     if found is None:
@@ -98,7 +101,7 @@ def read_beside(embeddings: Path, key: str) -> Leaks:
 
     Raises PathfmError for a damaged file.
     """
-    return _stored(_place(embeddings), {"key": key}) or Leaks.from_json("")
+    return _stored(_place(embeddings), {"form": _FORM, "key": key}) or Leaks.from_json("")
 
 
 def _stored(path: Path, about: dict[str, str]) -> Leaks | None:
@@ -107,12 +110,12 @@ def _stored(path: Path, about: dict[str, str]) -> Leaks | None:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"more than {_MAX_BYTES >> 20} MiB")
         facts = json.loads(path.read_text(encoding="utf-8"))
-        if any(facts[name] != value for name, value in about.items()):
+        if facts.get("form") != _FORM or any(facts[k] != value for k, value in about.items()):
             return None
         return Leaks.from_json(json.dumps(facts["leaks"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PathfmError(f"{path}: damaged ({error}). Delete it and embed again") from None
 
 

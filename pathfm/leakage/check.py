@@ -119,6 +119,7 @@ def leaks(evidence: Evidence, seen: PretrainedOn | None, ids: Ids | None = None)
     By slide: the same SlideIndex.digest, so the same file under any name. By patient: a group's id under
     the salt `ids`, or a public barcode. By picture: at most MOST_BITS of 255 bits differ, in any of eight
     orientations. None of it finds a patch of a slide that both sides know under other names and files.
+    `notes` tells what the list holds and the data set offers nothing to compare with.
     """
     if seen is None:
         return Leaks(
@@ -135,6 +136,9 @@ def leaks(evidence: Evidence, seen: PretrainedOn | None, ids: Ids | None = None)
     if any(evidence.groups) and seen.patients:
         compared.append("patient")
         rows["patient"] = _by_patient(evidence.groups, seen, ids, notes)
+        unnamed = sum(not group for group in evidence.groups)
+        if unnamed:
+            notes.append(f"{unnamed:,} of {evidence.n:,} samples are of no known patient.")
     if evidence.patches is not None and len(seen.patches):
         compared.append("patch")
         rows["patch"] = _where(distances(evidence.patches, seen.patches)[0] <= MOST_BITS)
@@ -144,11 +148,36 @@ def leaks(evidence: Evidence, seen: PretrainedOn | None, ids: Ids | None = None)
         compared=tuple(compared),
         rows=rows,
         cohorts=tuple(stage.name for stage in seen.stages),
-        notes=tuple(notes),
+        notes=(*notes, *not_compared(seen, compared)),
     )
     first = np.flatnonzero(found.mask())[:_MOST_TOLD].tolist()
     names = evidence.names or [f"sample {row}" for row in range(evidence.n)]
     return replace(found, examples=tuple(names[row] for row in first))
+
+
+def not_compared(seen: PretrainedOn, compared: Sequence[str]) -> tuple[str, ...]:
+    """Sentences on what a list holds that was not compared, with its numbers; () where all of it was.
+
+    compared: "slide", "patient", "patch". Patches of slides need no comparison where slides were compared:
+    a patch is seen if its slide is. The other way round it does not hold: listed are few of the patches drawn,
+    and one cut elsewhere in a slide is another picture.
+    """
+    lacking = []
+    if len(seen.slides) and "slide" not in compared:
+        lacking.append(f"its {len(seen.slides):,} slides")
+    if seen.patients and "patient" not in compared:
+        lacking.append(f"its {len(seen.patients):,} patient ids")
+    pictures = [stage for stage in seen.stages if stage.patches and not stage.slides]
+    if len(seen.patches) and "patch" not in compared and (pictures or "slide" not in compared):
+        lacking.append(f"its {len(seen.patches):,} listed patches")
+    told = [f"There is nothing to compare {' and '.join(lacking)} with."] if lacking else []
+    sampled = any(stage.every > 1 for stage in pictures)
+    if "patch" in compared and (sampled or (len(seen.slides) and "slide" not in compared)):
+        draws = sum(stage.draws for stage in seen.stages)
+        told.append(
+            f"Listed are {len(seen.patches):,} patches of {draws:,} draws: others are not found."
+        )
+    return tuple(told)
 
 
 def seen_by(weights: str) -> PretrainedOn | None:
@@ -214,7 +243,8 @@ def refuse_or_mark(
 ) -> str:
     """A line for the table's notes; PathfmError where a sample (of `rows`) was seen and that is refused.
 
-    What is not known is marked, never refused. "" where everything could be compared and nothing was seen.
+    What is not known is marked, never refused. "" where all that the list holds was compared (`not_compared`
+    has nothing to tell) and nothing was seen.
     names: of all samples, so that the error names some of `rows`; without them the first of all.
     """
     if found.n == 0 and not found.known:

@@ -13,7 +13,7 @@ import numpy as np
 from online_patching import Corpus
 from online_patching.stores.local import atomic_write_text
 from pathfm.cohorts.names import barcode_of
-from pathfm.leakage.check import Leaks, Policy, refuse_or_mark, seen_by
+from pathfm.leakage.check import Leaks, Policy, not_compared, refuse_or_mark, seen_by
 from pathfm.leakage.seen import SHORTEST_NAME, PretrainedOn, public_id, slide_key
 from pathfm.runtime import PathfmError
 
@@ -21,6 +21,7 @@ BAGS_LEAKS = "leaks.json"
 """Beside the bags of a corpus's slides, in the folder of their model."""
 _JOURNAL = "index.journal"  # one JSON object a slide: docs/indexing.md
 _MAX_BYTES = 256 << 20
+_FORM = "2"  # the first form did not tell what could not be compared
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def check_corpus(seen: PretrainedOn | None, slides: Sequence[Listed]) -> Leaks:
         compared=tuple(rows),
         rows=rows,
         cohorts=tuple(stage.name for stage in seen.stages),
-        notes=seen.notes + note,
+        notes=(*seen.notes, *note, *not_compared(seen, tuple(rows))),
     )
 
 
@@ -88,7 +89,11 @@ def check_bags(bags: Path, weights: str, corpus: Path) -> Leaks:
     """Writes into a folder of bags which of the corpus's slides the weights had seen."""
     slides = list(slides_of(corpus))
     found = check_corpus(seen_by(weights), slides)
-    facts = {"slides": [s.slide_id for s in slides], "leaks": json.loads(found.to_json())}
+    facts = {
+        "form": _FORM,
+        "slides": [s.slide_id for s in slides],
+        "leaks": json.loads(found.to_json()),
+    }
     atomic_write_text(bags / BAGS_LEAKS, json.dumps(facts) + "\n")
     return found
 
@@ -104,11 +109,11 @@ def mark_of_bags(name: str, folder: Path, slides: Sequence[str], policy: Policy)
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"more than {_MAX_BYTES >> 20} MiB")
         facts = json.loads(path.read_text(encoding="utf-8"))
-        found = Leaks.from_json(json.dumps(facts["leaks"]))
+        found = Leaks.from_json(json.dumps(facts["leaks"]) if facts.get("form") == _FORM else "")
         place = {str(slide): row for row, slide in enumerate(facts["slides"])}
     except FileNotFoundError:
         return f"{name}: What the backbone was pretrained on is not known: these bags come without {BAGS_LEAKS}."
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PathfmError(f"{path}: damaged ({error}). Delete it and embed again") from None
     wanted = [slide for slide in slides if place.get(slide, found.n) < found.n]
     chosen = np.array([place[slide] for slide in wanted], np.int64)
