@@ -12,7 +12,14 @@ from pydantic import TypeAdapter
 from pathfm.compare.gathering import READERS, from_files
 from pathfm.compare.published import _ROWS, published_scores
 from pathfm.compare.records import EVA, Task
-from pathfm.compare.tables import Table, every_table, leaderboards
+from pathfm.compare.tables import (
+    Table,
+    differences,
+    every_table,
+    few_shots,
+    labels,
+    leaderboards,
+)
 from pathfm.datasets import DATASETS
 from pathfm.embeddings.info import describe_transform
 from pathfm.heads.result import HeadResult
@@ -24,6 +31,7 @@ from tests.comparing import (
     backbone,
     corrupted,
     found_in,
+    paired,
     probe,
     robustness,
     scores,
@@ -145,6 +153,28 @@ def test_published_rows_stay_away_from_other_features_and_these_replace_no_other
     (changed,) = [table for table in tables if told in table.title]
     assert dict(plain.rows)["mine"] == "80.0 ± 1.0"  # not replaced by the later figure
     assert [row[1] for row in changed.rows] == ["85.0 ± 1.0"]
+
+
+def test_few_shot_confusions_and_differences_of_two_input_sizes_are_told_apart(
+    tmp_path: Path,
+) -> None:
+    for px in (112, 224):
+        models = [backbone(name, logistic=scores(0.8)) for name in ("init", "long")]
+        for model in models:
+            model["few_shot"] = {"logistic": {"shots": [1], "mean": [px / 1000], "sd": [0.0]}}
+        pairs = [paired("init", "long", px / 1000, [])]
+        write(tmp_path / str(px) / "probe.json", probe(models, paired=pairs, input_px=px))
+    found = found_in(tmp_path).found
+    (shots,) = few_shots(found)
+    assert [row[0] for row in shots.rows] == [
+        *("init, 112 px", "long, 112 px"),
+        *("init, 224 px", "long, 224 px"),
+    ]
+    (table,) = differences(found)
+    assert table.columns[:2] == ("models", "from")
+    told = {Path(row[1]).parent.name: row[4] for row in table.rows}
+    assert told == {"112": "+11.2", "224": "+22.4"}
+    assert set(labels(found.confusions).values()) == {row[0] for row in shots.rows}
 
 
 def test_one_model_by_two_poolings_has_two_rows_that_say_so(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pathfm.compare.records import OverMpp, Score, Task
-from pathfm.compare.tables import latest, protocols
+from pathfm.compare.tables import entity, labels, latest, protocols
 from pathfm.runtime import PathfmError
 
 _ALWAYS = ("patches_seen", "slides_seen", "dim", "input_px")
@@ -62,12 +62,15 @@ def scaling(scores: Sequence[Score], params: frozenset[str], axes: Sequence[str]
 def over_mpp(found: Sequence[OverMpp]) -> list[Curve]:
     """Scores over the µm/px of the tested pictures, a curve a task, a line a model."""
     lines: dict[Task, dict[str, tuple[Point, ...]]] = {}
+    names = labels(found)
     for one in found:
         points = tuple(
             Point(mpp, mean, interval, one.model)
             for mpp, (mean, interval) in zip(one.mpp, one.scores, strict=True)
         )
-        lines.setdefault(one.task, {})[one.model] = points  # of one name the last, as in tables
+        lines.setdefault(one.task, {})[names[entity(one)]] = (
+            points  # of one name the last, as in tables
+        )
     note = "Lines of {0} models are more than can be told apart: {1} of them are drawn."
     return [
         Curve(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from pathfm.compare.ablation import ablations
 from pathfm.compare.curves import Curve, over_mpp, scaling
@@ -81,7 +82,8 @@ def _shots(found: Found) -> Iterator[Picture]:
         by_task.setdefault(curve.task, []).append(curve)
     for n, (task, curves) in enumerate(by_task.items(), 1):
         told = f"Mean and band of one sd over draws of the training samples. {task.told}."
-        png = draw_shots(task, curves)
+        names = labels(curves)
+        png = draw_shots(task, [replace(curve, model=names[entity(curve)]) for curve in curves])
         yield Picture(f"few_shot_{n}.png", png, f"{task.data}: {task.protocol}", told)
 
 
@@ -109,7 +111,8 @@ def _confusions(found: Found) -> Iterator[Picture]:
         by_task.setdefault(one.task, []).append(one)
     for n, (task, every) in enumerate(by_task.items(), 1):
         told = f"Per cent of the samples of each true class, summed over repeats. {task.told}."
-        png = draw_confusions(every)
+        names = labels(every)
+        png = draw_confusions([replace(one, model=names[entity(one)]) for one in every])
         yield Picture(
             f"confusion_{n}.png", png, f"{task.data}: what is taken for what, {task.protocol}", told
         )

@@ -115,17 +115,19 @@ def read_probe(source: Source) -> Found:
     over_mpp: list[OverMpp] = []
     for backbone in probe.backbones:
         facts = {"input_px": str(probe.input_px), "dim": str(backbone.dim)} | _input_facts(backbone)
+        digest = backbone.backbone_digest
         for name, found in backbone.probes.items():
             task = _task(probe, name, source, backbone)
             scores.append(_score(task, backbone, found, facts, source))
             if found.confusion:
                 counts = tuple(map(tuple, found.confusion))
-                confusions.append(Confusion(task, backbone.name, tuple(probe.classes), counts))
-            over_mpp += _over_mpp(task, backbone, name)
+                names = tuple(probe.classes)
+                confusions.append(Confusion(task, backbone.name, names, counts, digest, facts))
+            over_mpp += _over_mpp(task, backbone, name, facts)
         for method, curve in backbone.few_shot.items():
             task = _task(probe, f"few-shot, {method}", source, backbone)
             k, mean, sd = tuple(curve.shots), tuple(curve.mean), tuple(curve.sd)
-            shots.append(Shots(task, backbone.name, k, mean, sd))
+            shots.append(Shots(task, backbone.name, k, mean, sd, digest, facts))
     models = {backbone.name: backbone for backbone in probe.backbones}
     differences = tuple(
         Difference(
@@ -153,7 +155,9 @@ def read_probe(source: Source) -> Found:
     )
 
 
-def _over_mpp(task: Task, backbone: _Backbone, name: str) -> Iterator[OverMpp]:
+def _over_mpp(
+    task: Task, backbone: _Backbone, name: str, facts: Mapping[str, str]
+) -> Iterator[OverMpp]:
     """The probe's scores at each µm/px, where there is more than one."""
     at = sorted((each for each in backbone.by_mpp if name in each.probes), key=lambda a: a.mpp)
     if len(at) > 1:
@@ -164,6 +168,8 @@ def _over_mpp(task: Task, backbone: _Backbone, name: str) -> Iterator[OverMpp]:
             tuple(each.mpp for each in at),
             tuple(each.n for each in at),
             tuple((scores.mean, pair_of(scores.interval or ())) for scores in found),
+            backbone.backbone_digest,
+            facts,
         )
 
 

@@ -68,6 +68,8 @@ class Shots:
     shots: tuple[int, ...]
     mean: tuple[float, ...]
     sd: tuple[float, ...]
+    backbone_digest: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class OverMpp:
     mpp: tuple[float, ...]
     n: tuple[int, ...]
     scores: tuple[tuple[float, tuple[float, float] | None], ...]
+    backbone_digest: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class Confusion:
     model: str
     classes: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
+    backbone_digest: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pathfm.compare.published import LABEL, published_scores
-from pathfm.compare.records import CorruptedModel, Found, OverMpp, Score, Shots, Task
+from pathfm.compare.records import Confusion, CorruptedModel, Found, OverMpp, Score, Shots, Task
 from pathfm.compare.runs import Comparison
+
+Measured = Score | Shots | OverMpp | Confusion
+"""What says whose it is."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,11 @@ def differences(found: Found) -> Iterator[Table]:
     """Every model against its baseline on the same samples: points, [paired interval], p."""
     if not found.differences:
         return
+    several = len({d.source for d in found.differences}) > 1
     rows = tuple(
         (
             f"{d.other} − {d.baseline}",
+            *((d.source,) if several else ()),
             d.task.data,
             d.task.protocol,
             signed(d.mean),
@@ -67,7 +72,8 @@ def differences(found: Found) -> Iterator[Table]:
         "Points of balanced accuracy, other minus baseline, on the same samples and splits. Intervals are of the mean "
         "difference, samples drawn again in pairs; p is of no difference at all, not corrected for the number of rows."
     )
-    columns = ("models", "data", "protocol", "difference, points", "95 % interval", "p")
+    source = ("from",) if several else ()
+    columns = ("models", *source, "data", "protocol", "difference, points", "95 % interval", "p")
     yield Table("Against the baseline", (note,), columns, rows)
 
 
@@ -77,6 +83,7 @@ def few_shots(found: Found) -> Iterator[Table]:
     for curve in found.shots:
         by_task.setdefault(curve.task, []).append(curve)
     for task, curves in by_task.items():
+        names = labels(curves)
         every = sorted({k for curve in curves for k in curve.shots})
         rows = []
         for curve in curves:
@@ -84,7 +91,7 @@ def few_shots(found: Found) -> Iterator[Table]:
             figures = (
                 f"{100 * at[k][0]:.1f} ± {100 * at[k][1]:.1f}" if k in at else "" for k in every
             )
-            rows.append((curve.model, *figures))
+            rows.append((names[entity(curve)], *figures))
         notes = (f"{task.told}. Mean ± sd over draws of the training samples.",)
         columns = ("model", *(f"{k} a class" for k in every))
         yield Table(f"{task.data}, {task.protocol}: {task.metric}, %", notes, columns, tuple(rows))
@@ -92,15 +99,18 @@ def few_shots(found: Found) -> Iterator[Table]:
 
 def by_mpp(found: Found) -> Iterator[Table]:
     """Scores at each µm/px of the tested pictures: a table a task, a row a model."""
-    by_task: dict[Task, dict[str, OverMpp]] = {}
+    by_task: dict[Task, dict[tuple[str, ...], OverMpp]] = {}
     for one in found.over_mpp:
-        by_task.setdefault(one.task, {})[one.model] = one
+        by_task.setdefault(one.task, {})[entity(one)] = one
     for task, models in by_task.items():
+        names = labels(list(models.values()))
         sizes = {mpp: n for one in models.values() for mpp, n in zip(one.mpp, one.n, strict=True)}
         rows = []
         for name, one in models.items():
             at = dict(zip(one.mpp, one.scores, strict=True))
-            rows.append((name, *(_over(at[mpp]) if mpp in at else "" for mpp in sorted(sizes))))
+            rows.append(
+                (names[name], *(_over(at[mpp]) if mpp in at else "" for mpp in sorted(sizes)))
+            )
         counts = ", ".join(f"{sizes[mpp]:,} at {mpp:g}" for mpp in sorted(sizes))
         note = f"{task.told}. One probe for all; reported samples of each µm/px alone: {counts}."
         columns = ("model", *(f"{mpp:g} µm/px" for mpp in sorted(sizes)))
@@ -155,13 +165,13 @@ def latest(scores: Sequence[Score], tasks: Sequence[Task]) -> list[Score]:
     return list(kept.values())
 
 
-def entity(score: Score) -> tuple[str, ...]:
+def entity(score: Measured) -> tuple[str, ...]:
     """What makes a row: the name, the weights, the input size, the pooling, the µm/px asked for."""
     facts = (score.facts.get(key, "") for key in ("input_px", "pooling", "input_mpp"))
     return score.model, score.backbone_digest, *facts
 
 
-def labels(scores: Sequence[Score]) -> Mapping[tuple[str, ...], str]:
+def labels(scores: Sequence[Measured]) -> Mapping[tuple[str, ...], str]:
     """A name for every row: the model's, with what sets it apart from others of that name."""
     every = list(dict.fromkeys(entity(score) for score in scores))
     found = {}
