@@ -127,7 +127,7 @@ def test_groups_are_never_torn_apart(tmp_path: Path) -> None:
 def test_a_groups_table_must_name_every_picture(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "d", {"a": 2, "b": 1})
     (root / "groups.csv").write_text("path,group\na/00.png,s1\na/01.png,s1\n")
-    with pytest.raises(PathfmError, match=r"1 pictures have no group, first b/00\.png"):
+    with pytest.raises(PathfmError, match=r"1 of 3 pictures have no group, first b/00\.png"):
         scan_folder(root)
     (root / "groups.csv").write_text("path,group\na/00.png,s1\na/01.png,s1\nb/00.png,s2\n")
     assert scan_folder(root).groups == ("s1", "s1", "s2")

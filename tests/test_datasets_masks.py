@@ -98,9 +98,7 @@ def test_classes_csv_says_what_numbers_mean_and_which_are_ignored(tmp_path: Path
         ("n,name\n0,a\n", "no column number"),
     ],
 )
-def test_a_wrong_table_of_classes_is_told_by_its_line(
-    tmp_path: Path, text: str, told: str
-) -> None:
+def test_a_wrong_table_of_classes_is_told_by_its_line(tmp_path: Path, text: str, told: str) -> None:
     make(tmp_path)
     (tmp_path / "classes.csv").write_text(text)
     with pytest.raises(PathfmError, match=told):

@@ -154,7 +154,7 @@ def test_wrong_places_are_told(text: str, message: str, slide: Path) -> None:
 
 def test_a_slide_that_is_none_is_told_when_read(slide: Path) -> None:
     (slide.parent / "text.tif").write_text("no slide")
-    path = table(slide.parent, "slide,x_um,y_um,label\ntext.tif,9,8,a\na.tif,9,8,b\na.tif,9,8,c\n")
+    path = table(slide.parent, "slide,x_um,y_um,label\ntext.tif,9,8,a\na.tif,9,8,b\na.tif,9,9,c\n")
     found = open_dataset(path, mpp=0.5, size_px=16)
     with pytest.raises(PathfmError, match=r"patch at \(9, 8\): .*text\.tif"):
         found.read(0)
@@ -226,7 +226,7 @@ def test_a_group_in_two_splits_of_a_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_called_test_can_be_a_class(tmp_path: Path) -> None:
     pictures(tmp_path, "test/1.png", "train/1.png", "x/1.png")
-    with pytest.raises(PathfmError, match="no class with pictures"):
+    with pytest.raises(PathfmError, match="the folder 'x' is no split"):
         open_dataset(tmp_path)  # train and test without classes: told, not guessed
     pictures(tmp_path / "y", "test/1.png", "x/1.png")
     assert open_dataset(tmp_path / "y").classes == ("test", "x")

@@ -162,12 +162,21 @@ def test_a_picture_of_the_right_size_is_what_pillow_reads(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    ("mode", "suffix"), [("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png"), ("P", "png"), ("1", "png")]
+    ("mode", "suffix"), [("L", "jpg"), ("RGBA", "png"), ("P", "png"), ("1", "png")]
 )
 def test_other_colours_become_rgb_as_pillow_makes_them(tmp_path, mode, suffix):
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(noise((40, 50, 3), 6)).convert(mode).save(path)
     assert np.array_equal(read_rgb(path), np.asarray(read_picture(path)))
+
+
+def test_colours_without_one_meaning_in_rgb_are_refused(tmp_path):
+    Image.fromarray(noise((40, 50, 3), 6)).convert("CMYK").save(tmp_path / "a.jpg")
+    Image.fromarray(np.full((40, 50, 4), 200, np.uint8)).save(tmp_path / "b.png")
+    with pytest.raises(UnreadablePictureError, match="CMYK pixels"):
+        read_rgb(tmp_path / "a.jpg")
+    with pytest.raises(UnreadablePictureError, match="are transparent"):
+        read_rgb(tmp_path / "b.png")
 
 
 @pytest.mark.parametrize(("shape", "size"), [((90, 60), 32), ((40, 70), 64), ((64, 64), 48)])

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from online_patching.stores import is_remote
+from online_patching.stores import is_ranged, is_remote, redact
 from pathfm.datasets.benchmark import SPLITS, Benchmark, Facts, SlideSource, Source, Task
-from pathfm.datasets.listing import named_file, read_rows
+from pathfm.datasets.listing import files_under, named_file, read_rows, refuse_link_out
 from pathfm.datasets.slide_patches import Place, SlidePatches
 from pathfm.datasets.sources import PictureFiles, SlideFiles, assemble
 from pathfm.runtime import PathfmError
@@ -49,14 +49,14 @@ def open_table(table: Path, *, mpp: float | None = None, size_px: int = 224) -> 
         )
     splits = _splits(table, rows)
     task, paths, source, at_mpp = _samples(table, rows, mpp, size_px)
-    _refuse_twice(table, rows, paths)
+    _refuse_twice(table, rows, paths, at_mpp)
     found = assemble(
         _facts(table, task, classes, splits),
         table.parent,
         paths,
         labels=[classes.index(row["label"]) for row in rows],
         splits=splits,
-        groups=_groups(table, rows, paths, task),
+        groups=_groups(table, rows, paths, source),
         source=source,
         mpp=at_mpp,
     )
@@ -74,33 +74,34 @@ def refuse_torn(found: Benchmark) -> None:
         )
 
 
-def _refuse_twice(table: Path, rows: Rows, paths: Sequence[str]) -> None:
+def _refuse_twice(table: Path, rows: Rows, paths: Sequence[str], at_mpp: Sequence[float]) -> None:
     """`PathfmError` for a file, a slide or a place (at one µm/px) in two rows, whatever their labels."""
+    places = "x_um" in rows[0] or "x_px0" in rows[0]
     first: dict[tuple[str, ...], int] = {}
-    for number, (path, row) in enumerate(zip(paths, rows, strict=True), start=1):
-        key = (path, row.get("mpp", ""), row.get("slide_mpp", "")) if "#" in path else (path,)
+    for number, (path, row, mpp) in enumerate(zip(paths, rows, at_mpp, strict=True), start=1):
+        key = (path, f"{mpp:g}", row.get("slide_mpp", "")) if places else (path,)
         if key in first:
+            asked = (
+                "; of http(s) slides nothing behind '?' tells them apart" if is_remote(path) else ""
+            )
             raise PathfmError(
-                f"{table}: rows {first[key]:,} and {number:,} are the same sample, {path}: it would be "
-                f"learnt and judged, or count twice{_WITHOUT_QUERY if is_remote(path) else ''}"
+                f"{table}: rows {first[key]:,} and {number:,} are one sample, {path!r}: it would be "
+                f"learnt and judged, or count twice{asked}. Leave one out"
             )
         first[key] = number
 
 
-_WITHOUT_QUERY = " (http slides are told apart by what stands before '?': the rest may be a secret)"
-
-
-def _groups(table: Path, rows: Rows, paths: Sequence[str], task: Task) -> list[str]:
+def _groups(table: Path, rows: Rows, paths: Sequence[str], source: object) -> list[str]:
     """The column `group`; of places whose rows have none, the slide: its patches are neighbours."""
     told = [row.get("group", "") for row in rows]
-    if task == "slide" or "slide" not in rows[0]:
+    if not isinstance(source, SlidePatches):
         return told
     slides = [path.rpartition("#")[0] for path in paths]
-    with_group = {slide for slide, group in zip(slides, told, strict=True) if group}
+    grouped = {slide for slide, group in zip(slides, told, strict=True) if group}
     for number, (slide, group) in enumerate(zip(slides, told, strict=True), start=1):
-        if not group and slide in with_group:
+        if not group and slide in grouped:
             raise PathfmError(
-                f"{table}: row {number:,} has no group, and other rows of {slide} have one; give it to all"
+                f"{table}: row {number:,} has no group, and other rows of {slide!r} have one; give all one"
             )
     return [group or slide for group, slide in zip(told, slides, strict=True)]
 
@@ -140,12 +141,13 @@ def _samples(
         return "classification", paths, pictures, _numbers(table, rows, "mpp", math.nan)
     if "slide" not in columns:
         raise PathfmError(f"{table}: wants a column path, or slide, beside label")
-    slides = [_slide(root, row["slide"], table) for row in rows]
+    at = {name: _slide(root, name, table) for name in dict.fromkeys(row["slide"] for row in rows)}
+    slides = [at[row["slide"]] for row in rows]
     for x, y in (("x_um", "y_um"), ("x_px0", "y_px0")):
         if x in columns and y in columns:
             return _patches(table, rows, slides, (x, y), mpp, size_px)
     at_mpp = _numbers(table, rows, "slide_mpp", math.nan)
-    return "slide", slides, SlideFiles(root, tuple(slides)), at_mpp
+    return "slide", [_name(slide) for slide in slides], SlideFiles(root, tuple(slides)), at_mpp
 
 
 def _patches(
@@ -169,7 +171,7 @@ def _patches(
         for slide, x, y, slide_mpp in zip(slides, xs, ys, slide_mpps, strict=True)
     )
     unit = "px0" if in_px0 else "um"
-    paths = [f"{s}#{x:g},{y:g} {unit}" for s, x, y in zip(slides, xs, ys, strict=True)]
+    paths = [f"{_name(s)}#{x:.10g},{y:.10g} {unit}" for s, x, y in zip(slides, xs, ys, strict=True)]
     return (
         "classification",
         paths,
@@ -181,10 +183,23 @@ def _patches(
 def _slide(root: Path, name: str, table: Path) -> str:
     """A URI as it is; a path only inside the table's folder. A DICOM slide is a folder."""
     if is_remote(name):
+        if not is_ranged(name):  # fsspec's local:// and its chains would read any file here
+            raise PathfmError(
+                f"{table}: {redact(name)!r}: slides are read from http(s), s3, gs and az, or from beside "
+                "the table; copy it there"
+            )
         return name
-    if (root / name).is_dir() and name and (root / name).resolve().is_relative_to(root.resolve()):
-        return name
+    path = PurePosixPath(name)
+    if name and "\0" not in name and ".." not in path.parts and (root / path).is_dir():
+        refuse_link_out(root.resolve(), root / path)
+        files_under(root, path.as_posix(), ("",))  # its files are no links out either
+        return path.as_posix()
     return named_file(root, name, str(table))
+
+
+def _name(slide: str) -> str:
+    """What a slide is called in files and messages: a URI without password and signature."""
+    return redact(slide) if is_remote(slide) else slide
 
 
 def _numbers(table: Path, rows: Rows, column: str, missing: float | None) -> list[float]:

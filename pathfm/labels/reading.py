@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from online_patching.resample import resize
 from pathfm.datasets.folder import MAX_PIXELS
+from pathfm.datasets.pixels import FORMATS, unfit
 from pathfm.runtime import PathfmError, one_line
 
 Fit = Literal["resize", "crop"]
@@ -89,8 +90,10 @@ def read_rgb(path: Path) -> Pixels:
             _refuse_large(width, height)
             if colours in ("YCbCr", "RGB"):
                 return np.asarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _refuse_large(*image.size)
+            if reason := unfit(image):
+                raise ValueError(reason)
             return np.asarray(image.convert("RGB"))
     except UnidentifiedImageError:  # its message has an address in memory
         raise UnreadablePictureError(path, "of no kind that Pillow knows") from None
