@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,22 @@ def test_the_folder_has_the_masks_the_ignored_pixels_and_the_cases_of_what_was_d
     assert (found.source.read(1) == 5).all()
 
 
+def test_what_was_drawn_for_training_is_the_training_part(tmp_path):
+    made = [replace(drawn(split, split), split=split) for split in TOOL["SPLITS"]]
+    TOOL["write_folder"](made, tmp_path, splits=True)
+    found = open_dataset(str(tmp_path))
+    assert dict(zip(found.splits, (Path(p).stem for p in found.paths), strict=True)) == {
+        "train": "training",
+        "val": "validation",
+        "test": "evaluation",
+    }
+    assert len({*found.groups}) == 3
+
+
 @pytest.mark.slow
 def test_of_the_real_ones_those_at_hand_are_taken_and_the_named_left_out(shared_data: Path):
-    everything = TOOL["pictures_at_hand"](shared_data / "masks", ())
-    some = TOOL["pictures_at_hand"](shared_data / "masks", ("helicobacter", "histoqc_pen"))
+    everything = TOOL["pictures_at_hand"]([shared_data / "masks"], ())
+    some = TOOL["pictures_at_hand"]([shared_data / "masks"], ("helicobacter", "histoqc_pen"))
     assert {p.name for p in everything} > {p.name for p in some}
     assert not any("helicobacter" in p.name or "histoqc_pen" in p.name for p in some)
     assert all((p.rgb.shape[:2] == p.tissue.shape) for p in some)
@@ -48,4 +61,4 @@ def test_of_the_real_ones_those_at_hand_are_taken_and_the_named_left_out(shared_
 
 def test_a_folder_without_any_of_them_is_refused(tmp_path):
     with pytest.raises(PathfmError, match="none of the drawn pictures"):
-        TOOL["pictures_at_hand"](tmp_path, ())
+        TOOL["pictures_at_hand"]([tmp_path], ())
