@@ -10,6 +10,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import NearestNeighbors
 
 from pathfm.measures import (
+    balanced_rows,
     best_k,
     calibration,
     corruption_errors,
@@ -33,29 +34,34 @@ def test_mce_by_hand() -> None:
     assert got.unnormalised == pytest.approx(0.25)
 
 
-_TABLES = st.lists(st.lists(st.floats(0, 1), min_size=5, max_size=5), min_size=1, max_size=10)
+_SHARE = st.floats(0, 1)
+_TABLES = st.lists(st.lists(_SHARE, min_size=5, max_size=5), min_size=1, max_size=10)
 
 
 @settings(deadline=None)
-@given(_TABLES, st.floats(0, 1), st.floats(0, 1), st.data())
+@given(_TABLES, _SHARE, _SHARE, st.data())
 def test_mce_is_a_loop_out_of_the_paper(
     ours: list[list[float]], clean: float, clean_ref: float, data: st.DataObject
 ) -> None:
-    row = st.lists(st.floats(0, 1), min_size=5, max_size=5)
+    """Over tables that do not lie within rounding of a guard: there a mean may fall to either side."""
+
+    def apart(row: list[float]) -> bool:
+        mean = sum(row) / 5
+        return abs(mean - 0.01) > 1e-9 and abs(mean - clean_ref - 0.01) > 1e-9
+
+    row = st.lists(_SHARE, min_size=5, max_size=5).filter(apart)
     reference = data.draw(st.lists(row, min_size=len(ours), max_size=len(ours)))
     ce, relative = [], []
     for e, r in zip(ours, reference, strict=True):
-        if sum(r) / 5 >= 0.01 + 1e-9:
+        if sum(r) / 5 > 0.01:
             ce.append(100 * sum(e) / sum(r))
-        if sum(r) / 5 - clean_ref >= 0.01 + 1e-9:
+        if sum(r) / 5 - clean_ref > 0.01:
             relative.append(100 * sum(x - clean for x in e) / sum(x - clean_ref for x in r))
     got = corruption_errors(ours, clean, reference, clean_ref)
-    if (
-        got.used.sum() == len(ce) and ce
-    ):  # a mean within rounding of the guard may fall to either side
-        assert got.mce == pytest.approx(np.mean(ce))
-    if got.relative_used.sum() == len(relative) and relative:
-        assert got.relative_mce == pytest.approx(np.mean(relative), abs=1e-6)
+    assert (got.used.sum(), got.relative_used.sum()) == (len(ce), len(relative))
+    assert got.mce == pytest.approx(np.mean(ce) if ce else np.nan, nan_ok=True)
+    expected = np.mean(relative) if relative else np.nan
+    assert got.relative_mce == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_a_model_is_at_100_of_itself() -> None:
@@ -210,6 +216,64 @@ def test_k_is_the_best_for_naming_the_class() -> None:
         votes = [np.bincount(y[row[:k]], minlength=3).argmax() for row in nearest]
         scores[k] = balanced_accuracy_score(y, votes)
     assert best_k(nearest, y, most=60) == max(scores, key=lambda k: scores[k])
+
+
+def slow_chance(y, site, slide) -> float:
+    """Every candidate of every picture, one at a time."""
+    so = os = 0.0
+    for i in range(len(y)):
+        others = [j for j in range(len(y)) if j != i and slide[j] != slide[i]]
+        so += sum(y[j] == y[i] and site[j] != site[i] for j in others) / len(others)
+        os += sum(y[j] != y[i] and site[j] == site[i] for j in others) / len(others)
+    return so / (so + os)
+
+
+def test_the_chance_index_is_that_of_all_candidates_in_a_loop() -> None:
+    x, y, site, slide = some_hospitals(120)
+    nearest = neighbours(x, slide)
+    got = site_index(nearest, y, site, 5, slide)
+    assert got.chance == pytest.approx(slow_chance(y, site, slide), abs=1e-12)
+    alone = site_index(nearest, y, site, 5)
+    assert alone.chance == pytest.approx(slow_chance(y, site, range(120)), abs=1e-12)
+    assert got.n == 120
+    even = np.arange(60) % 3, [str(i // 30) for i in range(60)]
+    crossed = site_index(neighbours(x[:60]), *even, 5)
+    assert crossed.chance == pytest.approx(
+        1 / 3
+    )  # three classes at two sites: (2 - 1) / (2 + 3 - 2)
+
+
+@pytest.mark.parametrize("sizes", [(400, 400, 20, 20), (400, 20, 400, 20)])
+def test_features_that_tell_nothing_are_at_chance_however_unequal_the_cells(sizes) -> None:
+    """A rare class, a rare site: without balance 0.91 and 0.09."""
+    y = np.repeat([0, 0, 1, 1], sizes)
+    site = np.repeat(["s1", "s2", "s1", "s2"], sizes)
+    rng, found = np.random.default_rng(0), []
+    for seed in range(10):
+        x = rng.normal(size=(len(y), 8))
+        kept = balanced_rows(y, site, seed)
+        assert np.bincount(2 * y[kept] + (site[kept] == "s2")).tolist() == [20] * 4
+        found.append(site_index(neighbours(x[kept]), y[kept], site[kept], 21))
+    assert np.mean([one.index for one in found]) == pytest.approx(0.5, abs=0.03)
+    assert [one.chance for one in found] == pytest.approx([0.5] * 10)
+    whole = site_index(neighbours(x), y, site, 21)
+    assert abs(whole.chance - 0.5) > 0.35  # what is told where nobody balances
+    assert whole.index == pytest.approx(whole.chance, abs=0.02)
+
+
+def test_which_pictures_balance_keeps_follows_from_the_seed_and_their_rows() -> None:
+    y, site = np.repeat([0, 1], 30), np.repeat(["a", "b", "a", "b"], [10, 20, 5, 25])
+    kept = balanced_rows(y, site, 3)
+    assert len(kept) == 4 * 5
+    assert (np.diff(kept) > 0).all()
+    np.testing.assert_array_equal(kept, balanced_rows(y, site, 3))
+    assert set(kept.tolist()) != set(balanced_rows(y, site, 4).tolist())
+
+
+def test_a_class_that_a_site_lacks_is_refused_with_what_to_do() -> None:
+    y, site = [0, 0, 1, 1, 2, 2], ["a", "b", "a", "b", "a", "a"]
+    with pytest.raises(PathfmError, match=r"class 2 has no picture from b \(1 of 6 pairs.*Leave"):
+        balanced_rows(y, site, 0)
 
 
 @pytest.mark.parametrize(("axis", "expected"), [(0, 1.0), (1, 0.0)])

@@ -21,7 +21,7 @@ from pathfm.config import load_config
 from pathfm.corruptions import corrupt, picture_numbers
 from pathfm.datasets import open_dataset
 from pathfm.embeddings import Embeddings
-from pathfm.measures import neighbours, site_index
+from pathfm.measures import balanced_rows, neighbours, site_index
 from pathfm.metrics import Standardiser
 from pathfm.models import Embedder
 from pathfm.robustness import RobustnessConfig, run
@@ -385,7 +385,9 @@ def test_few_pictures_of_each_class_are_the_same_few_in_any_company(tmp_path: Pa
     assert len(set(known_groups(some))) == 12
 
 
-def test_the_site_index_is_of_the_features_on_disk(tmp_path: Path, made: list[str]) -> None:
+def test_the_site_index_is_of_the_features_on_disk(
+    tmp_path: Path, made: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     data = paint(tmp_path / "d", 8)
     paths = open_dataset(data).paths
     rows = [f"{path},hospital {i % 2},slide {i % 6}" for i, path in enumerate(paths)]
@@ -399,6 +401,38 @@ def test_the_site_index_is_of_the_features_on_disk(tmp_path: Path, made: list[st
     assert site is not None
     assert (site.index, site.k) == (expected.index, 3)
     assert 0 < site.index < 1
+    assert site.n == 24
+    assert "site index: 24 pictures" in capsys.readouterr().out
+
+
+def test_the_site_index_is_of_as_many_pictures_of_each_class_from_each_site(
+    tmp_path: Path, made: list[str]
+) -> None:
+    data = paint(tmp_path / "d", 8)
+    paths = open_dataset(data).paths
+    sites = [
+        f"hospital {i % 8 // 6}" for i in range(24)
+    ]  # six of each class from one, two from the other
+    table = tmp_path / "sites.csv"
+    table.write_text(
+        "\n".join(["path,site", *map(",".join, zip(paths, sites, strict=True))]) + "\n"
+    )
+    result = run(config(data, tmp_path / "out", "m=2", sites=table, k=3, noise_shares=[]))
+    saved = Embeddings.load(tmp_path / "out" / "features" / "m" / "clean.safetensors")
+    kept = balanced_rows(saved.labels, sites, 0)
+    near = neighbours(saved.features[kept])
+    expected = site_index(near, saved.labels[kept], [sites[i] for i in kept], 3)
+    site = result.models[0].site
+    assert site is not None
+    assert (site.n, site.index, site.chance) == (12, expected.index, pytest.approx(1 / 3))
+    table.write_text(
+        table.read_text()
+        .replace("c/06.png,hospital 1", "c/06.png,hospital 0")
+        .replace("c/07.png,hospital 1", "c/07.png,hospital 0")
+    )
+    with pytest.raises(PathfmError, match="class 2 has no picture from hospital 1"):
+        run(config(data, tmp_path / "refused", "m=2", sites=table, noise_shares=[]))
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(

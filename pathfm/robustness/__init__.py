@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from online_patching.stores.local import atomic_write_text
 from pathfm.datasets import Benchmark
 from pathfm.embeddings import Embeddings
-from pathfm.measures import best_k, neighbours, site_index
+from pathfm.measures import balanced_rows, best_k, neighbours, site_index
 from pathfm.robustness.features import make_features
 from pathfm.robustness.folds import Fold, known_groups, make_folds, open_samples
 from pathfm.robustness.judging import Judged, judge
@@ -64,6 +64,8 @@ def run(config: RobustnessConfig) -> RobustnessResult:
 
     samples = open_samples(config)
     places = read_sites(config.sites, samples.paths) if config.sites else None
+    if places:
+        balanced_rows(samples.labels, places[0], config.seed)  # refused before features are made
     folds, selects_on_reported = make_folds(samples, config)
     device = pick_device(config.device)
     models = {
@@ -165,16 +167,19 @@ def _sites(
     places: tuple[tuple[str, ...], tuple[str, ...]],
     config: RobustnessConfig,
 ) -> dict[str, Site]:
-    """The site index of every model, all at one k."""
-    sites, slides = places[0], places[1] or known_groups(samples)
+    """The site index of every model, all at one k, on as many pictures of each class from each site."""
+    kept = balanced_rows(samples.labels, places[0], config.seed)
+    slides = places[1] or known_groups(samples)
+    sites, slides = (tuple(x[row] for row in kept) if x else () for x in (places[0], slides))
+    labels = samples.labels[kept]
     nearest = {
-        name: neighbours(Embeddings.load(paths[0]).features, slides)
+        name: neighbours(Embeddings.load(paths[0]).features[kept], slides)
         for name, paths in files.items()
     }
-    best = {name: best_k(found, samples.labels) for name, found in nearest.items()}
+    best = {name: best_k(found, labels) for name, found in nearest.items()}
     k = config.k or int(np.median(list(best.values())))
     return {
-        name: site_result(site_index(found, samples.labels, sites, k), best[name])
+        name: site_result(site_index(found, labels, sites, k, slides), best[name])
         for name, found in nearest.items()
     }
 

@@ -64,8 +64,9 @@ def make_folds(samples: Benchmark, config: RobustnessConfig) -> tuple[list[Fold]
     solved again on all of the training half.
     """
     if any(samples.splits):
-        parts = Parts.of_names(samples.splits)
-        fold = Fold(parts.train, parts.val, parts.train, parts.reported)
+        parts = Parts.of_names(samples.splits, samples.labels, known_groups(samples))
+        final = np.union1d(parts.train, parts.val) if parts.carved else parts.train
+        fold = Fold(parts.train, parts.val, final, parts.reported)
         return [fold], not len(parts.test)
     groups, found = known_groups(samples), []
     for repeat in range(config.n_splits):

@@ -46,9 +46,14 @@ class NoisyLabels:
 
 @dataclass(frozen=True)
 class Site:
-    """PathoROB's index of a model at k, and the k that was best for naming its classes."""
+    """PathoROB's index of a model at k, and the k that was best for naming its classes.
+
+    n: pictures, as many of each class from each site. chance: the index of features that tell nothing.
+    """
 
     index: float
+    chance: float
+    n: int
     k: int
     best_k: int
     per_class: list[float | None]
@@ -142,7 +147,8 @@ def model_result(
 
 def site_result(found: SiteIndex, best: int) -> Site:
     """A site index as it is written down."""
-    return Site(found.index, found.k, best, [_number(value) for value in found.per_class])
+    per_class = [_number(value) for value in found.per_class]
+    return Site(found.index, found.chance, found.n, found.k, best, per_class)
 
 
 def _figure(

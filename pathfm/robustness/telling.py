@@ -42,6 +42,13 @@ def show(result: RobustnessResult) -> None:
             *([f"{model.site.index:.3f}"] if model.site else []),
         )
     out.print(summary)
+    if site:
+        out.print(
+            f"site index: {site.n:,} pictures, equally many of each class from each site; 1 is biology alone, "
+            f"{site.chance:.3f} is features that tell nothing",
+            markup=False,
+            highlight=False,
+        )
     out.print("CE (relative CE), % of the reference's error:")
     table = Table("corruption")
     table.add_column(f"error of {escape(result.reference)} by severity, %", justify="right")
