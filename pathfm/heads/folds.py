@@ -107,7 +107,8 @@ def grouped_folds(
     found = []
     for k in range(n_folds):
         test, val = fold == k, fold == (k + 1) % n_folds
-        parts = Parts(*(np.flatnonzero(rows) for rows in (~test & ~val, val, test)))
+        train = ~test & ~val
+        parts = Parts(np.flatnonzero(train), np.flatnonzero(val), np.flatnonzero(test))
         found.append(checked(parts, groups, labels, classes))
     return found
 
@@ -119,7 +120,7 @@ def parts_of(
     classes: Sequence[str] = (),
 ) -> Parts:
     """The parts that a table's own splits mean, checked."""
-    return checked(Parts.of_names(splits), groups, labels, classes)
+    return checked(Parts.of_names(splits, labels, groups), groups, labels, classes)
 
 
 def told_of(parts: Parts, n_folds: int | None = None) -> str:
