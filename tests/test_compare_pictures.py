@@ -19,6 +19,7 @@ from pathfm.compare.gathering import from_files, gather
 from pathfm.compare.maps import draw_rows, embedding_files, embedding_maps, pca
 from pathfm.compare.matrices import shares
 from pathfm.compare.records import Confusion, Task
+from pathfm.compare.tables import leaderboards, protocols
 from pathfm.embeddings import Embeddings, EmbeddingsInfo
 from pathfm.runtime import PathfmError
 from tests.comparing import backbone, corrupted, paired, probe, robustness, scores, write
@@ -65,6 +66,24 @@ def test_bars_begin_at_the_baseline_and_are_coloured_where_the_difference_is_sur
     assert ([1.0, 9.0], [2, 2]) in lines_of(panel)
     low, high = panel.get_xlim()
     assert low == -high  # one scale to both sides
+
+
+def test_rows_of_a_leaderboard_are_in_the_order_of_its_table(
+    figures: list[Any], tmp_path: Path
+) -> None:
+    high, low = backbone("high", logistic=scores(0.9)), backbone("low", logistic=scores(0.8))
+    write(tmp_path / "a" / "probe.json", probe([low, high]))
+    elsewhere = backbone("low", logistic=scores(0.99))  # best of all, on the second data set
+    write(tmp_path / "b" / "probe.json", probe([elsewhere], data="other", data_digest="f" * 64))
+    found = gather(from_files([tmp_path])).found
+    (table,) = leaderboards(found)
+    tasks = protocols(found.scores)["logistic regression"]
+    drawing.draw_leaderboard([(score.model, score) for score in found.scores], [], tasks)
+    first, second = figures[0].axes
+    names = [text.get_text() for text in first.get_yticklabels()][::-1]
+    assert names == [row[0] for row in table.rows] == ["high", "low"]
+    assert figures[0].get_suptitle() == "logistic regression"
+    assert ([99.0], [0]) in [([round(x, 9) for x in xs], ys) for xs, ys in lines_of(second)]
 
 
 def test_a_curve_has_points_in_order_and_its_intervals(figures: list[Any]) -> None:

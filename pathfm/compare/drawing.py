@@ -49,16 +49,20 @@ def save(figure: Any) -> bytes:
 def draw_leaderboard(
     ours: Sequence[tuple[str, Score]], theirs: Sequence[Score], tasks: Sequence[Task]
 ) -> bytes:
-    """A panel a data set, a row a model: dot and interval; published figures are hollow diamonds."""
-    best: dict[str, float] = {}
+    """A panel a data set, a row a model: dot and interval; published figures are hollow diamonds.
+
+    Rows are in the order of the tables: the best of the first data set on top.
+    """
+    means: dict[str, dict[Task, float]] = {}
     for name, score in [*ours, *((s.model, s) for s in theirs)]:
-        best[name] = max(best.get(name, 0.0), score.mean)
-    rows = sorted(best, key=lambda name: best[name])
+        means.setdefault(name, {})[score.task] = score.mean
+    rows = sorted(means, key=lambda name: tuple(means[name].get(task, -1.0) for task in tasks))
     at = {name: i for i, name in enumerate(rows)}
     columns = min(4, len(tasks))
     lines = -(-len(tasks) // columns)
-    height = lines * (0.9 + 0.3 * len(rows))
-    figure, panels = sheet(columns, lines, 3.0 + 2.6 * columns, max(2.0, height))
+    height = 0.3 + lines * (0.9 + 0.3 * len(rows))
+    figure, panels = sheet(columns, lines, 3.0 + 2.6 * columns, max(2.3, height))
+    figure.suptitle(plain_words(tasks[0].protocol), fontsize=10)
     for panel, task in zip(panels.flat, tasks, strict=False):
         for name, score in ours:
             if score.task == task:
@@ -141,7 +145,8 @@ def draw_ablation(ablation: Ablation) -> bytes:
     columns, n = len(ablation.panels), len(ablation.rows)
     width = min(16.0, 2.6 + 2.7 * columns)
     lines = sum(1 + name.count("\n") for name in ablation.rows)
-    figure, panels = sheet(columns, 1, width, 1.2 + 0.3 * n + 0.17 * lines)
+    figure, panels = sheet(columns, 1, width, 1.5 + 0.3 * n + 0.17 * lines)
+    figure.suptitle(plain_words(f"{ablation.data}: against {ablation.baseline}"), fontsize=10)
     for panel, (protocol, bars) in zip(panels[0], ablation.panels.items(), strict=True):
         for row, bar in enumerate(reversed(bars)):
             if bar is None:
