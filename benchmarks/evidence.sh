@@ -9,7 +9,7 @@
 set -eu
 OUT=$1
 shift
-[ $# -gt 0 ] || set -- corpus pretrain groups embed probe robustness compare
+[ $# -gt 0 ] || set -- corpus pretrain groups embed probe robustness segmentation compare
 PATHFM=${PATHFM:-pathfm}
 DATA=${DATA:-../shared/data}
 IMAGENET=$DATA/weights/vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors
@@ -100,6 +100,15 @@ robustness() {
   $PATHFM robustness --data "$OUT/clustered" --models imagenet="$IMAGENET" random=random:0 \
     dino_0="$OUT/runs/dino_0" --backbone vit_tiny_patch16_224 --input_px 112 --per_class 200 \
     --n_splits 3 --precision bf16 --threads 1 --out "$OUT/robustness" --tracking.experiment evidence
+}
+
+# Thumbnails on which tissue was drawn, without those of slides that were pretrained on and those that are no slides.
+segmentation() {
+  python tools/drawn_masks.py --pictures "$DATA/masks" --out "$OUT/drawn" --without helicobacter \
+    kidneyoncocytoma metastaticsarcoma molluscum gallery_06 histoqc_pen coverslip_edge
+  $PATHFM probe-segmentation --data "$OUT/drawn" --weights "$IMAGENET" random:0 "$OUT/runs/dino_0" \
+    --names imagenet random dino_0 --backbone vit_tiny_patch16_224 --tile_px 0 --heads linear --n_folds 5 \
+    --n_runs 1 --steps 200 --out "$OUT/segmentation" --tracking.experiment evidence
 }
 
 compare() {
