@@ -141,6 +141,7 @@ def test_a_study_that_makes_no_sense_is_refused_in_one_line(
         (["tiny", "--set", "probe.k=0", "--dry-run"], "study tiny, probe: k = 0: should be greater"),
         (["tiny", "--seeds", "0"], "seeds = '0'"),
         (["tiny", "--worker", "2/2", "--out", "OUT"], "'2/2' should be K/N"),
+        (["masks", "--out", "OUT"], "no drawn thumbnails: give --pictures FOLDER"),
         (["tiny", "--out", "OUT"], "no labelled patches: give --patches FOLDER"),
     ],
 )  # fmt: skip
@@ -148,6 +149,9 @@ def test_a_mistake_on_the_command_line_is_one_line(
     tmp_path: Path, words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    of_masks = {"name": "masks", "kind": "foreground", "foreground": {"steps": 60}}
+    arms = {"arms": [{"name": "a"}, {"name": "b"}]}
+    (tmp_path / "masks.yaml").write_text(yaml.safe_dump(TINY | of_masks | arms))
     given = [str(tmp_path / "out") if word == "OUT" else word for word in words]
     assert main(["study", *given, "--studies", str(tmp_path), "--tracking.no-enabled"]) == 2
     told = capsys.readouterr().err
@@ -393,14 +397,18 @@ def labelled(tmp_path: Path) -> Path:
     return tmp_path / "labelled"
 
 
-def test_the_labelled_halves_tear_no_group_and_lose_no_picture(
+def test_the_labelled_parts_tear_no_group_and_lose_no_picture(
     labelled: Path, tmp_path: Path
 ) -> None:
     _part(scan_folder(labelled), tmp_path / "parted")
-    train, test = (scan_folder(tmp_path / "parted" / name) for name in ("train", "test"))
-    assert len(train) + len(test) == 40
-    assert not set(train.groups) & set(test.groups)
+    parts = [scan_folder(tmp_path / "parted" / name) for name in ("train", "val", "test")]
+    train, val, test = parts
+    assert sum(map(len, parts)) == 40
+    assert len(set().union(*(part.groups for part in parts))) == sum(
+        len(set(part.groups)) for part in parts
+    )
     assert 0.2 <= len(test) / 40 <= 0.4
+    assert 0 < len(val) < len(train)
 
 
 def test_wrong_labels_are_as_many_of_each_class_as_asked_for(

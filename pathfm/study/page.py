@@ -15,7 +15,7 @@ from typing import Any
 
 from online_patching.stores.local import atomic_write_text
 from pathfm.runtime import git_commit, make_folder, without_secrets
-from pathfm.study.drawing import draw_curves, draw_others, draw_verdict, scale_of, unit_of
+from pathfm.study.drawing import draw_curves, draw_others, draw_verdict, scale_of, unit_of, words_of
 from pathfm.study.judging import Judged, Results
 from pathfm.study.plan import START, Study
 
@@ -103,7 +103,7 @@ def _said(study: Study, judged: Judged) -> str:
             line += f" [{_signed(scale * each.low)}, {_signed(scale * each.high)}]"
         parts.append(line)
     turned = "" if study.criterion.higher_is_better else ", turned so that better is positive"
-    return f"{metric}{turned}: {'; '.join(parts)}." if parts else ""
+    return f"{words_of(metric)}{turned}: {'; '.join(parts)}." if parts else ""
 
 
 def _facts(study: Study, judged: Judged, results: Results) -> list[tuple[str, str]]:
@@ -134,7 +134,7 @@ def _arms_table(study: Study, judged: Judged) -> tuple[str, list[str], list[list
     heads = [
         "arm",
         "what it is",
-        *(f"{m}{', ' + unit_of(m) if unit_of(m) else ''}" for m in metrics),
+        *(f"{words_of(m)}{', ' + unit_of(m) if unit_of(m) else ''}" for m in metrics),
     ]
     rows = [
         [arm.name, arm.tells, *(_told(judged.values[m][arm.name], scale_of(m)) for m in metrics)]
@@ -158,7 +158,7 @@ def _differences_table(study: Study, judged: Judged) -> tuple[str, list[str], li
         mean = _signed(scale * each.mean) if each.values else ""
         rows.append([f"{each.arm} − {each.against}", values, mean, interval, each.answers(margin)])
     heads = ["difference", "by seed", "mean", f"{100 * study.criterion.level:g} % interval", "says"]
-    return f"Differences in {study.criterion.metric}, paired by seed", heads, rows
+    return f"Differences in {words_of(study.criterion.metric)}, paired by seed", heads, rows
 
 
 def _cost_table(study: Study, results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -190,7 +190,8 @@ def caveats_of(study: Study, judged: Judged, results: Results) -> list[str]:
     """What the study says of its data, what the probes said, and what a few seeds can tell."""
     said = list(study.caveats)
     for result in results.values():
-        said += [line for line in result.get("caveats", []) if line not in said]
+        told = [line.removeprefix("cell: ") for line in result.get("caveats", [])]
+        said += [line for line in told if line not in said]
     few = study.seeds
     said.append(
         f"Intervals are Student's over {few} seeds of training (t with {few - 1} degrees of freedom), on one set of "

@@ -1,4 +1,4 @@
-"""What the cells of studies share: a corpus, labelled halves, a grid on disk. Made once, under a lock.
+"""What the cells of studies share: a corpus, labelled parts, a grid on disk. Made once, under a lock.
 
 All of it lies in `<out>/shared`, in folders named by what they are made of, so that studies share it too.
 """
@@ -28,7 +28,7 @@ from pathfm.study.equal import config_of
 from pathfm.study.plan import Arm, Data, Study
 
 _NOISE_STREAM = 471
-_TEST_SHARE = 0.3
+_TEST_SHARE, _VAL_SHARE = 0.3, 0.2
 _DONE = "prepared.json"
 
 
@@ -47,8 +47,7 @@ def prepare(study: Study, out: Path) -> Prepared:
     """Makes, or finds made, all that the cells need. `PathfmError` where data are missing."""
     root = out / "shared"
     if study.kind == "foreground":
-        facts = {"pictures": [str(path) for path in study.data.pictures]}
-        return Prepared(None, None, {}, {}, facts)
+        return Prepared(None, None, {}, {}, _drawn(study.data))
     with in_turn(root):
         patches, train, of_patches = _patches(study, root)
         corpus: Path | None = None
@@ -61,6 +60,20 @@ def prepare(study: Study, out: Path) -> Prepared:
                 offline[arm.name], cost = _offline(study, arm, corpus, root)
                 of_slides[f"offline/{arm.name}"] = cost
     return Prepared(corpus, patches, train, offline, of_patches | of_slides)
+
+
+def _drawn(data: Data) -> dict[str, Any]:
+    """What is known of the drawn thumbnails, which cells read where they lie."""
+    from pathfm.segmentation.training_data import gather
+
+    if not data.pictures:
+        raise PathfmError("no drawn thumbnails: give --pictures FOLDER [FOLDER ...]")
+    drawn = gather(data.pictures)
+    return {
+        "drawn": drawn.digest,
+        "training": len(drawn.training),
+        "validation": len(drawn.validation),
+    }
 
 
 def _corpus(data: Data, root: Path) -> tuple[Path, dict[str, Any]]:
@@ -85,7 +98,7 @@ def _corpus(data: Data, root: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _patches(study: Study, root: Path) -> tuple[Path, dict[float, Path], dict[str, Any]]:
-    """The labelled folder that is probed, and the training half of it by label noise."""
+    """The labelled folder that is probed, and its training part by label noise."""
     given = study.data.patches
     if given is None:
         raise PathfmError("no labelled patches: give --patches FOLDER (one folder a class)")
@@ -97,7 +110,7 @@ def _patches(study: Study, root: Path) -> tuple[Path, dict[float, Path], dict[st
     with _made(whole) as draft:
         if draft is not None:
             _part(folder, draft)
-    parts = {name: len(scan_folder(whole / name)) for name in ("train", "test")}
+    parts = {name: len(scan_folder(whole / name)) for name in ("train", "val", "test")}
     train = {0.0: whole / "train"}
     for noise in sorted({arm.label_noise for arm in study.arms} - {0.0}):
         train[noise] = root / f"{whole.name}-noise{noise:g}"
@@ -122,13 +135,24 @@ def _made(folder: Path) -> Iterator[Path | None]:
 
 
 def _part(folder: LabelledFolder, draft: Path) -> None:
-    """train/ and test/ of a labelled folder, groups whole; the same on every machine."""
-    split = stratified_split(folder.labels, _TEST_SHARE, 0, 0, folder.groups)
-    for name, rows in (("train", split.train), ("test", split.test)):
+    """train/, val/ and test/ of a labelled folder, groups whole; the same on every machine.
+
+    Test is 30 %, val a fifth of the rest: a probe chooses on val, and nothing is trained on it.
+    """
+    labels, groups = folder.labels, folder.groups
+    outer = stratified_split(labels, _TEST_SHARE, 0, 0, groups)
+    within = [groups[row] for row in outer.train.tolist()] if groups else ()
+    inner = stratified_split(labels[outer.train], _VAL_SHARE, 0, 1, within)
+    parts = {
+        "train": outer.train[inner.train],
+        "val": outer.train[inner.test],
+        "test": outer.test,
+    }
+    for name, rows in parts.items():
         for row in rows.tolist():
             _link(folder.root / folder.paths[row], draft / name / folder.paths[row])
-        if folder.groups:
-            listed = [(folder.paths[row], folder.groups[row]) for row in rows.tolist()]
+        if groups:
+            listed = [(folder.paths[row], groups[row]) for row in rows.tolist()]
             write_csv(draft / name / "groups.csv", ("path", "group"), listed)
 
 
