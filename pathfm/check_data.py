@@ -34,7 +34,9 @@ class CheckDataConfig(BaseModel, frozen=True, extra="forbid"):
         "unset: list the public ones",
     )
     read: bool = Field(
-        False, description="decode every picture and mask, and name those that cannot be read"
+        False,
+        description="decode every picture and mask, name those that cannot be read, and count "
+        "those with equal bytes in two splits",
     )
     threads: int = Field(2, ge=1, le=256, description="threads that decode")
     mpp: float | None = Field(
@@ -68,7 +70,9 @@ def run(config: CheckDataConfig) -> CheckDataResult:
     if torn:
         wrong.append(f"{len(torn):,} groups are in more than one split, first {torn[0]}")
     if config.read:
-        wrong += damaged(found, config.threads)
+        unread = list(damaged(found, config.threads))
+        copies = "" if unread else found.copies()
+        wrong += [*unread, copies] if copies else unread
     for line in wrong[:_MOST_TOLD]:
         print(f"wrong: {line}")
     if len(wrong) > _MOST_TOLD:

@@ -55,6 +55,21 @@ def test_damaged_pictures_and_masks_are_each_named_and_counted(
     assert "wrong: " in capsys.readouterr().out
 
 
+def test_pictures_of_equal_bytes_in_two_splits_are_counted(tmp_path: Path) -> None:
+    paint = Painter(0)
+    for split in ("train", "test"):
+        for name in ("a/1.png", "a/2.png", "b/1.png"):
+            paint.save(tmp_path / "d" / split / name)
+    config = CheckDataConfig(data=str(tmp_path / "d"), read=True)
+    assert run(config).wrong == ()
+    pixels = (tmp_path / "d/train/a/2.png").read_bytes()
+    for copy in ("train/a/3.png", "test/a/3.png", "test/b/4.png"):
+        (tmp_path / "d" / copy).write_bytes(pixels)
+    (line,) = run(config).wrong
+    assert line.startswith("2 of 9 samples have the very bytes of a sample in another split, first")
+    assert "test/a/3.png those of train/a/2.png" in line
+
+
 def test_what_lacks_of_the_published_set_is_told_not_raised(tmp_path: Path) -> None:
     root = MAKERS["mhist"](tmp_path / "mhist")
     result = run(CheckDataConfig(data=f"mhist={root}"))

@@ -403,6 +403,13 @@ def h5_virtual(root: Path) -> None:
         file.create_virtual_dataset("x", layout)
 
 
+def h5_huge_chunk(root: Path) -> None:
+    """A file of a few kB that declares one chunk of 553 MB."""
+    with h5py.File(root / "camelyonpatch_level_2_split_train_x.h5", "w") as file:
+        shape = (20_000, 96, 96, 3)
+        file.create_dataset("x", shape, np.uint8, chunks=shape, compression="gzip")
+
+
 def mat(array: np.ndarray, key: str = "type_map") -> Callable[[Path], None]:
     return lambda root: scipy.io.savemat(root / "Train/Labels/train_1.mat", {key: array})
 
@@ -481,6 +488,12 @@ SITE = "MoNuSAC_images_and_annotations/TCGA-55-1594-01Z-00-DX1/TCGA-55-1594-01Z-
         ("patch_camelyon", rewrite_h5(f"{PCAM}test_x.h5", "z", np.zeros(1)), "no dataset 'x'"),
         ("patch_camelyon", h5_link, "no dataset 'x' in it"),
         ("patch_camelyon", h5_virtual, "'x' is no dataset of its own"),
+        (
+            "patch_camelyon",
+            h5_huge_chunk,
+            "chunks of 527 MiB, each read whole; the limit is 256 MiB",
+        ),
+        ("patch_camelyon", link_out(f"{PCAM}train_x.h5"), "a link out of"),
         ("unitopatho", remove("800/test.csv"), "there is no 800/test.csv"),
         ("unitopatho", replace_text("800/train.csv", ",HP,0,", ",HP,6,"), "top_label '6'"),
         (

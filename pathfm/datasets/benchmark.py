@@ -198,15 +198,19 @@ class Benchmark:
         )
 
     @cached_property
+    def contents(self) -> tuple[str, ...]:
+        """A digest of what each sample is made of: reads all the data; of a slide the size and both ends."""
+        return tuple(self.source.content(int(number)) for number in self.order)
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over every sample's path, label, split, group and content: reads all the data.
 
-        Of a slide only the size and both ends are read.
+        Of a slide only the size and both ends are read (`contents`).
         """
         total = hashlib.sha256(f"{self.name}\0{','.join(self.classes)}\n".encode())
-        columns = zip(self.paths, self.labels, self.splits, self.groups, self.order, strict=True)
-        for path, label, split, group, number in columns:
-            content = self.source.content(int(number))
+        columns = zip(self.paths, self.labels, self.splits, self.groups, self.contents, strict=True)
+        for path, label, split, group, content in columns:
             total.update(f"{path}\0{label}\0{split}\0{group}\0{content}\n".encode())
         return total.hexdigest()
 
@@ -252,6 +256,27 @@ class Benchmark:
                     f"published are {100 * share:.0f} %"
                 )
         return told
+
+    def copies(self) -> str:
+        """A sentence when samples of one split have the very bytes of samples of another, else "".
+
+        Counts the samples outside the first split that holds such bytes; reads all the data (`contents`).
+        """
+        first: dict[str, int] = {}
+        split_at = {split: place for place, split in enumerate((*SPLITS, ""))}
+        rows = sorted(range(len(self)), key=lambda row: split_at[self.splits[row]])
+        found: list[tuple[int, int]] = []
+        for row in rows:
+            other = first.setdefault(self.contents[row], row)
+            if self.splits[other] != self.splits[row]:
+                found.append((other, row))
+        if not found:
+            return ""
+        one, two = (self.paths[row] for row in found[0])
+        return (
+            f"{len(found):,} of {len(self):,} samples have the very bytes of a sample in another split, "
+            f"first {two} those of {one}: they are learnt and judged"
+        )
 
     def torn_groups(self) -> tuple[str, ...]:
         """Groups with samples in more than one split, sorted: the same patient learnt and judged."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathfm.datasets.benchmark import SPLITS, Benchmark, Facts
-from pathfm.datasets.listing import lacking, read_rows
+from pathfm.datasets.listing import lacking, read_rows, refuse_link_out
 from pathfm.datasets.sources import assemble
 from pathfm.runtime import PathfmError
 
@@ -40,6 +41,9 @@ FACTS_10SHOT = replace(FACTS, name="patch_camelyon_10shot", title="PatchCamelyon
 _FILE_PARTS = {"train": "train", "val": "valid", "test": "test"}
 _SIDE_PX = 96
 _MAX_ROWS = 4_000_000
+_MAX_CHUNK_BYTES = (
+    256 << 20
+)  # one is held in memory whole, and a file of a kilobyte can declare any size
 # Chunks of the published files hold many patches: HDF5's default cache of 1 MiB would decompress a
 # whole one for every patch.
 _CHUNK_CACHE_BYTES = 64 << 20
@@ -93,6 +97,7 @@ def _open(facts: Facts, root: Path) -> Benchmark:
         for file in (x, y):
             if not file.is_file():
                 raise lacking(facts, root, f"there is no {file.name}")
+            refuse_link_out(root.resolve(), file)
         here = _labels(x, y)
         files.append(x)
         starts.append(len(paths))
@@ -129,6 +134,12 @@ def _dataset(path: Path, file: Any, key: str, shape: tuple[int, ...]) -> Any:
         raise PathfmError(
             f"{path}: {key!r} is {data.dtype} {data.shape}, wanted uint8 {('n', *shape)} "
             f"with n at most {_MAX_ROWS:,}"
+        )
+    chunk = math.prod(data.chunks or (0,)) * data.dtype.itemsize
+    if chunk > _MAX_CHUNK_BYTES:
+        raise PathfmError(
+            f"{path}: {key!r} is stored in chunks of {chunk >> 20:,} MiB, each read whole; the limit is "
+            f"{_MAX_CHUNK_BYTES >> 20} MiB. Download the file anew, or write it in smaller chunks"
         )
     return data
 
