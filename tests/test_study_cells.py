@@ -1,0 +1,160 @@
+"""What a cell of a study is told: its corpus, labels, weights and probe; how it stops; a thinned grid."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from online_patching import Corpus, GridSampler
+from pathfm.study import StudyConfig, StudyResult, running
+from pathfm.study.cell import Stopped, curve_of, facts_of, pretrain_config, robust_metrics
+from pathfm.study.offline import thinned
+from pathfm.study.plan import Cell, Study
+from pathfm.study.preparing import Prepared
+from pathfm.tracking import TrackingConfig
+from tests.test_study import TINY
+
+OFF = TrackingConfig(enabled=False)
+PREPARED = Prepared(
+    corpus=Path("corpus"),
+    patches=Path("patches"),
+    train={0.0: Path("train"), 0.2: Path("noisy")},
+    offline={"offline": Path("grid")},
+    facts={"corpus": "digest"},
+)
+
+
+def study(*arms: dict[str, Any], **changes: Any) -> Study:
+    first, other = ({"name": "a"}, {"name": "b"})
+    contrast = {"contrasts": [{"arm": arms[0]["name"], "against": "other"}]} if arms else {}
+    every = [*arms, {"name": "other"}] if arms else [first, other]
+    criterion = TINY["criterion"] | contrast
+    return Study.model_validate(TINY | {"arms": every, "criterion": criterion} | changes)
+
+
+def told(found: Study, seed: int = 2) -> Any:
+    return pretrain_config(found, Cell(found.arms[0], seed), PREPARED, Path("cell"), OFF)
+
+
+def test_an_arm_of_slides_reads_the_corpus_from_the_study_s_weights_at_its_seed() -> None:
+    config = told(study({"name": "a"}, data={"weights": "w.safetensors"}))
+    assert (config.corpus, config.weights, config.seed) == (Path("corpus"), "w.safetensors", 2)
+    assert config.labels.source is None
+    assert config.out == Path("cell/pretrain")
+
+
+def test_random_weights_are_other_ones_at_every_seed() -> None:
+    found = study({"name": "a", "pretrain": {"weights": "random"}})
+    assert [told(found, seed).weights for seed in (0, 1)] == ["random:0", "random:1"]
+
+
+def test_an_offline_arm_reads_its_grid_without_classes() -> None:
+    config = told(study({"name": "offline", "reads": "offline"}, offline={}))
+    assert (config.labels.patches, config.labels.balanced) == (Path("grid"), False)
+
+
+@pytest.mark.parametrize(("noise", "folder"), [(0.0, "train"), (0.2, "noisy")])
+def test_a_labelled_arm_reads_the_training_part_and_no_probe_sees_its_test(
+    noise: float, folder: str
+) -> None:
+    arm = {"name": "a", "reads": "labelled", "label_noise": noise}
+    learns = {
+        "pretrain": {**TINY["pretrain"], "watch": {"probe_every_steps": 2}, "method": "supcon"}
+    }
+    config = told(study(arm, split_labelled=True, **learns))
+    assert config.labels.patches == Path(folder)
+    assert config.watch.probe_folder is None
+
+
+def test_what_is_watched_in_training_is_the_labelled_folder() -> None:
+    watched = {"pretrain": {**TINY["pretrain"], "watch": {"probe_every_steps": 2}}}
+    assert told(study({"name": "a"}, **watched)).watch.probe_folder == Path("patches")
+    assert told(study({"name": "a"})).watch.probe_folder is None
+
+
+def test_a_digest_s_facts_change_with_all_that_figures_depend_on_and_nothing_else() -> None:
+    def facts(found: Study, seed: int = 0, prepared: Prepared = PREPARED) -> str:
+        return json.dumps(facts_of(found, Cell(found.arms[0], seed), prepared), sort_keys=True)
+
+    base = facts(study())
+    other_data = Prepared(None, None, {}, {}, {"corpus": "another"})
+    changed = [
+        facts(study(), seed=1),
+        facts(study(), prepared=other_data),
+        facts(study(probe={"k": 3})),
+        facts(study(views=[{"name": "x"}])),
+        facts(study(robustness={})),
+        facts(study(pretrain={**TINY["pretrain"], "steps": 7})),
+        facts(study(data={"weights": "random"})),
+    ]
+    assert base not in changed
+    assert len(set(changed)) == len(changed)
+    for told_otherwise in (
+        {"title": "x"},
+        {"seeds": 9},
+        {"caveats": ["x"]},
+        {"equal": ["views_seen"]},
+    ):
+        assert facts(study(**told_otherwise)) == base
+
+
+def test_a_curve_has_the_steps_that_have_the_number(tmp_path: Path) -> None:
+    rows = [{"step": 0, "loss": 1.0}, {"step": 1, "probe_knn": 0.5}, {"step": 3, "probe_knn": 0.75}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert curve_of(tmp_path, "probe_knn") == [[2, 0.5], [4, 0.75]]
+
+
+def test_figures_of_robustness_keep_what_is_there() -> None:
+    model = {
+        "clean_error": {"value": 0.1}, "mean_corrupted_error": {"value": 0.2}, "mce": {"value": 90.0},
+        "relative_mce": None, "noisy_labels": [{"share": 0.4, "error": 0.3}],
+        "corruptions": [{"name": "stain", "ce": None, "errors": [0.2, 0.4]}],
+    }  # fmt: skip
+    assert robust_metrics(model) == pytest.approx(
+        {
+            "robust/clean_error": 0.1, "robust/mean_corrupted_error": 0.2, "robust/mce": 90.0,
+            "robust/noise/0.4": 0.3, "robust/error/stain": 0.3,
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("code", [143, 138])
+def test_a_study_told_to_stop_ends_with_the_signal_s_code(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _stopped(code, tmp_path, monkeypatch).exit_code == code
+
+
+def test_ctrl_c_ends_a_study_as_it_ends_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _stopped(130, tmp_path, monkeypatch)
+
+
+def _stopped(code: int, out: Path, monkeypatch: pytest.MonkeyPatch) -> StudyResult:
+    def stop(*_: object) -> None:
+        raise Stopped(code)
+
+    monkeypatch.setattr(running, "prepare", lambda *_: PREPARED)
+    monkeypatch.setattr(running, "work", stop)
+    return running.run_study(study(), StudyConfig(out=out, tracking=OFF, processes=1))
+
+
+def test_a_thinned_grid_has_so_many_of_each_slide_and_magnification(small_corpus: Path) -> None:
+    grid = GridSampler(Corpus.open(small_corpus), size_px=64, mpp=[0.5, 1.0], min_foreground=0.0)
+    every = grid.draw_batch(np.arange(len(grid)))
+    there = Counter(zip(every.slide.tolist(), every.mpp.tolist(), strict=True))
+    chosen = thinned(grid, 20)
+    kept = grid.draw_batch(chosen)
+    assert Counter(zip(kept.slide.tolist(), kept.mpp.tolist(), strict=True)) == {
+        sheet: min(20, n) for sheet, n in there.items()
+    }
+    assert np.array_equal(chosen, np.unique(chosen))
+    assert set(thinned(grid, 5).tolist()) < set(chosen.tolist())
+    assert len(thinned(grid, None)) == len(grid)
