@@ -72,6 +72,22 @@ def test_folders_of_splits_and_groups_are_the_data_s_own(tmp_path: Path) -> None
         open_dataset(tmp_path)
 
 
+def test_pictures_and_groups_that_nobody_would_read_are_refused(tmp_path: Path) -> None:
+    for split in ("train", "test", "valid"):
+        make(tmp_path / split, "ab")
+    with pytest.raises(PathfmError, match=r"the folder 'valid' is no split .* Rename it val"):
+        open_dataset(tmp_path)
+    (tmp_path / "valid").rename(tmp_path / "val")
+    (tmp_path / "notes").mkdir()
+    assert len(open_dataset(tmp_path)) == 6
+    (tmp_path / "train" / "groups.csv").write_text("path,group\nimages/a.jpg,p\n")
+    with pytest.raises(PathfmError, match=r"train/groups\.csv is not read; write its rows into"):
+        open_dataset(tmp_path)
+    make(tmp_path)
+    with pytest.raises(PathfmError, match="pictures lie in images and in test/images"):
+        open_dataset(tmp_path)  # a whole set and splits of it: which is meant is not guessed
+
+
 def test_classes_csv_says_what_numbers_mean_and_which_are_ignored(tmp_path: Path) -> None:
     numbers = np.array([[0, 255, 7, 300]], np.int32).repeat(20, axis=0)
     put(tmp_path / "images" / "a.png", np.zeros((20, 4, 3), np.uint8))

@@ -177,7 +177,15 @@ def test_slides_behind_a_server_are_read_by_several_threads_as_local_ones(
         for i, pixels in enumerate(pool.map(far.read, range(len(far)))):
             np.testing.assert_array_equal(pixels, near.read(i))
     assert far.paths[0] == f"{uri}#20,12 um"
-    assert far.subset(np.arange(1)).digest == far.subset(np.arange(1)).digest
+    one = far.subset(np.arange(1)).digest
+    signed = open_dataset(
+        table(tmp_path, text.replace("{}", f"{uri}?sig=SECRET")), mpp=0.5, size_px=32
+    )
+    assert one == signed.subset(np.arange(1)).digest  # a signature lasts an hour, the data stay
+    gone = text.replace("{}", f"{fault_server.url}/none.tif?sig=SECRET")
+    with pytest.raises(PathfmError, match=r"none\.tif") as refused:
+        open_dataset(table(tmp_path, gone), mpp=0.5, size_px=32).read(0)
+    assert "SECRET" not in str(refused.value)
 
 
 def test_a_table_of_slides_is_a_slide_task(slide: Path) -> None:

@@ -131,9 +131,14 @@ def open_mask_folder(root: Path) -> Benchmark:
 
 def _refuse_unread(root: Path, splits: Sequence[str]) -> None:
     """`PathfmError` for pictures or groups that lie where nobody looks."""
-    known = (*splits, "images", "masks") if "" in splits else splits
     with_images = [name for name in folders_in(root) if (root / name / "images").is_dir()]
-    refuse_other_folders(root, [name for name in with_images if name not in known])
+    others = [name for name in with_images if name not in (*splits, "images", "masks")]
+    if others and "" in splits:
+        raise PathfmError(
+            f"{root}: pictures lie in images and in {others[0]}/images, and only the former would be read; "
+            "move one elsewhere"
+        )
+    refuse_other_folders(root, others)
     for split in filter(None, splits):
         if (root / split / "groups.csv").exists():
             raise PathfmError(
