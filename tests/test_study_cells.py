@@ -103,6 +103,14 @@ def test_a_digest_s_facts_change_with_all_that_figures_depend_on_and_nothing_els
         assert facts(study(**told_otherwise)) == base
 
 
+def test_the_start_is_another_with_another_backbone() -> None:
+    other = {"pretrain": {**TINY["pretrain"], "backbone": "vit_tiny_patch16_224"}}
+    start = Cell(None, 0)
+    assert facts_of(study(), start, PREPARED) != facts_of(study(**other), start, PREPARED)
+    longer = {"pretrain": {**TINY["pretrain"], "steps": 9}}
+    assert facts_of(study(), start, PREPARED) == facts_of(study(**longer), start, PREPARED)
+
+
 def test_a_curve_has_the_steps_that_have_the_number(tmp_path: Path) -> None:
     rows = [{"step": 0, "loss": 1.0}, {"step": 1, "probe_knn": 0.5}, {"step": 3, "probe_knn": 0.75}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")

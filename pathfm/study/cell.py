@@ -53,6 +53,8 @@ def facts_of(study: Study, cell: Cell, prepared: Prepared) -> dict[str, Any]:
     if cell.arm is not None:
         arm = cell.arm
         facts |= {"train": settings_of(study, arm), "reads": arm.reads, "noise": arm.label_noise}
+    else:
+        facts["backbone"] = _backbone(study)
     if study.kind == "pretrain":
         facts["views"] = [view.model_dump(mode="json") for view in study.views]
         facts |= {"probe": study.probe, "robustness": study.robustness}
