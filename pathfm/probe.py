@@ -87,8 +87,8 @@ def run(config: ProbeConfig) -> ProbeResult:
     notes = _leaks(files, parts, config)
     path, key = config.out / RESULT, result_key(parts, config, notes)
     earlier = load_result(path)
-    if earlier is not None and earlier.key == key:
-        print(f"probe: {path} is up to date")
+    if earlier is not None and earlier.key == key and _whole(config, earlier):
+        print(f"probe: {path} is up to date; nothing is recorded again")
         show(earlier)
         return earlier
     splits = splits_of(parts[0], config)
@@ -105,28 +105,45 @@ def run(config: ProbeConfig) -> ProbeResult:
         result = replace(result, caveats=[*result.caveats, *notes])
         for part, one in zip(parts, measured, strict=True):
             _write(config, part, one, result.reported_on)
-        atomic_write_text(path, json.dumps(asdict(result), indent=1) + "\n")
+        chose = "train" if isinstance(splits, list) else "val"
+        tracked.tag("selected_on", f"a part of {chose}" if chose == "train" else chose)
+        tracked.tag("reported_on", result.reported_on)
         _record(tracked, result.backbones)
-        tracked.artifact(path)
         for file, part, one in zip(files, parts, measured, strict=True):
             place = Place(tracking, config.out, file)
             tracked.tag(f"embeddings.{part.info.name}.key", part.info.key)
             record_backbone(tracked, place, params, part, one)
+        # last, for a rerun takes it as a sign that all the rest was done
+        atomic_write_text(path, json.dumps(asdict(result), indent=1) + "\n")
+        tracked.artifact(path)
     show(result)
     print(f"written: {path}")
     return result
 
 
+def _whole(config: ProbeConfig, result: ProbeResult) -> bool:
+    """Whether the files that were written with a result are still there."""
+    names = [backbone.name for backbone in result.backbones]
+    wanted = [config.out / "predictions" / f"{name}.safetensors" for name in names]
+    if "eva" in result.also:
+        wanted += [config.out / "eva" / name / "results.json" for name in names]
+    return all(path.is_file() for path in wanted)
+
+
 def _leaks(files: Sequence[Path], parts: Sequence[Embeddings], config: ProbeConfig) -> list[str]:
     """What must be said of pictures that a backbone had seen; refuses those that are reported."""
-    own = Parts.of_names(parts[0].splits) if any(parts[0].splits) else None
+    own = _own_parts(parts[0])
     names = [(part.info.name, path, part.info.key) for path, part in zip(files, parts, strict=True)]
     return marks_of(names, config.leaks, own.reported if own else None, parts[0].paths)
 
 
+def _own_parts(data: Embeddings) -> Parts | None:
+    return Parts.of_names(data.splits, data.labels, data.groups) if any(data.splits) else None
+
+
 def splits_of(data: Embeddings, config: ProbeConfig) -> Parts | list[Split]:
     """The data set's own parts, or a drawn split a seed; `PathfmError` where few-shot could not draw."""
-    own = Parts.of_names(data.splits) if any(data.splits) else None
+    own = _own_parts(data)
     drawn = [] if own else [_split(data, config, repeat) for repeat in range(config.n_seeds)]
     if "few-shot" in config.also:
         check_shots(data.labels, own or parts_of(data, drawn[0], config, 0), config.shots)
@@ -146,7 +163,9 @@ def _record(tracked: Run, backbones: Sequence[BackboneResult]) -> None:
     for backbone in backbones:
         for probe, scores in backbone.probes.items():
             at = f"{backbone.name}/{probe}"
-            tracked.summary(**{f"{at}.mean": scores.mean, f"{at}.sd": scores.sd})
+            tracked.summary(**{f"{at}.mean": scores.mean})
+            if len(scores.values) > 1:
+                tracked.summary(**{f"{at}.sd": scores.sd})
             for repeat, value in enumerate(scores.values):
                 tracked.log(repeat, **{f"{at}.by_seed": value})
         tracked.summary(**{f"{backbone.name}/rankme": backbone.rankme})
@@ -218,7 +237,7 @@ def _result(
         classes=list(data.classes),
         n=len(data.labels),
         n_per_class=np.bincount(data.labels, minlength=len(data.classes)).tolist(),
-        n_train=len(first.train) + (0 if own else len(first.val)),
+        n_train=len(first.train) + (0 if own else len(first.val)),  # of the first; `sizes` has all
         n_test=len(first.reported),
         n_seeds=len(repeats),
         seed=config.seed,
@@ -237,4 +256,9 @@ def _result(
         also=list(config.also),
         embeddings=[str(path) for path in files],
         shots=shots,
+        sizes=[
+            [len(each.train) + (0 if own and not own.carved else len(each.val)), len(each.reported)]
+            for each in repeats
+        ],
+        carved=first.carved,
     )

@@ -87,7 +87,7 @@ def test_calibration_of_every_probe_and_repeat_is_that_of_its_answers(
     assert saved["backbones"][0]["probes"]["logistic"]["ece"] == probes["logistic"].ece
     out = capsys.readouterr().out
     assert "calibration error (ECE, 15 bins)" in out
-    assert f"{100 * probes['knn'].ece[0]:.1f} ± 0.0 ({100 * sure:+.1f})" in out
+    assert f"{100 * probes['knn'].ece[0]:.1f} ({100 * sure:+.1f})" in out
 
 
 def test_a_result_written_before_calibration_can_still_be_shown(
@@ -131,7 +131,7 @@ def test_features_of_one_model_at_several_mpp_are_one_row_by_mpp(
     table = out[out.index("by µm/px of the input") :].split("recall of each class")[0]
     assert "other" not in table
     assert all(f"{mpp:g} µm/px" in table for mpp in (0.5, 1, 2))
-    assert f"{100 * means[0]:.1f} ± 0.0" in table
+    assert f"{100 * means[0]:.1f} [" in table
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_rows_at_several_mpp_are_scored_apart_with_their_numbers(
     assert fine.probes["knn"].mean > coarse.probes["knn"].mean
     assert sum(map(sum, coarse.probes["logistic"].confusion)) == 30
     out = capsys.readouterr().out
-    assert "one probe for all" in out
+    assert "one probe for all" in " ".join(out.split())
     assert load_result(tmp_path / "p" / "probe.json") == result
 
 

@@ -56,7 +56,7 @@ def test_own_splits_are_used_once_and_their_test_reports(
     assert probes["eva"].learning_rate in (1e-3, 1e-2)
     assert sum(map(sum, probes["eva"].confusion)) == 3 * 60
     out = capsys.readouterr().out
-    assert "120 train / 60 val / 60 test, its own split" in out
+    assert "120 train / 60 val (chooses) / 60 test (reported), its own split" in out
     assert "few-shot" in out
     assert "optimistic" not in out
 

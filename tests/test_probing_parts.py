@@ -29,13 +29,31 @@ def test_test_reports_and_without_one_validation_does() -> None:
     assert (halves.reported.tolist(), halves.reported_on) == ([2], "val")
 
 
-def test_parts_are_read_from_names_and_a_test_without_validation_validates() -> None:
+def test_parts_are_read_from_names() -> None:
     parts = Parts.of_names(["train", "", "test", "val", "train"])
     assert [part.tolist() for part in (parts.train, parts.val, parts.test)] == [[0, 4], [3], [2]]
-    mhist = Parts.of_names(["train", "test"])
-    assert (mhist.val.tolist(), mhist.test.tolist(), mhist.reported_on) == ([1], [], "val")
+    whole = Parts.of_names(["train", "val"])
+    assert (whole.val.tolist(), whole.test.tolist(), whole.reported_on) == ([1], [], "val")
     with pytest.raises(PathfmError, match="splits holdout: only train, val, test"):
         Parts.of_names(["train", "holdout"])
+
+
+def test_a_test_without_validation_stays_the_test_and_train_gives_whole_groups_to_choose_by() -> (
+    None
+):
+    names = ["train"] * 40 + ["test"] * 10 + [""]
+    labels = np.tile(rows(0, 1), 26)[:51]
+    groups = [f"p{i // 4}" for i in range(51)]
+    parts = Parts.of_names(names, labels, groups)
+    assert parts.carved
+    assert (parts.test.tolist(), parts.reported_on) == (list(range(40, 50)), "test")
+    assert sorted([*parts.train, *parts.val]) == list(range(40))
+    assert len(parts.val) == 8
+    assert not {groups[i] for i in parts.val} & {groups[i] for i in parts.train}
+    assert np.bincount(labels[parts.val]).tolist() == [4, 4]
+    np.testing.assert_array_equal(Parts.of_names(names, labels, groups).val, parts.val)
+    with pytest.raises(PathfmError, match="train and test, but no val, and none can be cut out"):
+        Parts.of_names(["train", "train", "test"], rows(0, 1, 0))
 
 
 GOOD = Parts(rows(0, 1, 2, 3), rows(4, 5), rows(6, 7))

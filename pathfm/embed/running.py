@@ -26,7 +26,7 @@ from pathfm.embeddings import Embeddings, EmbeddingsInfo, stored_key
 from pathfm.embeddings.info import RESIZED, describe_transform
 from pathfm.embeddings.table import save_streamed
 from pathfm.leakage import check_beside, salt_at_hand
-from pathfm.metrics import rankme
+from pathfm.metrics import rankme_of_some
 from pathfm.models import Embedder, load_model
 from pathfm.models.naming import names_its_architecture
 from pathfm.ranks import PeerError, Ranks, gather_objects, open_ranks, together
@@ -40,9 +40,6 @@ from pathfm.runtime import (
     save_config,
 )
 from pathfm.tracking import Run, open_run
-
-_RANKED_ROWS = 16_384
-"""RankMe of more rows than this is that of so many, evenly spaced: it takes a matrix's SVD."""
 
 
 def embed(config: EmbedConfig) -> EmbedResult:
@@ -78,6 +75,8 @@ def _embed_pictures(config: EmbedConfig, model: Embedder, ranks: Ranks) -> Embed
         scales = scales_to(samples, config.mpp, config.data_mpp)
         if ranks.first:
             info = _info(config, model, samples, scales)
+            if told := samples.copies():
+                print(f"embed {config.name}: WARNING {told}")
     info = gather_objects(info)[0]
     assert info is not None
     make = partial(_input, samples, config.input_px, scales)
@@ -184,7 +183,7 @@ def _find(config: EmbedConfig, infos: list[EmbeddingsInfo]) -> EmbedResult | Non
         if not there:
             return None
         _name(there[0], path)
-    return EmbedResult(path, True, 0.0, _rankme(Embeddings.load(path, mmap=True).features))
+    return EmbedResult(path, True, 0.0, rankme_of_some(Embeddings.load(path, mmap=True).features))
 
 
 def _kept(config: EmbedConfig, key: str) -> Path:
@@ -234,7 +233,7 @@ def _compute(
                 _name(kept, path)
                 parts.remove()
                 features = Embeddings.load(path, mmap=True).features
-                rank = _rankme(features)
+                rank = rankme_of_some(features)
                 tracked.summary(pictures_per_s=rate, rankme=rank, pictures=len(samples))
                 tracked.tag("embeddings.key", info.key)
                 print(
@@ -256,9 +255,3 @@ def _recorded(config: EmbedConfig, info: EmbeddingsInfo, ranks: Ranks) -> Iterat
     with open_run(config.own_tracking, record, params, tags) as tracked:
         tracked.cohort(info.data, info.data_digest, "evaluation")
         yield tracked
-
-
-def _rankme(features: NDArray[np.float32]) -> float:
-    if len(features) > _RANKED_ROWS:
-        features = features[np.linspace(0, len(features) - 1, _RANKED_ROWS).astype(np.int64)]
-    return rankme(features)

@@ -232,7 +232,9 @@ def _split(probe: ProbeResult) -> str:
 def _score(scores: Scores | None) -> str:
     if scores is None:
         return "–"
-    told = f"{100 * scores.mean:.1f} ± {100 * scores.sd:.1f}"
+    told = f"{100 * scores.mean:.1f}"
+    if len(scores.values) > 1:
+        told += f" ± {100 * scores.sd:.1f}"
     if not scores.interval:
         return told
     low, high = (100 * value for value in scores.interval)

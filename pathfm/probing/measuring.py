@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pathfm.datasets import DATASETS, Split, stratified_split
 from pathfm.embeddings import Embeddings
-from pathfm.metrics import initial_head, knn_shares, rankme
+from pathfm.metrics import initial_head, knn_shares, rankme_of_some
 from pathfm.probing.few_shot import FewShotScores, few_shot
 from pathfm.probing.linear import fit_probe
 from pathfm.probing.orders import Balanced
@@ -137,7 +137,8 @@ def measure(
     advance: Callable[[int], object] | None = None,
 ) -> Measured:
     """`probe_backbone` with the predictions and heads behind its figures."""
-    own, n_classes = isinstance(splits, Parts), len(data.classes)
+    own = isinstance(splits, Parts) and not splits.carved
+    n_classes = len(data.classes)
     repeats = repeats_of(data, splits, options)
     first = splits if isinstance(splits, Parts) else repeats[0]
     for parts in (first, *repeats):
@@ -160,7 +161,7 @@ def measure(
         weights_note=data.info.weights_note,
         dim=data.features.shape[1],
         precision=data.info.precision,
-        rankme=rankme(data.features),
+        rankme=rankme_of_some(data.features),
         probes={probe: scores_of(each, data) for probe, each in answers.items()},
         few_shot=shots,
         mpp=data.info.mpp,
@@ -181,8 +182,8 @@ def _plain(
 ) -> dict[str, Answers]:
     """What logistic regression and kNN say in every repeat.
 
-    Where the split is ours, C is chosen on a part of the training half and the head fitted on all of it;
-    on a data set's own splits training alone is fitted on, as eva does.
+    Where the split, or its val, is ours, C is chosen on a part of the training half and the head fitted on
+    all of it; on a data set's own splits training alone is fitted on, as eva does.
     """
     n_classes, dim = len(data.classes), data.features.shape[1]
     shares: dict[str, list[NDArray[np.float64]]] = {probe: [] for probe in PROBES}

@@ -9,10 +9,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pathfm.datasets.splits import stratified_split
 from pathfm.runtime import PathfmError
 
 Rows = NDArray[np.int64]
 SPLITS = ("train", "val", "test")
+CARVED_SHARE = 0.2
+"""Share of train that chooses where a data set has a test and no val."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class Parts:
     train: Rows
     val: Rows
     test: Rows
+    carved: bool = (
+        False  # val was cut out of the data's own train: what is chosen may be fitted on both
+    )
 
     def __post_init__(self) -> None:
         together = np.concatenate([self.train, self.val, self.test])
@@ -50,17 +56,37 @@ class Parts:
         return "test" if len(self.test) else "val"
 
     @staticmethod
-    def of_names(names: Sequence[str]) -> Parts:
+    def of_names(
+        names: Sequence[str], labels: NDArray[np.int64] | None = None, groups: Sequence[str] = ()
+    ) -> Parts:
         """From one of "train", "val" and "test" a row; a row called "" is in no part.
 
-        A data set with train and test only (MHIST) has its test called val, as eva does.
+        Where there is a test and no val, a fifth of each class of train becomes val, by whole groups: the
+        test never chooses (`carved`; always the same rows, whatever the seed of a run). Public sets whose
+        only second part selects and reports call it val themselves, as eva does (MHIST).
         """
         said = np.asarray(names)
         unknown = sorted(set(said.tolist()) - {*SPLITS, ""})
         if unknown:
             raise PathfmError(f"splits {', '.join(unknown)}: only {', '.join(SPLITS)} are known")
         train, val, test = (np.flatnonzero(said == name).astype(np.int64) for name in SPLITS)
-        return Parts(train, test, val) if not len(val) else Parts(train, val, test)
+        if len(val) or not len(test) or not len(train):
+            return Parts(train, val, test)
+        own = np.zeros(len(said), np.int64) if labels is None else labels
+        try:
+            inner = stratified_split(
+                own[train],
+                CARVED_SHARE,
+                0,
+                0,
+                [groups[i] for i in train.tolist()] if groups else (),
+            )
+        except PathfmError as error:
+            raise PathfmError(
+                f"there is train and test, but no val, and none can be cut out of train: {error}. "
+                "Name rows that choose val"
+            ) from None
+        return Parts(train[inner.train], train[inner.test], test, carved=True)
 
 
 _WHY = {"train": "fit on", "val": "choose by"}

@@ -72,13 +72,9 @@ def _below(tracking: TrackingConfig, parent: Run, name: str) -> TrackingConfig:
 def _scores(run: Run, measured: Measured) -> None:
     """Means with their intervals, calibration, few-shot; scores by µm/px where rows differ in it."""
     for probe, scores in measured.result.probes.items():
-        run.summary(
-            **{
-                f"{probe}.mean": scores.mean,
-                f"{probe}.sd": scores.sd,
-                f"{probe}.ece": scores.mean_ece,
-            }
-        )
+        run.summary(**{f"{probe}.mean": scores.mean, f"{probe}.ece": scores.mean_ece})
+        if len(scores.values) > 1:
+            run.summary(**{f"{probe}.sd": scores.sd})
         if scores.interval:
             low, high = scores.interval
             run.summary(**{f"{probe}.low": low, f"{probe}.high": high})

@@ -47,6 +47,8 @@ class ProbeResult:
     also: list[str] = field(default_factory=list)
     embeddings: list[str] = field(default_factory=list)  # files, one a backbone, as they were given
     shots: int = 0  # samples a class that each run is trained on, drawn anew; 0: all of train
+    sizes: list[list[int]] = field(default_factory=list)  # fitted on, reported: of each repeat
+    carved: bool = False  # val was cut out of the data's own train
 
     @property
     def verdict(self) -> str:
@@ -54,15 +56,19 @@ class ProbeResult:
         return "\n".join(map(self._told, self.paired))
 
     def _told(self, p: Paired) -> str:
-        of = "runs" if p.probe == "eva" else "seeds"
+        of = "runs" if p.probe == "eva" or self.own_splits else "seeds"
+        several = len(p.differences) > 1
+        spread = f" ± {100 * p.sd:.1f}" if several else ""
         line = (
-            f"{p.other} no worse than {p.baseline} minus one sd ({p.probe}): "
-            f"{'yes' if p.no_worse else 'NO'} "
-            f"({100 * p.mean:+.1f} ± {100 * p.sd:.1f} points, paired over {len(p.differences)} {of}"
+            f"{p.other} no worse than {p.baseline}{' minus one sd' if several else ''} ({p.probe}): "
+            f"{'yes' if p.no_worse else 'NO'} ({100 * p.mean:+.1f}{spread} points, "
+            f"{f'paired over {len(p.differences)} {of}' if several else 'paired'}"
         )
         if p.interval and p.p is not None:
             low, high = (100 * x for x in p.interval)
             line += f"; 95 % interval {low:+.1f} to {high:+.1f}, p {p.p:.2g}"
+        if p.mcnemar_p is not None:
+            line += f", McNemar's exact p {p.mcnemar_p:.2g}"
         return line + ")"
 
 
@@ -139,6 +145,17 @@ def caveats_of(
         said.append(
             "eva's heads and few-shot see the first split alone: their sd is over runs (first head, "
             "batches) and draws, that of the others over splits."
+        )
+    absent = {
+        name
+        for b in backbones
+        for s in b.probes.values()
+        for name, recall in zip(data.classes, s.recall, strict=True)
+        if recall is None
+    }
+    if absent:
+        said.append(
+            f"No picture of {', '.join(sorted(absent))} is reported: balanced accuracy is over the other classes."
         )
     said += sorted({s.interval_note for b in backbones for s in b.probes.values()} - {""})
     if data.mpp is not None and not any(b.by_mpp for b in backbones):

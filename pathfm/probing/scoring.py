@@ -13,7 +13,7 @@ from pathfm.measures import calibration
 from pathfm.metrics import confusion_matrix, recall_per_class
 from pathfm.probing.parts import Rows
 from pathfm.runtime import PathfmError, one_line
-from pathfm.uncertainty import Predictions
+from pathfm.uncertainty import Predictions, mcnemar
 from pathfm.uncertainty import compare as compare_predictions
 from pathfm.uncertainty import score as score_predictions
 
@@ -33,7 +33,7 @@ class Scores:
     values: list[float]
     mean: float
     sd: float  # over repeats, n - 1 in the denominator; 0 for one
-    recall: list[float]  # mean over repeats, one a class
+    recall: list[float | None]  # mean over repeats, one a class; None: none of it was reported
     confusion: list[list[int]]  # summed over repeats; row = true class
     c: list[float]  # chosen inverse L2 strength of each repeat; [] where there is none
     interval: list[float] | None = None  # of the mean: low, high, over groups; None: there is none
@@ -156,9 +156,14 @@ class Paired:
     differences: list[float]
     mean: float
     sd: float
-    no_worse: bool  # mean of other >= mean of baseline - sd of baseline
+    no_worse: (
+        bool  # mean of other >= mean of baseline - its sd; of one repeat: the interval reaches 0
+    )
     interval: list[float] | None = None  # of the mean difference, paired; None: there is none
     p: float | None = None  # of no difference: predictions swapped group by group
+    mcnemar_p: float | None = (
+        None  # exact; of one repeat whose pictures are each a group of their own
+    )
 
 
 def paired_scores(baseline: tuple[str, Scores], other: tuple[str, Scores], probe: str) -> Paired:
@@ -177,12 +182,24 @@ def paired_scores(baseline: tuple[str, Scores], other: tuple[str, Scores], probe
 
 
 def with_interval(plain: Paired, baseline: Predictions, other: Predictions) -> Paired:
-    """The same with the interval of the difference, and how surprising it is; without where there is none."""
+    """The same with the interval of the difference, and how surprising it is; without where there is none.
+
+    Of one repeat there is no sd: what tells whether the other is worse is the interval.
+    """
     try:
         found = compare_predictions(baseline, other)
     except PathfmError:  # too few groups: the scores' own note says so
         return plain
-    return replace(plain, interval=[found.interval.low, found.interval.high], p=found.p_swap)
+    low, high = found.interval.low, found.interval.high
+    told = replace(plain, interval=[low, high], p=found.p_swap)
+    if len(plain.differences) > 1:
+        return told
+    judged = baseline.predicted[0] >= 0
+    alone = baseline.n_groups == int(judged.sum())
+    test = mcnemar(
+        baseline.truth[judged], baseline.predicted[0, judged], other.predicted[0, judged]
+    )
+    return replace(told, no_worse=high >= 0, mcnemar_p=test.p_exact if alone else None)
 
 
 def interval_of(made: Predictions) -> tuple[list[float] | None, str]:
@@ -199,9 +216,10 @@ def sd_of(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def _mean_recall(recall: Sequence[NDArray[np.float64]]) -> list[float]:
-    """Over repeats; 0 for a class that none of them has (at one µm/px, a class may be missing)."""
+def _mean_recall(recall: Sequence[NDArray[np.float64]]) -> list[float | None]:
+    """Over the repeats that report the class; None for a class that none of them reports."""
     table = np.array(recall)
     there = np.isfinite(table)
-    total: list[float] = (np.where(there, table, 0).sum(0) / np.maximum(there.sum(0), 1)).tolist()
-    return total
+    total = np.where(there, table, 0).sum(axis=0) / np.maximum(there.sum(axis=0), 1)
+    reported = there.any(axis=0).tolist()
+    return [float(x) if some else None for x, some in zip(total, reported, strict=True)]

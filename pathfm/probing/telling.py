@@ -32,21 +32,51 @@ def show(result: ProbeResult) -> None:
 
 def about(result: ProbeResult) -> str:
     """What was measured on what, and what chose."""
-    if result.own_splits:
-        few = f" ({result.shots} of each class, drawn anew for each of {result.n_seeds} runs)"
-        train = f"{result.n_train:,} train{few if result.shots else ''}"
-        how = (
-            f"{train} / {result.n_val:,} val / {result.n_test:,} test, its own split"
-            if result.reported_on == "test"
-            else f"{train} / {result.n_val:,} val (chooses and reports), its own split"
-        )
-    else:
-        how = f"{result.n_train:,} train / {result.n_test:,} test, {result.n_seeds} splits"
     return (
-        f"{result.data}: {result.n:,} pictures, {len(result.classes)} classes, input "
-        f"{result.input_px} px, {how}. Balanced accuracy, %, mean ± sd over "
-        f"{'runs' if result.own_splits else 'splits'}, [95 % interval]:"
+        f"{result.data}: {result.n:,} pictures, {len(result.classes)} classes, input {result.input_px} px, "
+        f"{_sizes(result)}. Balanced accuracy, %, mean{_spread(result)}, [95 % interval{_over(result)}]:"
     )
+
+
+def _sizes(result: ProbeResult) -> str:
+    """How many are fitted on, what chooses, what is reported."""
+    if not result.own_splits:
+        train, test = (_range([size[i] for size in result.sizes], n) for i, n in _given(result))
+        return f"{result.n_seeds} splits of {train} train (a part of it chooses) / {test} test (reported)"
+    few = f" ({result.shots} of each class, drawn anew for each of {result.n_seeds} runs)"
+    train = f"{result.n_train:,} train{few if result.shots else ''}"
+    if result.reported_on == "val":
+        return f"{train} / {result.n_val:,} val (chooses and reports), its own split"
+    chooses = "chooses; cut out of its train, as it has none" if result.carved else "chooses"
+    return f"{train} / {result.n_val:,} val ({chooses}) / {result.n_test:,} test (reported), its own split"
+
+
+def _given(result: ProbeResult) -> list[tuple[int, int]]:
+    return [(0, result.n_train), (1, result.n_test)]
+
+
+def _range(sizes: list[int], otherwise: int) -> str:
+    low, high = (min(sizes), max(sizes)) if sizes else (otherwise, otherwise)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _spread(result: ProbeResult) -> str:
+    """What the ± is over; "" where every probe has one repeat."""
+    several = any(len(s.values) > 1 for b in result.backbones for s in b.probes.values())
+    return f" ± sd over {'runs' if result.own_splits else 'splits'}" if several else ""
+
+
+def _over(result: ProbeResult) -> str:
+    """What an interval draws anew, and how many there are."""
+    scores = next(iter(result.backbones[0].probes.values()))
+    if not scores.n_groups:  # of an earlier version
+        return ""
+    kind = (
+        "patients or slides"
+        if scores.interval_of == "groups"
+        else "pictures, each taken as a patient"
+    )
+    return f" over {scores.n_groups:,} {kind}"
 
 
 def score_table(result: ProbeResult) -> Table:
@@ -71,9 +101,7 @@ def score_table(result: ProbeResult) -> Table:
 
 def calibration_table(result: ProbeResult) -> Table:
     """Calibration error of each probe, and which way it errs."""
-    title = (
-        "calibration error (ECE, 15 bins), %, mean ± sd; (confidence minus accuracy: + too sure)"
-    )
+    title = "calibration error (ECE, 15 bins), % (confidence minus accuracy: + too sure)"
     table = Table("backbone", title=title, title_justify="left")
     probes = list(result.backbones[0].probes)
     for probe in probes:
@@ -87,7 +115,8 @@ def _calibrated(scores: Scores) -> str:
     if not scores.ece:
         return "not known"
     sure = sum(scores.overconfidence) / len(scores.overconfidence)
-    return f"{100 * scores.mean_ece:.1f} ± {100 * sd_of(scores.ece):.1f} ({100 * sure:+.1f})"
+    spread = f" ± {100 * sd_of(scores.ece):.1f}" if len(scores.ece) > 1 else ""
+    return f"{100 * scores.mean_ece:.1f}{spread} ({100 * sure:+.1f})"
 
 
 def mpp_tables(result: ProbeResult) -> list[Table]:
@@ -107,7 +136,7 @@ def mpp_tables(result: ProbeResult) -> list[Table]:
 def _mpp_table(
     how: str, rows: list[tuple[str, dict[float, tuple[int, dict[str, Scores]]]]]
 ) -> Table:
-    title = f"balanced accuracy by µm/px of the input, %, mean ± sd; {how}"
+    title = f"balanced accuracy by µm/px of the input, %; {how}"
     every = sorted({mpp for _, at in rows for mpp in at})
     table = Table("model", "probe", title=title, title_justify="left")
     for mpp in every:
@@ -128,7 +157,7 @@ def recall_table(result: ProbeResult) -> Table:
         table.add_column(escape(name), justify="right")
     for b in result.backbones:
         values = b.probes["logistic"].recall
-        table.add_row(escape(b.name), *(f"{100 * value:.0f}" for value in values))
+        table.add_row(escape(b.name), *("-" if v is None else f"{100 * v:.0f}" for v in values))
     return table
 
 
@@ -149,7 +178,9 @@ def shot_table(result: ProbeResult) -> Table:
 
 
 def _told(scores: Scores) -> str:
-    text = f"{100 * scores.mean:.1f} ± {100 * scores.sd:.1f}"
+    text = f"{100 * scores.mean:.1f}"
+    if len(scores.values) > 1:
+        text += f" ± {100 * scores.sd:.1f}"
     if scores.interval:
         low, high = (100 * x for x in scores.interval)
         return text + escape(f" [{low:.1f}, {high:.1f}]")
