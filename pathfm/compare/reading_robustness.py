@@ -40,6 +40,8 @@ class _Robustness(BaseModel):
     input_px: int
     severities: list[int]
     reference: str
+    selected_on: str = ""  # an earlier version did not say who chose
+    reported_on: str = ""
     models: list[_Corrupted] = Field(min_length=1)
     caveats: list[str] = []
 
@@ -53,7 +55,7 @@ def read_robustness(source: Source) -> Found:
     severities = ", ".join(map(str, found.severities))
     told = (
         f"{found.n:,} pictures, {found.n_tested:,} of {found.n_groups:,} groups tested in "
-        f"{found.n_splits} splits; fitted and selected on clean pictures; severities "
+        f"{found.n_splits} splits; fitted on clean pictures; {_selects(found)}severities "
         f"{severities}; input {found.input_px} px"
     )
     models = tuple(_corrupted(model) for model in found.models)
@@ -61,6 +63,16 @@ def read_robustness(source: Source) -> Found:
         found.data, found.data_digest, told, found.reference, names, models, source.told
     )
     return Found(robustness=(one,), notes=told_by(source, found.caveats))
+
+
+def _selects(found: _Robustness) -> str:
+    """Who selected and who reports; "" where an earlier version did not say."""
+    if not found.selected_on:
+        return ""
+    if found.selected_on == found.reported_on:
+        return "validation selects and reports; "
+    who = "validation" if found.selected_on == "val" else "a part of train"
+    return f"{who} selects, {found.reported_on} reports; "
 
 
 def _corrupted(model: _Corrupted) -> CorruptedModel:

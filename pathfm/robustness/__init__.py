@@ -29,7 +29,7 @@ from pathfm.datasets import Benchmark
 from pathfm.embeddings import Embeddings
 from pathfm.measures import balanced_rows, best_k, neighbours, site_index
 from pathfm.robustness.features import make_features
-from pathfm.robustness.folds import Fold, known_groups, make_folds, open_samples
+from pathfm.robustness.folds import Folds, known_groups, make_folds, open_samples
 from pathfm.robustness.judging import Judged, judge
 from pathfm.robustness.leaking import leaks_of
 from pathfm.robustness.results import RobustnessResult, Site, model_result, site_result
@@ -66,21 +66,21 @@ def run(config: RobustnessConfig) -> RobustnessResult:
     places = read_sites(config.sites, samples.paths) if config.sites else None
     if places:
         balanced_rows(samples.labels, places[0], config.seed)  # refused before features are made
-    folds, selects_on_reported = make_folds(samples, config)
+    plan = make_folds(samples, config)
     device = pick_device(config.device)
     models = {
         name: load_model(weights, config.backbone, config.input_px).to(device)
         for name, weights in config.named_models().items()
     }
-    tested = np.unique(np.concatenate([fold.test for fold in folds]))
+    tested = np.unique(np.concatenate([fold.test for fold in plan.folds]))
     seen = leaks_of(models, samples, tested, config)
     save_config(config, make_folder(config.out), "robustness.yaml")
     tracking = config.tracking.filled(config.out, "robustness")
     facts = provenance() | {"stage": "robustness"}
     with open_run(tracking, config.out, as_dict(config), facts) as tracked:
         tracked.cohort(samples.name, samples.digest, "evaluation")
-        result = _measured(models, samples, folds, tested, places, config)
-        if selects_on_reported:
+        result = _measured(models, samples, plan, tested, places, config)
+        if plan.selected_on == plan.reported_on:
             result.caveats.insert(0, _SELECTS)
         result.caveats.extend(seen)
         path = config.out / RESULT
@@ -95,13 +95,13 @@ def run(config: RobustnessConfig) -> RobustnessResult:
 def _measured(
     models: Mapping[str, Embedder],
     samples: Benchmark,
-    folds: list[Fold],
+    plan: Folds,
     tested: NDArray[np.int64],
     places: tuple[tuple[str, ...], tuple[str, ...]] | None,
     config: RobustnessConfig,
 ) -> RobustnessResult:
     files = make_features(models, samples, tested, config)
-    judged = {name: _judged(files[name], samples, tested, folds, config) for name in models}
+    judged = {name: _judged(files[name], samples, tested, plan, config) for name in models}
     reference = next(iter(models))
     labels = samples.labels[tested]
     known = known_groups(samples)
@@ -125,10 +125,13 @@ def _measured(
         classes=list(samples.classes),
         n=len(samples),
         n_groups=len(set(groups)) if groups else len(tested),
-        n_train=len(folds[0].final),
-        n_test=len(folds[0].test),
+        sizes=[[len(fold.final), len(fold.test)] for fold in plan.folds],
         n_tested=len(tested),
-        n_splits=len(folds),
+        n_splits=len(plan.folds),
+        own_splits=plan.own,
+        selected_on=plan.selected_on,
+        reported_on=plan.reported_on,
+        shots=plan.shots,
         seed=config.seed,
         input_px=config.input_px,
         precision=plan_precision(config.precision, pick_device(config.device)),
@@ -153,12 +156,12 @@ def _judged(
     files: list[Path],
     samples: Benchmark,
     tested: NDArray[np.int64],
-    folds: list[Fold],
+    plan: Folds,
     config: RobustnessConfig,
 ) -> Judged:
     clean, *corrupted = (Embeddings.load(file).features for file in files)
     n_classes = len(samples.classes)
-    return judge(clean, corrupted, tested, samples.labels, n_classes, folds, config)
+    return judge(clean, corrupted, tested, samples.labels, n_classes, plan.folds, config)
 
 
 def _sites(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from online_patching.philox import words
 from pathfm.datasets import Benchmark, open_dataset, stratified_split
-from pathfm.probing.parts import Parts
+from pathfm.probing.orders import Balanced
+from pathfm.probing.parts import Parts, check_inputs
 from pathfm.robustness.settings import RobustnessConfig
 from pathfm.runtime import PathfmError
 
@@ -29,6 +31,21 @@ class Fold:
     choose: Rows
     final: Rows
     test: Rows
+
+
+@dataclass(frozen=True)
+class Folds:
+    """The folds, and who chose C and who is reported: "train" is a part of train that is not fitted on.
+
+    own: the data set's own split. Where both are "val" the reported rows choose, and errors are too small.
+    shots: pictures a class that each fold is fitted on, drawn anew; 0: all of train.
+    """
+
+    folds: tuple[Fold, ...]
+    own: bool
+    selected_on: Literal["train", "val"]
+    reported_on: Literal["val", "test"]
+    shots: int = 0
 
 
 def open_samples(config: RobustnessConfig) -> Benchmark:
@@ -56,18 +73,42 @@ def known_groups(samples: Benchmark) -> tuple[str, ...]:
     return tuple(group or f"\0{i}" for i, group in enumerate(samples.groups))
 
 
-def make_folds(samples: Benchmark, config: RobustnessConfig) -> tuple[list[Fold], bool]:
-    """The folds, and whether the rows that choose C are those reported.
+def make_folds(samples: Benchmark, config: RobustnessConfig) -> Folds:
+    """Rows by the data set's own split, else by class `n_splits` times, no group torn.
 
-    A data set with splits of its own is one fold: fitted on train, C chosen on val, test reported (val
-    where it has no test). Others are split `n_splits` times by class, no group torn; then the head is
-    solved again on all of the training half.
+    With splits of its own it is one fold: fitted on train, C chosen on val (without val on a fifth of train),
+    test reported (val where it has no test); one that is trained on few pictures a class (`facts.shots`)
+    has `n_splits`, each with others of them, those of `pathfm probe`. Where a part of train chose, the head
+    is solved again on all of train. Raises `PathfmError` where a fold cannot be fitted or judged: a class
+    without training pictures, one class to choose or report by.
     """
-    if any(samples.splits):
-        parts = Parts.of_names(samples.splits, samples.labels, known_groups(samples))
+    found = _own(samples, config) if any(samples.splits) else _drawn(samples, config)
+    blank = np.zeros((len(samples), 1), np.float32)  # of features is nothing known yet
+    for fold in found.folds:
+        on_test = fold.test if found.reported_on == "test" else fold.test[:0]
+        parts = Parts(fold.fit, fold.choose, on_test)
+        try:
+            check_inputs(blank, samples.labels, parts, len(samples.classes))
+        except PathfmError as error:
+            raise PathfmError(f"{samples.name}: {error}") from None
+    return found
+
+
+def _own(samples: Benchmark, config: RobustnessConfig) -> Folds:
+    parts = Parts.of_names(samples.splits, samples.labels, known_groups(samples))
+    selected_on: Literal["train", "val"] = "train" if parts.carved else "val"
+    shots = samples.facts.shots
+    if shots:
+        draws = Balanced(parts.train, samples.labels, shots, config.seed)
+        fits = [np.sort(draws.rows(repeat, 0)) for repeat in range(config.n_splits)]
+        folds = tuple(Fold(fit, parts.val, fit, parts.reported) for fit in fits)
+    else:
         final = np.union1d(parts.train, parts.val) if parts.carved else parts.train
-        fold = Fold(parts.train, parts.val, final, parts.reported)
-        return [fold], not len(parts.test)
+        folds = (Fold(parts.train, parts.val, final, parts.reported),)
+    return Folds(folds, True, selected_on, parts.reported_on, shots)
+
+
+def _drawn(samples: Benchmark, config: RobustnessConfig) -> Folds:
     groups, found = known_groups(samples), []
     for repeat in range(config.n_splits):
         outer = stratified_split(samples.labels, config.test_share, config.seed, repeat, groups)
@@ -80,4 +121,4 @@ def make_folds(samples: Benchmark, config: RobustnessConfig) -> tuple[list[Fold]
         )
         fit, choose = outer.train[inner.train], outer.train[inner.test]
         found.append(Fold(fit, choose, outer.train, outer.test))
-    return found, False
+    return Folds(tuple(found), False, "train", "test")

@@ -23,6 +23,7 @@ from pathfm.metrics import (
 from pathfm.robustness.folds import Fold
 from pathfm.robustness.settings import RobustnessConfig
 
+_CHOOSING = 1 << 20  # repeats from here on draw the wrong labels of rows that choose
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
@@ -128,8 +129,12 @@ def judge(
 def flipped(
     labels: Labels, fold: Fold, share: float, n_classes: int, seed: int, repeat: int
 ) -> Labels:
-    """All labels (n,), a share of those that train or choose made wrong; tested ones stay right."""
-    out, rows = labels.copy(), np.union1d(fold.final, fold.choose)
-    out[rows] = flip_labels(labels[rows], share, n_classes, seed, repeat)
-    out[fold.test] = labels[fold.test]
+    """All labels (n,), a share of those fitted on made wrong, and the same share of those that choose.
+
+    Reported ones stay right: where validation reports, C is chosen on right labels.
+    """
+    out = labels.copy()
+    for part, rows in enumerate((fold.fit, np.setdiff1d(fold.choose, fold.test))):
+        if len(rows):
+            out[rows] = flip_labels(labels[rows], share, n_classes, seed, part * _CHOOSING + repeat)
     return out

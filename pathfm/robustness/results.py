@@ -88,10 +88,15 @@ class RobustnessResult:
     classes: list[str]
     n: int
     n_groups: int  # of the tested pictures
-    n_train: int  # in each split
-    n_test: int
+    sizes: list[
+        list[int]
+    ]  # fitted on (with those that chose C, where train did), reported: of each split
     n_tested: int  # in any split
     n_splits: int
+    own_splits: bool
+    selected_on: str  # who chose C: "val", or "train": a part of it that is not fitted on meanwhile
+    reported_on: str  # "test", or "val": where it also chose, errors are too small
+    shots: int  # pictures a class that each split is fitted on, drawn anew; 0: all of train
     seed: int
     input_px: int
     precision: str

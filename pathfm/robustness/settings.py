@@ -63,7 +63,8 @@ class RobustnessConfig(BaseModel, frozen=True, extra="forbid"):
         3,
         ge=1,
         le=100,
-        description="repeats, each with its own split; a data set with splits of its own has one",
+        description="repeats, each with its own split; a data set with splits of its own has one, unless it is "
+        "trained on few pictures a class, which every repeat draws anew",
     )
     test_share: float = Field(0.3, gt=0, lt=1, description="share of each class tested on")
     validation_share: float = Field(

@@ -19,10 +19,9 @@ def show(result: RobustnessResult) -> None:
     out, names = console(), [escape(model.name) for model in result.models]
     out.print(
         f"{result.data}: {result.n:,} pictures, {len(result.classes)} classes, input {result.input_px} px; "
-        f"{result.n_train:,} train / {result.n_test:,} test in each of {result.n_splits} splits, "
-        f"{result.n_tested:,} pictures of {result.n_groups:,} groups tested in all. Probe fitted and C chosen on clean "
-        f"training pictures; corrupted are tested ones alone. Errors are 1 - balanced accuracy, %, with intervals "
-        f"over groups; reference: {result.reference}",
+        f"{_judging(result)}; {result.n_tested:,} pictures of {result.n_groups:,} groups reported in all. "
+        f"Fitted on clean pictures; only reported ones are corrupted. Errors are 1 - balanced accuracy, %, with "
+        f"intervals over groups; reference: {result.reference}",
         markup=False,
         highlight=False,
     )
@@ -67,6 +66,26 @@ def show(result: RobustnessResult) -> None:
         out.print(_of_labels(result, names))
     for caveat in result.caveats:
         out.print(f"note: {caveat}", markup=False, highlight=False)
+
+
+def _judging(result: RobustnessResult) -> str:
+    """How many are fitted on, who chose C, who is reported."""
+    train, test = (_range([size[i] for size in result.sizes]) for i in (0, 1))
+    if not result.own_splits:
+        return f"{result.n_splits} splits of {train} train (a part of it chose C) / {test} test (reported)"
+    few = f" ({result.shots} of each class, drawn anew for each of {result.n_splits} runs)"
+    train += f" train{few if result.shots else ''}"
+    if result.selected_on == result.reported_on:
+        return f"{train} / {test} val (chose C and reports), its own split"
+    chose = (
+        "val chose C" if result.selected_on == "val" else "a part of it chose C, as it has no val"
+    )
+    return f"{train}, {chose} / {test} test (reported), its own split"
+
+
+def _range(sizes: list[int]) -> str:
+    low, high = min(sizes), max(sizes)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _of_labels(result: RobustnessResult, names: list[str]) -> Table:
