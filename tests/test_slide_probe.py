@@ -10,7 +10,7 @@ import torch
 
 from pathfm.embeddings.bags import BagFacts, write_bag
 from pathfm.heads.fit import shuffled
-from pathfm.heads.folds import fold_of, grouped_folds, parts_of
+from pathfm.heads.folds import fold_of, grouped_folds, parts_of, told_of
 from pathfm.probing.parts import Parts
 from pathfm.runtime import PathfmError
 from pathfm.slide_probe import Bags, bags_of
@@ -282,6 +282,15 @@ def test_a_patient_on_two_sides_or_a_part_without_a_class_is_refused() -> None:
         fold_of(labels, apart, 5)
     with pytest.raises(PathfmError, match="wants 3 or more"):
         grouped_folds(apart, 2, labels, ["x", "y"])
+
+
+def test_a_table_of_train_and_test_chooses_on_patients_cut_out_of_train() -> None:
+    bags = some_bags(48, 2)
+    splits = ["test" if int(p[1:]) % 4 == 0 else "train" for p in bags.patients]
+    parts = parts_of(splits, bags.groups, bags.labels, bags.classes)
+    assert parts.test.tolist() == [i for i in range(48) if splits[i] == "test"]
+    assert not {bags.groups[i] for i in parts.val} & {bags.groups[i] for i in parts.train}
+    assert told_of(parts).startswith("test (a part of train, cut out")
 
 
 # --- the protocol ---------------------------------------------------------------------------------

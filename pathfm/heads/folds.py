@@ -129,4 +129,5 @@ def told_of(parts: Parts, n_folds: int | None = None) -> str:
         return f"{n_folds} folds by patient (another fold chose the epoch)"
     if parts.reported_on == "val":
         return "val (it chose the epoch too)"
-    return "test (val chose the epoch)"
+    chose = "a part of train, cut out as there is no val," if parts.carved else "val"
+    return f"test ({chose} chose the epoch)"
