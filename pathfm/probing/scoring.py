@@ -221,5 +221,5 @@ def _mean_recall(recall: Sequence[NDArray[np.float64]]) -> list[float | None]:
     table = np.array(recall)
     there = np.isfinite(table)
     total = np.where(there, table, 0).sum(axis=0) / np.maximum(there.sum(axis=0), 1)
-    reported = there.any(axis=0).tolist()
+    reported: list[bool] = np.asarray(there.any(axis=0)).tolist()
     return [float(x) if some else None for x, some in zip(total, reported, strict=True)]
