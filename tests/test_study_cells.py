@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from online_patching import Corpus, GridSampler
+from pathfm.config import load_config
 from pathfm.study import StudyConfig, StudyResult, running
 from pathfm.study.cell import Stopped, curve_of, facts_of, pretrain_config, robust_metrics
 from pathfm.study.offline import thinned
@@ -136,6 +137,18 @@ def test_a_study_told_to_stop_ends_with_the_signal_s_code(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert _stopped(code, tmp_path, monkeypatch).exit_code == code
+
+
+def test_a_page_s_commands_do_it_again_and_hold_no_password() -> None:
+    uri = "postgresql://me:hidden@host/db"
+    config = StudyConfig(
+        name="tiny", out=Path("o"), seeds=2, set=("pretrain.steps=3",), tracking={"uri": uri}
+    )
+    words = running.command_words(study(), config)
+    assert load_config(StudyConfig, None, words, ("name",)) == config
+    told = running.commands_of(study(), config)[0]
+    assert told.startswith("pathfm study tiny --out o --seeds 2 --set pretrain.steps=3")
+    assert "hidden" not in told
 
 
 def test_ctrl_c_ends_a_study_as_it_ends_all_else(

@@ -80,7 +80,7 @@ def test_a_study_ends_in_a_page_a_tree_of_runs_and_costs(quiet: Path, place: Pat
     assert set(results(place, "quiet")) == {"start", "online-s0", "offline-s0"}
     page = (quiet / "study.html").read_text()
     assert "What cutting beforehand costs" in page
-    runs = read_runs(f"sqlite:///{quiet / 'mlflow.db'}", "studies")
+    runs = read_runs(f"sqlite:///{quiet / 'mlflow.db'}", "pathfm")
     (parent,) = [run for run in runs if run.name == "quiet"]
     cells = [run for run in runs if run.parent_id == parent.run_id]
     assert {run.name for run in cells} == set(results(place, "quiet"))

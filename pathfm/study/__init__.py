@@ -73,9 +73,7 @@ class StudyConfig(BaseModel, frozen=True, extra="forbid"):
         False,
         description="run nothing: print the state of every cell, and make the page of what there is",
     )
-    tracking: TrackingConfig = Field(
-        TrackingConfig(experiment="studies"), description="where runs are recorded"
-    )
+    tracking: TrackingConfig = Field(TrackingConfig(), description="where runs are recorded")
 
 
 @dataclass(frozen=True)

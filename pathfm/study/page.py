@@ -193,6 +193,8 @@ def caveats_of(study: Study, judged: Judged, results: Results) -> list[str]:
         told = [line.removeprefix("cell: ") for line in result.get("caveats", [])]
         said += [line for line in told if line not in said]
     few = study.seeds
+    if few == 1:
+        return [*said, "One seed: there is no interval, and nothing can be told apart from chance."]
     said.append(
         f"Intervals are Student's over {few} seeds of training (t with {few - 1} degrees of freedom), on one set of "
         "labelled pictures: they do not tell how other slides or other labels would differ."

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pathfm.runtime import PathfmError, make_folder, save_config
+from pathfm.runtime import PathfmError, make_folder, save_config, without_secrets
 from pathfm.study.cell import Stopped
 from pathfm.study.claims import in_turn
 from pathfm.study.equal import check_plan
@@ -134,14 +134,12 @@ def command_words(study: Study, config: StudyConfig) -> list[str]:
         if getattr(config, name):
             words += [f"--{name}", *map(str, getattr(config, name))]
     tracking = config.tracking
-    words += (
-        ["--tracking.experiment", tracking.experiment] if tracking.experiment != "studies" else []
-    )
+    words += ["--tracking.experiment", tracking.experiment]
     words += ["--tracking.uri", tracking.uri] if tracking.uri else []
     return words if tracking.enabled else [*words, "--tracking.no-enabled"]
 
 
 def commands_of(study: Study, config: StudyConfig) -> list[str]:
     """What to type to do it again, to look, and to work on it with several processes."""
-    base = shlex.join(["pathfm", "study", *command_words(study, config)])
+    base = without_secrets(shlex.join(["pathfm", "study", *command_words(study, config)]))
     return [base, f"{base} --status", f"{base} --processes 2"]
