@@ -164,3 +164,16 @@ def test_real_features_are_timms_own(shared_data: Path, tmp_path: Path) -> None:
         tokens = vit.eval().forward_features(batch)  # type: ignore[operator]
     np.testing.assert_allclose(got.features, tokens[:, 0].numpy(), atol=2e-4)
     assert scan_folder(data).subset(2).paths == got.paths
+
+
+def test_equal_pictures_in_two_splits_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_folder(tmp_path / "d" / "train", {"a": 2, "b": 2})
+    make_folder(tmp_path / "d" / "test", {"b": 2, "a": 1})  # the same numbers drawn: a's become b's
+    config = EmbedConfig(
+        data=tmp_path / "d", weights="random", input_px=32, out=tmp_path / "out", tracking=QUIET
+    )
+    run(config)
+    told = capsys.readouterr().out
+    assert "WARNING 3 of 7 samples have the very bytes of a sample in another split" in told
