@@ -95,12 +95,17 @@ def knn_shares(
     out = np.empty((len(b), n_classes))
     for at in range(0, len(b), step):
         similarity = b[at : at + step] @ a.T
-        last = np.partition(similarity, len(a) - k, axis=1)[:, len(a) - k, None]  # the k-th largest
-        nearer, level = similarity > last, similarity == last
-        free = k - nearer.sum(axis=1, keepdims=True)
-        near = nearer | (level & (np.cumsum(level, axis=1, dtype=np.int32) <= free))
-        out[at : at + step] = (near.astype(np.float32) @ member) / k
+        out[at : at + step] = (nearest(similarity, k).astype(np.float32) @ member) / k
     return out
+
+
+def nearest(similarity: NDArray[np.float32], k: int) -> NDArray[np.bool_]:
+    """Which k columns of each row are largest, (n, m); of equals at the boundary the first."""
+    at = similarity.shape[1] - k
+    last = np.partition(similarity, at, axis=1)[:, at, None]  # the k-th largest
+    nearer, level = similarity > last, similarity == last
+    free = k - nearer.sum(axis=1, keepdims=True)
+    return np.asarray(nearer | (level & (np.cumsum(level, axis=1, dtype=np.int32) <= free)))
 
 
 @dataclass(frozen=True)

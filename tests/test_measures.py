@@ -344,3 +344,13 @@ def test_more_noise_is_the_same_noise_and_more_of_it() -> None:
         flip_labels(labels, 1.5, 5, 0)
     with pytest.raises(PathfmError, match="one class"):
         flip_labels(labels * 0, 0.1, 1, 0)
+
+
+def test_of_equally_near_pictures_those_that_come_first_are_neighbours() -> None:
+    features = np.repeat(np.eye(3), 40, axis=0)
+    found = neighbours(features, most=5)
+    assert found[70].tolist() == [40, 41, 42, 43, 44]
+    assert found[41].tolist() == [40, 42, 43, 44, 45]
+    every = neighbours(features)
+    assert every.shape == (120, 119)
+    assert every[0].tolist() == list(range(1, 120))

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from online_patching.philox import words
+from pathfm.metrics import nearest
 from pathfm.runtime import PathfmError
 
 _STREAM = 424
@@ -177,11 +178,8 @@ def best_k(nearest: NDArray[np.int64], labels: ArrayLike, most: int = MOST_NEIGH
 
 
 def _first(nearness: NDArray[np.float32], m: int) -> NDArray[np.int64]:
-    """Columns of the m largest values of each row, largest first."""
-    if m < nearness.shape[1]:
-        found = np.sort(np.argpartition(-nearness, m - 1, axis=1)[:, :m], axis=1)
-    else:
-        found = np.tile(np.arange(m), (len(nearness), 1))
+    """Columns of the m largest values of each row, largest first, equals by column."""
+    found = np.nonzero(nearest(nearness, m))[1].reshape(len(nearness), m)
     order = np.argsort(-np.take_along_axis(nearness, found, axis=1), axis=1, kind="stable")
     return np.take_along_axis(found, order, axis=1)
 
