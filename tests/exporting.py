@@ -67,7 +67,7 @@ def probe_file(
         scores = {
             "mean": mean,
             "sd": 0.011,
-            "values": [mean],
+            "values": [mean - 0.01, mean + 0.01],
             "recall": [],
             "confusion": [],
             "c": [],

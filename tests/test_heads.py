@@ -179,6 +179,7 @@ def test_the_table_says_what_its_intervals_are_over(
     one = HeadScores.of("vit", "conv", [0.5], [0.5], interval, "slides", [3])
     show(result(models=[one]), "9 slides, 3 reported", "Score")
     said = " ".join(capsys.readouterr().out.split())
+    assert "│ - │ 1 │" in said  # one run has no spread
     assert f"d: 9 slides, 3 reported: test (val chose the epoch). {told}" in said
 
 

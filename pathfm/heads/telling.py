@@ -50,7 +50,7 @@ def score_table(result: HeadResult) -> Table:
             escape(m.name),
             m.protocol,
             f"{100 * m.mean:.1f} [{between}]" if m.interval else f"{100 * m.mean:.1f}",
-            f"{100 * m.sd:.1f}",
+            f"{100 * m.sd:.1f}" if len(m.values) > 1 else "-",
             f"{len(m.values)}",
             f"{m.epochs:.0f}",
             *("-" if v is None else f"{100 * v:.0f}" for v in each),
