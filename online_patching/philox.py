@@ -46,8 +46,10 @@ def words(
 
     `draws` are non-negative 64-bit numbers, `attempt` a number or one per draw (< 2**32),
     `stream` names the purpose (< 2**24; a number or one per draw). Equal arguments give equal words
-    on every machine.
+    on every machine. Raises ValueError for a seed, stream or count out of bounds.
     """
+    if not 0 <= seed < 2**64:  # its low bits alone would be another seed's words
+        raise ValueError(f"seed {seed} is outside 0..2**64-1")
     draw = np.atleast_1d(np.asarray(draws)).astype(np.uint64)
     streams = np.asarray(stream, np.int64)
     if streams.size and (streams.min() < 0 or streams.max() >= 2**24):

@@ -1,9 +1,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 import pathfm.cli as cli
 from online_patching.errors import NotASlideError
@@ -45,6 +49,24 @@ def test_the_help_of_a_verb_describes_every_option(verb: str) -> None:
         assert f"--{name}" in text
     undescribed = [name for name, field in model.model_fields.items() if not field.description]
     assert undescribed == []
+
+
+def seeds_of(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        if name.endswith("seed"):
+            yield f"{model.__name__}.{name}", field
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from seeds_of(part)
+
+
+def test_no_verb_takes_a_seed_whose_low_bits_are_another_seed() -> None:
+    found = {name: field for verb in cli.VERBS for name, field in seeds_of(cli.config_model(verb))}
+    assert len(found) >= 10
+    for name, field in found.items():
+        bounds = {type(each).__name__: each for each in field.metadata}
+        assert bounds["Ge"].ge >= 0, name
+        assert bounds["Lt"].lt <= 2**64, name
 
 
 def test_the_help_of_a_verb_with_a_file_shows_the_file_s_values(

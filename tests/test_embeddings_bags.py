@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,3 +145,24 @@ def test_no_file_no_hdf5_and_a_cut_file_are_told(tmp_path: Path) -> None:
         assert bag_key(path) is None
         with pytest.raises(PathfmError, match=r"not a bag of features|no table"):
             read_bag(path)
+
+
+def test_a_bag_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut may lose a bag, but not put an empty one where a whole one was."""
+    real, synced = os.fsync, list[bytes]()
+    path = tmp_path / "s1.h5"
+
+    def fsync(number: int) -> None:
+        assert not path.exists()
+        (hidden,) = tmp_path.glob(".s1.h5.*.tmp")
+        assert os.fstat(number).st_ino == hidden.stat().st_ino
+        synced.append(hidden.read_bytes())
+        real(number)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    write_bag(path, FACTS, FEATURES, COORDS)
+    assert synced == [path.read_bytes()]
+    assert [file.name for file in tmp_path.iterdir()] == ["s1.h5"]
+    np.testing.assert_array_equal(read_bag(path).features, FEATURES)

@@ -118,6 +118,36 @@ def test_another_normalisation_is_another_transform() -> None:
     assert a == describe_transform("crop", 224, np.array([0.5] * 3), [0.5] * 3)
 
 
+def test_a_header_nested_without_end_is_refused_in_one_line(tmp_path: Path) -> None:
+    path, text = tmp_path / "e.safetensors", b"[" * 300_000
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    assert stored_key(path) is None
+    with pytest.raises(PathfmError, match="nested too deep") as caught:
+        Embeddings.load(path)
+    assert "\n" not in str(caught.value)
+    made().save(path)
+    meta, _ = read_places(path)
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file(tensors, path, meta | {"classes": text.decode()})
+    with pytest.raises(PathfmError, match="damaged embeddings"):
+        Embeddings.load(path)
+
+
+@pytest.mark.parametrize(
+    "labels", [np.arange(7, dtype=np.float32), np.arange(7).reshape(7, 1), np.arange(7, dtype="u1")]
+)
+def test_labels_that_are_no_whole_numbers_one_a_row_are_refused(
+    tmp_path: Path, labels: np.ndarray
+) -> None:
+    path = tmp_path / "e.safetensors"
+    made().save(path)
+    meta, _ = read_places(path)
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file(tensors | {"labels": labels}, path, meta)
+    with pytest.raises(PathfmError, match=r"labels \(7.* of kind .*, wanted \(n,\) of I64"):
+        Embeddings.load(path)
+
+
 @pytest.mark.parametrize("cut", [1, 9, 200, -1, -40])
 def test_a_file_cut_short_is_refused_and_counts_as_absent(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "e.safetensors"

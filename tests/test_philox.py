@@ -52,6 +52,13 @@ def test_every_argument_matters():
     assert words(1, [6], 0, 1, 4).tolist() != words(2, [5], 0, 1, 4).tolist()  # not seed + draw
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64, 2**64 + 7])
+def test_a_seed_that_is_no_key_is_refused_instead_of_taken_for_another(seed):
+    with pytest.raises(ValueError, match=r"outside 0\.\.2\*\*64-1"):
+        words(seed, [0], 0, 0, 1)
+    assert words(2**64 - 1, [0], 0, 0, 1)[0, 0] != words(0, [0], 0, 0, 1)[0, 0]
+
+
 def test_integers_cover_their_range_evenly():
     got = integers(words(3, np.arange(60_000), 0, 0, 1)[:, 0], 6)
     counts = np.bincount(got, minlength=6)

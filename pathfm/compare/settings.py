@@ -57,7 +57,7 @@ class CompareConfig(BaseModel, frozen=True, extra="forbid"):
     map_points: int = Field(
         3000, ge=10, le=50_000, description="at most so many rows a map, drawn by seed"
     )
-    seed: int = Field(0, ge=0, description="key of the rows drawn for maps, and of UMAP")
+    seed: int = Field(0, ge=0, lt=2**32, description="key of the rows drawn for maps, and of UMAP")
     replay: Path | None = Field(
         None, description="folder of a run whose rows did not reach the store: ship them first"
     )

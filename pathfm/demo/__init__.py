@@ -90,7 +90,10 @@ class DemoConfig(BaseModel, frozen=True, extra="forbid"):
         description="synthetic labelled patches of each class; fewer are of too few slides",
     )
     seed: int = Field(
-        0, ge=0, description="seed of synthetic slides and patches, and of the probe's splits"
+        0,
+        ge=0,
+        lt=2**64,
+        description="seed of synthetic slides and patches, and of the probe's splits",
     )
     input_px: int = Field(224, ge=16, le=2048, description="input side of embeddings, px")
     n_seeds: int = Field(5, ge=1, le=1000, description="splits and heads of the probe")

@@ -77,7 +77,9 @@ class EmbedConfig(BaseModel, frozen=True, extra="forbid"):
     per_class: int | None = Field(
         None, ge=2, description="at most so many pictures of each class; unset: all"
     )
-    seed: int = Field(0, ge=0, description="chooses where per_class or patches_per_slide is set")
+    seed: int = Field(
+        0, ge=0, lt=2**64, description="chooses where per_class or patches_per_slide is set"
+    )
     storage: Storage = Field("fp32", description="numbers on disk: fp32, or bf16 in half the space")
     batch_size: int = Field(32, ge=1, le=4096, description="pictures in one forward pass")
     threads: int = Field(2, ge=1, le=256, description="threads that decode and resize")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from pathfm.embeddings.container import hidden_beside
+from pathfm.embeddings.container import replacing
 from pathfm.runtime import PathfmError
 
 FOLDER = "h5_files"
@@ -99,23 +98,13 @@ def write_bag(
         )
     if not np.isfinite(features).all():
         raise PathfmError(f"{path}: features that are not finite; the backbone has diverged")
-    hidden = hidden_beside(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(hidden, "w") as file:
-            table = file.create_dataset("features", data=np.asarray(features, np.float32))
-            table.attrs.update({"name": facts.slide_id, "encoder": facts.encoder})
-            coords = file.create_dataset("coords", data=np.asarray(coords_px0, np.int64))
-            coords.attrs.update(facts.trident())
-            file.attrs.update({"format": _FORMAT, **asdict(facts)})
-        hidden.replace(path)
-    except OSError as error:
-        raise PathfmError(
-            f"{path}: cannot be written ({_why(error)}). Free space, or set out"
-        ) from None
-    finally:
-        with suppress(OSError):
-            hidden.unlink(missing_ok=True)
+    # HDF5 writes by name into the file that is then synced and put in place
+    with replacing(path) as new, h5py.File(new.name, "w") as file:
+        table = file.create_dataset("features", data=np.asarray(features, np.float32))
+        table.attrs.update({"name": facts.slide_id, "encoder": facts.encoder})
+        coords = file.create_dataset("coords", data=np.asarray(coords_px0, np.int64))
+        coords.attrs.update(facts.trident())
+        file.attrs.update({"format": _FORMAT, **asdict(facts)})
 
 
 def bag_key(path: Path) -> str | None:

@@ -139,7 +139,10 @@ def read_places(path: Path) -> tuple[dict[str, Any], dict[str, Place]]:
         (header_bytes,) = struct.unpack("<Q", file.read(8))
         if header_bytes > min(MAX_HEADER_BYTES, size_bytes):
             raise ValueError("no safetensors header")
-        header = json.loads(file.read(header_bytes))
+        try:
+            header = json.loads(file.read(header_bytes))
+        except RecursionError:
+            raise ValueError("a header that is nested too deep") from None
     meta = header.pop("__metadata__")
     first = 8 + header_bytes
     return dict(meta), {name: _place(told, first, size_bytes) for name, told in header.items()}

@@ -95,13 +95,13 @@ class Embeddings:
             texts = {name: _texts(path, meta, places, name) for name in _TEXTS}
             return Embeddings(
                 features=_floats(path, places["features"], mmap),
-                labels=read_tensor(path, places["labels"]),
+                labels=_whole(path, places["labels"]),
                 classes=tuple(json.loads(meta["classes"])),
                 info=info if info.name else replace(info, name=path.stem),
                 mpp=_floats(path, places["mpp"], mmap) if "mpp" in places else None,
                 **texts,
             )
-        except (OSError, KeyError, ValueError, TypeError, struct.error) as error:
+        except (OSError, KeyError, ValueError, TypeError, RecursionError, struct.error) as error:
             raise PathfmError(
                 f"{path}: damaged embeddings ({_why(error)}); delete the file"
             ) from None
@@ -187,6 +187,12 @@ def _floats(path: Path, place: Place, mmap: bool) -> NDArray[np.float32]:
     if place.kind not in ("F32", "BF16"):
         raise ValueError(f"features of kind {place.kind}")
     return read_tensor(path, place, mmap)
+
+
+def _whole(path: Path, place: Place) -> NDArray[np.int64]:
+    if place.kind != "I64" or len(place.shape) != 1:
+        raise ValueError(f"labels {place.shape} of kind {place.kind}, wanted (n,) of I64")
+    return read_tensor(path, place)
 
 
 def _texts(

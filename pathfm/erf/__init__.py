@@ -52,7 +52,7 @@ class ErfConfig(BaseModel, frozen=True, extra="forbid"):
     )
     size_px: int = Field(512, ge=32, le=4096, description="side of the pictures looked at")
     inputs: int = Field(16, ge=1, le=10_000, description="pictures averaged over")
-    seed: int = Field(0, ge=0, description="of first weights, pictures and signs")
+    seed: int = Field(0, ge=0, lt=2**64, description="of first weights, pictures and signs")
 
 
 @dataclass(frozen=True)

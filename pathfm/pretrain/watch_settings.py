@@ -86,7 +86,7 @@ class WatchConfig(BaseModel, frozen=True, extra="forbid"):
     probe_c: float = Field(
         0.01, gt=0, le=1e6, description="inverse L2 strength of the logistic probe, not tuned"
     )
-    probe_seed: int = Field(0, ge=0, description="key of the probe's split and subset")
+    probe_seed: int = Field(0, ge=0, lt=2**64, description="key of the probe's split and subset")
     batch_size: int = Field(
         32, ge=1, le=4096, description="pictures in one forward pass of probe and monitor"
     )

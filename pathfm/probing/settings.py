@@ -77,7 +77,7 @@ class ProbeConfig(BaseModel, frozen=True, extra="forbid"):
         description="repeats, each with its own split and head; data with splits of its own is probed "
         "on these, once",
     )
-    seed: int = Field(0, ge=0, description="key of all splits, heads and draws")
+    seed: int = Field(0, ge=0, lt=2**64, description="key of all splits, heads and draws")
     test_share: float = Field(0.3, gt=0, lt=1, description="share of each class tested on")
     validation_share: float = Field(
         0.2, gt=0, lt=1, description="share of the training half that chooses C"

@@ -75,7 +75,7 @@ class RobustnessConfig(BaseModel, frozen=True, extra="forbid"):
         min_length=1,
         description="inverse L2 strengths tried (scikit-learn's C)",
     )
-    seed: int = Field(0, ge=0, description="key of splits, corruptions and wrong labels")
+    seed: int = Field(0, ge=0, lt=2**64, description="key of splits, corruptions and wrong labels")
     leaks: Policy = Field(
         "refuse",
         description="tested pictures that a model has seen in pretraining: refuse them, or mark the table",
