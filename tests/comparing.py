@@ -116,6 +116,7 @@ def robustness(models: list[dict[str, object]]) -> dict[str, Any]:
         "classes": ["a", "b"],
         "n": 40,
         "n_groups": 4,
+        "interval_of": "groups",
         "sizes": [[20, 20]],
         "n_tested": 20,
         "own_splits": False,

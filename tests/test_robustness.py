@@ -390,7 +390,9 @@ def test_a_folder_with_splits_is_fitted_on_train_and_reports_test(
         assert {samples.splits[row] for row in rows} == {name}
     result = run(options)
     assert (result.n_splits, result.sizes) == (1, [[15, 15]])
-    assert "15 train, val chose C / 15 test (reported), its own split" in told(capsys)
+    shown = told(capsys)
+    assert "15 train, val chose C / 15 test (reported), its own split" in shown
+    assert "95 % intervals over 15 pictures, each taken as a patient" in shown
     assert result.models[0].clean_error.sd is None
 
 
@@ -404,6 +406,25 @@ def test_a_set_without_a_test_split_says_that_validation_reports(
     assert (saved["selected_on"], saved["reported_on"]) == ("val", "val")
     assert "15 train / 15 val (chose C and reports), its own split" in told(capsys)
     assert "validation selects and reports" in compared(tmp_path / "out" / "robustness.json")
+
+
+def test_splits_of_unequal_groups_tell_the_range_of_their_sizes_and_who_was_drawn(
+    tmp_path: Path, made: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = paint(tmp_path / "d", 16)
+    cuts = np.searchsorted([1, 3, 7, 12], np.arange(16), side="right")  # five patients of 1 to 5
+    lines = [f"{path},{path[0]} {cuts[i % 16]}" for i, path in enumerate(open_dataset(data).paths)]
+    (data / "groups.csv").write_text("\n".join(["path,group", *lines]) + "\n")
+    options = config(data, tmp_path / "out", "m=2", noise_shares=[], n_splits=5)
+    result = run(options)
+    folds = make_folds(open_samples(options), options).folds
+    assert result.sizes == [[len(fold.final), len(fold.test)] for fold in folds]
+    tested = [size[1] for size in result.sizes]
+    assert min(tested) < max(tested)
+    shown = told(capsys)
+    assert f"/ {min(tested)} to {max(tested)} test (reported)" in shown
+    assert "a part of it chose C" in shown
+    assert f"95 % intervals over {result.n_groups} patients or slides" in shown
 
 
 def compared(path: Path) -> str:

@@ -92,7 +92,7 @@ class DemoConfig(BaseModel, frozen=True, extra="forbid"):
     seed: int = Field(
         0,
         ge=0,
-        lt=2**64,
+        lt=2**32,
         description="seed of synthetic slides and patches, and of the probe's splits",
     )
     input_px: int = Field(224, ge=16, le=2048, description="input side of embeddings, px")

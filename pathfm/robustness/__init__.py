@@ -125,6 +125,7 @@ def _measured(
         classes=list(samples.classes),
         n=len(samples),
         n_groups=len(set(groups)) if groups else len(tested),
+        interval_of="groups" if groups else "pictures",
         sizes=[[len(fold.final), len(fold.test)] for fold in plan.folds],
         n_tested=len(tested),
         n_splits=len(plan.folds),

@@ -87,7 +87,8 @@ class RobustnessResult:
     data_digest: str
     classes: list[str]
     n: int
-    n_groups: int  # of the tested pictures
+    n_groups: int  # of the reported pictures
+    interval_of: str  # what intervals draw anew: "groups" (patients or slides), or "pictures" where none are known
     sizes: list[
         list[int]
     ]  # fitted on (with those that chose C, where train did), reported: of each split

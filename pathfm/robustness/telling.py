@@ -19,9 +19,9 @@ def show(result: RobustnessResult) -> None:
     out, names = console(), [escape(model.name) for model in result.models]
     out.print(
         f"{result.data}: {result.n:,} pictures, {len(result.classes)} classes, input {result.input_px} px; "
-        f"{_judging(result)}; {result.n_tested:,} pictures of {result.n_groups:,} groups reported in all. "
+        f"{_judging(result)}; {result.n_tested:,} pictures reported in all. "
         f"Fitted on clean pictures; only reported ones are corrupted. Errors are 1 - balanced accuracy, %, with "
-        f"intervals over groups; reference: {result.reference}",
+        f"95 % intervals over {_over(result)}; reference: {result.reference}",
         markup=False,
         highlight=False,
     )
@@ -81,6 +81,13 @@ def _judging(result: RobustnessResult) -> str:
         "val chose C" if result.selected_on == "val" else "a part of it chose C, as it has no val"
     )
     return f"{train}, {chose} / {test} test (reported), its own split"
+
+
+def _over(result: RobustnessResult) -> str:
+    """What intervals draw anew, and how many there are."""
+    if result.interval_of == "groups":
+        return f"{result.n_groups:,} patients or slides"
+    return f"{result.n_groups:,} pictures, each taken as a patient"
 
 
 def _range(sizes: list[int]) -> str:
