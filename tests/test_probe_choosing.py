@@ -157,6 +157,9 @@ def test_of_equally_near_neighbours_the_first_count_in_blocks_of_any_size(
     labels = np.array([0] * 4 + [1] * 16 + [2] * 40)
     got = knn_shares(train, labels, np.eye(3)[:1], 5, 3)
     np.testing.assert_allclose(got, [[0.8, 0.2, 0]])  # rows 0 to 4
+    some = np.array([[1.0, 1.0]] * 6 + [[1.0, 0.0]] * 2)  # two are nearest, six alike after them
+    got = knn_shares(some, np.array([0, 0, 1, 1, 1, 1, 2, 2]), np.array([[1.0, 0.0]]), 4, 3)
+    np.testing.assert_allclose(got, [[0.5, 0, 0.5]])
     x, y = blobs(200, 8, 3, seed=2)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     near = NearestNeighbors(n_neighbors=9).fit(unit[:150]).kneighbors(unit[150:])[1]
