@@ -72,6 +72,14 @@ def test_an_epoch_that_steps_cut_short_is_not_judged_unless_it_is_the_only_one()
     assert (fit.best, len(told)) == (0.4, 2)
 
 
+def test_an_order_that_itself_ends_early_is_a_cut_epoch_too() -> None:
+    head, asked = One(), iter([0.1, 0.9])
+    schedule = Schedule(lr=0.3, batch=2, patience_epochs=9, steps=5)
+    orders = [np.arange(4), np.arange(4), np.arange(2)]
+    fit = fit_best(head, schedule, orders.__getitem__, lambda _: head.weight.sum(), asked.__next__)
+    assert (fit.best_epoch, fit.epochs) == (1, 3)
+
+
 def test_a_schedule_without_an_end_or_with_nothing_in_it_is_refused() -> None:
     with pytest.raises(PathfmError, match="a run would not end"):
         Schedule(lr=1.0, batch=1, patience_epochs=1)

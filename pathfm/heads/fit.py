@@ -89,7 +89,7 @@ def fit_best(
     )
     best, best_epoch, kept = -1.0, 0, copy.deepcopy(head.state_dict())
     losses: list[float] = []
-    epoch = 0
+    epoch = whole = 0  # whole: rows of an epoch
     while True:
         for group in solver.param_groups:
             group["lr"] = schedule.rate(epoch)
@@ -98,7 +98,8 @@ def fit_best(
         allowed = rows[: left * schedule.batch]
         head.train()
         losses += _epoch(solver, allowed, schedule.batch, loss_of, named)
-        if len(allowed) == len(rows) or epoch == 0:
+        whole = len(allowed) if epoch == 0 else whole
+        if len(allowed) == whole:
             value = score()
             if value > best:
                 best, best_epoch, kept = value, epoch, copy.deepcopy(head.state_dict())
