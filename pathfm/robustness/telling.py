@@ -72,7 +72,8 @@ def _judging(result: RobustnessResult) -> str:
     """How many are fitted on, who chose C, who is reported."""
     train, test = (_range([size[i] for size in result.sizes]) for i in (0, 1))
     if not result.own_splits:
-        return f"{result.n_splits} splits of {train} train (a part of it chose C) / {test} test (reported)"
+        splits = "1 split" if result.n_splits == 1 else f"{result.n_splits} splits"
+        return f"{splits} of {train} train (a part of it chose C) / {test} test (reported)"
     few = f" ({result.shots} of each class, drawn anew for each of {result.n_splits} runs)"
     train += f" train{few if result.shots else ''}"
     if result.selected_on == result.reported_on:
