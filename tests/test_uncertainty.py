@@ -361,7 +361,10 @@ def test_few_groups_and_rare_classes_are_told():
         (lambda: Predictions([0, 1], [[0, 1], [-1, -1]], 2), "run 1 judged no sample"),
         (lambda: Predictions([], [], 2), "whole class numbers"),
         (lambda: Predictions([0, 1], [0, 1], 2, ["a"]), "1 groups for 2 samples"),
-        (lambda: score(Predictions([0, 1], [0, 1], 2, ["a", "a"])), "is of 1 patient or slide, and"),
+        (
+            lambda: score(Predictions([0, 1], [0, 1], 2, ["a", "a"])),
+            "is of 1 patient or slide, and",
+        ),
         (lambda: score(judged(), "f7"), "no metric 'f7'; there are balanced_accuracy"),
         (lambda: compare(judged(), judged(n=60)), "unpaired comparison of a and a"),
         (lambda: compare(judged(), judged(runs=3, name="b")), "2 and 3 runs"),
