@@ -130,16 +130,15 @@ def test_a_rerun_takes_nothing_for_done_whose_files_are_gone(
 ) -> None:
     made_up().save(tmp_path / "init.safetensors")
     options = config(tmp_path / "init.safetensors", out=tmp_path / "p")
-    real = verb.record_backbone
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verb, "record_backbone", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(options)
+    with monkeypatch.context() as patched:
+        patched.setattr(verb, "record_backbone", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(options)
     assert not (tmp_path / "p" / "probe.json").exists()  # it is a sign that all else is there
-    monkeypatch.setattr(verb, "record_backbone", real)
     first = run(options)
     (tmp_path / "p" / "predictions" / "init.safetensors").unlink()
     capsys.readouterr()
