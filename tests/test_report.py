@@ -140,14 +140,33 @@ def test_the_headline_is_honest_whichever_way_it_went(results: Path) -> None:
     path = results / "probe" / "probe.json"
     probe = json.loads(path.read_text())
     pair = next(p for p in probe["paired"] if p["probe"] == "logistic")
-    for mean, words in (
-        (0.05, "5.0 points higher"),
-        (-0.05, "5.0 points lower"),
-        (0.001, "no clear"),
+    for mean, interval, words in (
+        (0.05, None, "5.0 points higher"),
+        (-0.05, None, "5.0 points lower"),
+        (0.001, None, "no clear difference (+0.1 ± 1.0 points)"),
+        (0.05, [-0.01, 0.11], "no clear difference (+5.0 ± 1.0 [\u22121.0, +11.0] points)"),
+        (0.005, [0.002, 0.008], "0.5 points higher"),
     ):
-        pair["mean"], pair["sd"] = mean, 0.01
+        pair["mean"], pair["sd"], pair["interval"] = mean, 0.01, interval
         path.write_text(json.dumps(probe))
         assert words in collect(results).headline
+
+
+def test_one_repeat_has_no_spread_and_without_an_interval_no_clear_difference(
+    results: Path,
+) -> None:
+    path = results / "probe" / "probe.json"
+    probe = json.loads(path.read_text())
+    for pair in probe["paired"]:
+        pair |= {"differences": [0.05], "mean": 0.05, "sd": 0.0, "interval": None}
+    for backbone in probe["backbones"]:
+        for scores in backbone["probes"].values():
+            scores |= {"values": scores["values"][:1], "mean": scores["values"][0], "sd": 0.0}
+    path.write_text(json.dumps(probe))
+    assert "no clear difference (+5.0 points)" in collect(results).headline
+    page = parse(build_report(results))
+    assert "±" not in page.text.split("logistic probe, %")[1].split("Every seed")[0]
+    assert "minus one sd" not in page.text
 
 
 def test_stages_that_have_not_run_are_named(tmp_path: Path, results: Path) -> None:

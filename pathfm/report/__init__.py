@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from online_patching.stores.local import atomic_write_text
-from pathfm.report.page import collect, signed
+from pathfm.report.page import collect, difference, score, signed
 
 __all__ = ["ReportConfig", "ReportResult", "build_report", "collect", "run"]
 
@@ -60,7 +60,7 @@ def build_report(folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["signed"] = signed
+    environment.filters.update(signed=signed, score=score, difference=difference)
     path = folder / "report.html"
     atomic_write_text(path, environment.get_template("report.html.j2").render(page=page))
     return path

@@ -104,8 +104,8 @@ def headline(
             for who in ("baseline", "other")
         )
         points = f"{abs(100 * pair['mean']):.1f} points"
-        if abs(pair["mean"]) <= pair["sd"]:
-            judged = f"no clear difference ({signed(pair['mean'])} ± {100 * pair['sd']:.1f} points)"
+        if _unclear(pair):
+            judged = f"no clear difference ({difference(pair)})"
         else:
             judged = f"{points} {'higher' if pair['mean'] > 0 else 'lower'}"
         return (
@@ -121,8 +121,34 @@ def headline(
     return f"{counted(len(slides), 'slide')} indexed; nothing is trained yet."
 
 
+def _unclear(pair: dict[str, Any]) -> bool:
+    """Whether 0 lies in the difference's interval; without one, within its sd over repeats."""
+    if pair.get("interval"):
+        low, high = pair["interval"]
+        return bool(low <= 0 <= high)
+    return len(pair["differences"]) < 2 or abs(pair["mean"]) <= pair["sd"]
+
+
+def difference(pair: dict[str, Any]) -> str:
+    """A paired difference in points, its sd over repeats where there are several, its interval where there is one."""
+    told = signed(pair["mean"])
+    if len(pair["differences"]) > 1:
+        told += f" ± {100 * pair['sd']:.1f}"
+    if pair.get("interval"):
+        told += f" [{', '.join(map(signed, pair['interval']))}]"
+    return f"{told} points"
+
+
 def _percent(scores: dict[str, Any]) -> str:
-    return f"{100 * scores['mean']:.1f}\u00a0±\u00a0{100 * scores['sd']:.1f}\u00a0%"
+    return f"{score(scores)}\u00a0%"
+
+
+def score(scores: dict[str, Any]) -> str:
+    """A mean in per cent; ± its sd over repeats where there are several."""
+    told = f"{100 * scores['mean']:.1f}"
+    if len(scores["values"]) > 1:
+        told += f"\u00a0±\u00a0{100 * scores['sd']:.1f}"
+    return told
 
 
 def signed(share: float) -> str:
