@@ -57,13 +57,17 @@ _REQUIRED = (
     ("tyro", "tyro", "help of the verbs"),
     ("jinja2", "jinja2", "report.html"),
 )
-# extra, module, what it is for
+# extra of pyproject.toml, in its order; a distribution that it brings; what it is for
 _EXTRAS = (
     ("s3", "botocore", "s3:// slides"),
     ("gcs", "google-auth", "gs:// slides"),
     ("azure", "azure-identity", "az:// slides"),
+    ("hf", "transformers", "backbones as Hugging Face's folders hold them"),
+    ("maps", "umap-learn", "maps of embeddings by UMAP"),
     ("notebooks", "ipykernel", "notebooks"),
     ("test", "pytest", "tests"),
+    ("bench", "tensorstore", "the peers of the benchmarks"),
+    ("dev", "build", "wheels"),
 )
 _SHM = "/dev/shm"  # noqa: S108  # looked at, nothing is put there
 _MIN_SHM_BYTES = 512 * 2**20  # one ring of 256-patch batches of 256 px a worker is 50 MB

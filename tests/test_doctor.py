@@ -1,5 +1,7 @@
 import importlib
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,15 @@ def test_a_missing_extra_names_the_install_that_mends_it() -> None:
     found = doctor._extra("s3", "no_such_filesystem", "s3:// slides")
     assert found.state == "note"
     assert "pip install 'pathfm[s3]'" in found.remedy
+
+
+def test_every_extra_of_pyproject_is_looked_at_by_a_distribution_of_its_own() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    assert [extra for extra, _, _ in doctor._EXTRAS] == list(extras)
+    for extra, distribution, _ in doctor._EXTRAS:
+        names = [re.split(r"[\[<>=;~! ]", line)[0] for line in extras[extra]]
+        assert distribution in names, extra
 
 
 def test_a_look_that_fails_is_a_note() -> None:
