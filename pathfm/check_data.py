@@ -1,4 +1,5 @@
-"""Verb `check-data`: is this data set whole, balanced as published, split by patient, and readable?
+"""Verb `check-data`: is this data set whole, balanced as published, split by patient, and, where `read`
+asks for it, readable?
 
 Without data it lists the public data sets: what they hold, where to get them, under which licence.
 """
@@ -23,6 +24,10 @@ from pathfm.runtime import PathfmError, progress
 _BATCH = 256  # samples handed to the threads at a time
 _MOST_TOLD = 20
 _WIDTH = 120
+_RIGHT = "nothing is wrong"
+_RIGHT_UNREAD = (
+    "names, counts and splits are right; pictures were not read: --read True reads them all"
+)
 
 
 class CheckDataConfig(BaseModel, frozen=True, extra="forbid"):
@@ -80,7 +85,7 @@ def run(config: CheckDataConfig) -> CheckDataResult:
     if doubts := found.doubts():
         print(f"unsure: {'; '.join(doubts)}: {UNCONFIRMED}")
     if not wrong:
-        print(f"{found.name}: nothing is wrong" + ("" if config.read else "; no picture was read"))
+        print(f"{found.name}: {_RIGHT if config.read else _RIGHT_UNREAD}")
     return CheckDataResult(len(found), tuple(wrong))
 
 

@@ -41,7 +41,7 @@ VERBS = {
     ),
     "pretrain": Verb("corpus -> a self-supervised backbone, with checkpoints that resume"),
     "check-data": Verb(
-        "a benchmark, labelled folder or table: is it whole and readable?", ("data",)
+        "a benchmark, folder or table: names, counts, splits; --read True: every picture", ("data",)
     ),
     "embed": Verb("any model + labelled pictures, or a corpus -> frozen features"),
     "probe": Verb("backbones + labelled patches -> linear probe and kNN, mean and sd"),

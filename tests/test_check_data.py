@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pathfm.check_data import CheckDataConfig, run
-from pathfm.cli import main
+from pathfm.cli import help_text, main
 from pathfm.datasets import DATASETS
 from tests.datasets_mini import MAKERS, Painter
 
@@ -53,6 +55,27 @@ def test_damaged_pictures_and_masks_are_each_named_and_counted(
     told = run(CheckDataConfig(data=f"consep={masks}", read=True)).wrong
     assert len([line for line in told if "test_2.mat" in line]) == 1
     assert "wrong: " in capsys.readouterr().out
+
+
+def test_what_was_not_read_is_not_said_to_be_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg"):
+        file = tmp_path / "d" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(noise).save(file)
+    file.write_bytes(file.read_bytes()[:-200])
+    assert main(["check-data", str(tmp_path / "d")]) == 0
+    told = capsys.readouterr().out
+    assert "nothing is wrong" not in told
+    assert (
+        "d: names, counts and splits are right; pictures were not read: --read True reads them all"
+        in told
+    )
+    assert main(["check-data", str(tmp_path / "d"), "--read", "True"]) == 2
+    assert f"wrong: {file}: not a readable picture" in capsys.readouterr().out
+    assert "--read True" in help_text()
 
 
 def test_pictures_of_equal_bytes_in_two_splits_are_counted(tmp_path: Path) -> None:
