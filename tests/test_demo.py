@@ -33,6 +33,7 @@ SHRUNKEN = {
         "pretrain",
         "--weights random --mpp 1 2 --backbone vit_tiny_patch16_224 " + VIEWS.format(""),
     ),
+    "dino_vitt16_cpu.yaml": ("pretrain", "--weights random --mpp 1 2 " + VIEWS.format("")),
     **{
         f"foreground_{model}.yaml": (
             "foreground-train",
@@ -117,9 +118,10 @@ def test_a_demo_stopped_in_pretraining_says_so_and_goes_on(
 
 
 @pytest.mark.slow
-def test_the_shipped_config_of_pretraining_runs(demo_out: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["dino_vits16.yaml", "dino_vitt16_cpu.yaml"])
+def test_a_shipped_config_of_pretraining_runs(name: str, demo_out: Path, tmp_path: Path) -> None:
     corpus, out = str(demo_out / "corpus"), str(tmp_path / "run")
-    assert main(command("dino_vits16.yaml", "--corpus", corpus, "--out", out)) == 0
+    assert main(command(name, "--corpus", corpus, "--out", out)) == 0
     assert (tmp_path / "run" / "backbone").is_dir()
 
 

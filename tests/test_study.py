@@ -181,6 +181,25 @@ def test_a_dry_run_shows_what_each_arm_sees_and_makes_nothing(
     assert not out.exists()
 
 
+def test_what_is_missing_is_told_with_its_option_and_nothing_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    out, slides = tmp_path / "out", tmp_path / "slides"
+    slides.mkdir()
+    words = ["study", "tiny", "--studies", str(tmp_path), "--out", str(out)]
+    words += ["--patches", "/nowhere", "--slides", str(slides), "/gone.svs", "s3://box/a.svs"]
+    words += ["--weights", "/lost.safetensors"]
+    assert main([*words, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "before it can run: labelled patches /nowhere are not there: give --patches" in told
+    assert "before it can run: slides /gone.svs are not there: give --slides" in told
+    assert "before it can run: weights /lost.safetensors are not there: give --weights" in told
+    assert main(words) == 2
+    assert "give --patches FOLDER; slides /gone.svs" in capsys.readouterr().err
+    assert not out.exists()
+
+
 # the grid
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from online_patching.philox import words
+from online_patching.stores import is_remote, local_path
 from online_patching.stores.local import atomic_write_text
 from pathfm import foreground, index
 from pathfm.cohorts import CohortOptions, write_csv
@@ -30,6 +31,7 @@ from pathfm.study.plan import Arm, Data, Study
 _NOISE_STREAM = 471
 _TEST_SHARE, _VAL_SHARE = 0.3, 0.2
 _DONE = "prepared.json"
+_MAGIC = set("*?[")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,31 @@ class Prepared:
     train: dict[float, Path]
     offline: dict[str, Path]
     facts: dict[str, Any]
+
+
+def missing(study: Study) -> list[str]:
+    """What of a study's data is not on this machine, each with the option that names another.
+
+    Remote slides and names of weights are not asked after; drawn pictures are told by the study itself.
+    """
+    data, found = study.data, []
+    if study.kind == "foreground":
+        return [] if data.pictures else ["no drawn thumbnails: give --pictures FOLDER [FOLDER ...]"]
+    if data.patches is None:
+        found.append("no labelled patches: give --patches FOLDER")
+    elif not data.patches.exists():
+        found.append(f"labelled patches {data.patches} are not there: give --patches FOLDER")
+    if any(arm.reads != "labelled" for arm in study.arms):
+        gone = [uri for uri in data.slides if not (is_remote(uri) or _MAGIC & set(uri))]
+        gone = [uri for uri in gone if not Path(local_path(uri)).exists()]
+        if gone or not data.slides:
+            told = f"slides {', '.join(gone)} are not there" if gone else "no slides"
+            found.append(f"{told}: give --slides SLIDES")
+        if data.mpp_overrides is not None and not data.mpp_overrides.exists():
+            found.append(f"{data.mpp_overrides} is not there: give --mpp_overrides CSV")
+    if data.weights.endswith(".safetensors") and not Path(data.weights).exists():
+        found.append(f"weights {data.weights} are not there: give --weights FILE, or imagenet")
+    return found
 
 
 def prepare(study: Study, out: Path) -> Prepared:

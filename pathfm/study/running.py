@@ -17,7 +17,7 @@ from pathfm.study.equal import check_plan
 from pathfm.study.judging import judge
 from pathfm.study.page import lead_of, write_page
 from pathfm.study.plan import Study
-from pathfm.study.preparing import prepare
+from pathfm.study.preparing import missing, prepare
 from pathfm.study.showing import rows_of, show_grid
 from pathfm.study.working import (
     Grid,
@@ -42,6 +42,8 @@ def run_study(study: Study, config: StudyConfig) -> StudyResult:
 
     check_plan(study)
     share = share_of(config.worker)
+    if gone := missing(study):
+        raise PathfmError(f"study {study.name}: {'; '.join(gone)}")
     folder = make_folder(config.out / study.name)
     save_config(study, folder, f"{study.name}.yaml")
     tracking = config.tracking.filled(folder, study.name)

@@ -16,6 +16,7 @@ from pathfm.study.cell import TRAINED
 from pathfm.study.claims import State
 from pathfm.study.equal import check_plan
 from pathfm.study.plan import Cell, Study, cells_of, settings_of
+from pathfm.study.preparing import missing
 from pathfm.study.working import Grid
 
 _TAIL_BYTES = 1 << 16
@@ -139,6 +140,8 @@ def show_plan(study: Study) -> None:
         f"patches/s in training and {rates.pictures_per_s:g} pictures/s in measuring ({rates.measured})"
     )
     out.print(told, markup=False, highlight=False, soft_wrap=True)
+    for line in missing(study):
+        out.print(f"before it can run: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def cell_s(study: Study, plan: dict[str, int]) -> float:
