@@ -287,7 +287,10 @@ def test_a_list_that_could_not_be_compared_whole_is_never_taken_for_clean():
     line = refuse_or_mark(leaks(Evidence(4, patches=pictures), known))
     assert "0 of 4 samples" in line
     assert "nothing to compare its 1 slides and its 1 patient ids with" in line
-    assert "Listed are 2 patches of 10,000,000 draws" in line
+    assert "Listed are 2 patches of 10,000,000 draws: others are not found." in line
+    listed = replace(known, stages=(replace(stage, draws=3, every=1),))
+    line = refuse_or_mark(leaks(Evidence(4, patches=pictures), listed))
+    assert "2 patches of 3 draws: the others show too little to be recognised" in line
     by_slide = leaks(Evidence(4, slides=[other] * 4), known)
     assert "nothing to compare its 1 patient ids with" in refuse_or_mark(by_slide)
     assert "listed patches" not in refuse_or_mark(by_slide)  # their slides are in the list

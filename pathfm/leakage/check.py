@@ -174,9 +174,10 @@ def not_compared(seen: PretrainedOn, compared: Sequence[str]) -> tuple[str, ...]
     sampled = any(stage.every > 1 for stage in pictures)
     if "patch" in compared and (sampled or (len(seen.slides) and "slide" not in compared)):
         draws = sum(stage.draws for stage in seen.stages)
-        told.append(
-            f"Listed are {len(seen.patches):,} patches of {draws:,} draws: others are not found."
-        )
+        others = "others are not found"
+        if all(stage.every == 1 for stage in seen.stages):
+            others = "the others show too little to be recognised, and what is cut elsewhere is another picture"
+        told.append(f"Listed are {len(seen.patches):,} patches of {draws:,} draws: {others}.")
     return tuple(told)
 
 
