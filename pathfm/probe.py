@@ -27,6 +27,7 @@ from pathfm.probing.measuring import (
     PROBES,
     BackboneResult,
     Measured,
+    check_k,
     compare_measured,
     compare_paired,
     measure,
@@ -92,6 +93,7 @@ def run(config: ProbeConfig) -> ProbeResult:
         show(earlier)
         return earlier
     splits = splits_of(parts[0], config)
+    too_few = check_k(parts[0], splits, config)
     save_config(config, make_folder(config.out), "probe.yaml")
     tracking = config.tracking.filled(config.out, "probe")
     params = as_dict(config)
@@ -102,7 +104,7 @@ def run(config: ProbeConfig) -> ProbeResult:
         with progress(len(parts) * each, "probes", "probe") as bar:
             measured = [measure(part, splits, config, bar.advance) for part in parts]
         result = _result(key, config, first, splits, measured, files)
-        result = replace(result, caveats=[*result.caveats, *notes])
+        result = replace(result, caveats=[*result.caveats, *too_few, *notes])
         for part, one in zip(parts, measured, strict=True):
             _write(config, part, one, result.reported_on)
         chose = "train" if isinstance(splits, list) else "val"

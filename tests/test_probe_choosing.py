@@ -12,10 +12,12 @@ from sklearn.neighbors import NearestNeighbors
 
 from pathfm import metrics
 from pathfm import probe as verb
+from pathfm.cli import main
 from pathfm.embeddings import Embeddings
 from pathfm.metrics import knn_shares
 from pathfm.probe import ProbeConfig, run
 from pathfm.probing.files import read_predictions
+from pathfm.runtime import PathfmError
 from tests.test_metrics import blobs
 from tests.test_probe import QUIET, made_up
 from tests.test_probe_protocols import with_splits
@@ -47,6 +49,36 @@ def test_a_test_without_validation_reports_and_never_chooses(
     out = capsys.readouterr().out
     assert "val (chooses; cut out of its train, as it has none) / 80 test (reported)" in out
     assert "validation chose" not in out
+
+
+def test_more_neighbours_than_training_pictures_are_refused_with_the_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up(n=100).save(tmp_path / "init.safetensors")
+    words = [str(tmp_path / "init.safetensors"), "--tracking.enabled", "False", "--n_seeds", "2"]
+    words += ["--c_values", "0.1", "--out", str(tmp_path / "p")]
+    train = 100 - run(config(tmp_path / "init.safetensors", out=tmp_path / "q")).n_test
+    assert main(["probe", "--embeddings", *words, "--k", "500"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: kNN of k = 500 neighbours, but only ")
+    assert f"only {train} training pictures" in told
+    assert "--k 20" in told
+    assert told.count("\n") == 1
+    assert main(["probe", "--embeddings", *words, "--k", str(train + 1)]) == 2
+    assert not (tmp_path / "p").exists()
+    assert main(["probe", "--embeddings", *words, "--k", str(train)]) == 0
+    own = with_splits("train", "val", "test")
+    own.save(tmp_path / "own.safetensors")  # there validation does not vote
+    voting = own.splits.count("train")
+    with pytest.raises(PathfmError, match=f"only {voting} training pictures"):
+        run(config(tmp_path / "own.safetensors", out=tmp_path / "r", k=voting + 1))
+
+
+def test_a_default_k_beyond_the_training_pictures_is_told(tmp_path: Path) -> None:
+    made_up(n=24).save(tmp_path / "init.safetensors")
+    result = run(config(tmp_path / "init.safetensors", out=tmp_path / "p", c_values=(0.1,)))
+    told = f"k = 20 neighbours, but only {24 - result.n_test} training pictures"
+    assert len([caveat for caveat in result.caveats if told in caveat]) == 1
 
 
 def test_sizes_that_differ_by_split_are_told_as_they_are(

@@ -34,6 +34,7 @@ from pathfm.probing.scoring import (
     with_interval,
 )
 from pathfm.probing.settings import ProbeConfig
+from pathfm.runtime import PathfmError
 from pathfm.uncertainty import Predictions
 
 if TYPE_CHECKING:
@@ -120,6 +121,28 @@ def repeats_of(
     return [Parts(drawn.rows(run, 0), splits.val, splits.test) for run in runs]
 
 
+def voters_of(parts: Parts, own: bool) -> NDArray[np.int64]:
+    """The rows that kNN asks: training alone where the split is the data set's own, else val's as well."""
+    return parts.train if own else np.sort(np.concatenate([parts.train, parts.val]))
+
+
+def check_k(data: Embeddings, splits: Sequence[Split] | Parts, options: ProbeConfig) -> list[str]:
+    """A sentence where kNN's default `k` is more than the rows it may ask, so that it asks all of them.
+
+    `PathfmError` where the user gave that `k`: the scores would be chance.
+    """
+    own = isinstance(splits, Parts) and not splits.carved
+    fewest = min(len(voters_of(parts, own)) for parts in repeats_of(data, splits, options))
+    if options.k <= fewest:
+        return []
+    told = (
+        f"k = {options.k:,} neighbours, but only {fewest:,} training pictures to choose them from"
+    )
+    if "k" in options.model_fields_set:
+        raise PathfmError(f"kNN of {told}: use --k {min(20, fewest)}, at most {fewest:,}")
+    return [f"kNN asks {told}: it says the largest class. Use --k, less than {fewest:,}."]
+
+
 def probe_backbone(
     data: Embeddings,
     splits: Sequence[Split] | Parts,
@@ -190,7 +213,7 @@ def _plain(
     classes: dict[str, list[NDArray[np.int64]]] = {probe: [] for probe in PROBES}
     chosen = []
     for repeat, parts in enumerate(repeats):
-        train = parts.train if own else np.sort(np.concatenate([parts.train, parts.val]))
+        train = voters_of(parts, own)
         probe = fit_probe(
             data.features,
             data.labels,

@@ -87,7 +87,12 @@ class ProbeConfig(BaseModel, frozen=True, extra="forbid"):
         min_length=1,
         description="inverse L2 strengths tried (scikit-learn's C)",
     )
-    k: int = Field(20, ge=1, le=10_000, description="neighbours of the kNN probe")
+    k: int = Field(
+        20,
+        ge=1,
+        le=10_000,
+        description="neighbours of the kNN probe; at most the training pictures",
+    )
     leaks: Policy = Field(
         "refuse",
         description="test pictures that a backbone has seen in pretraining: refuse them, or mark the table",
