@@ -281,6 +281,26 @@ def test_a_replay_ships_to_the_place_the_run_was_opened_for(tmp_path: Path) -> N
     assert (child.parent_id, child.metrics) == (parent.run_id, {"loss": 1.0})
 
 
+@pytest.mark.slow
+@quiet_mlflow
+def test_a_replay_leaves_a_run_with_the_status_of_its_own_end(tmp_path: Path) -> None:
+    uri = new_store(tmp_path)
+    folder = tmp_path / "r"
+    with open_run(TrackingConfig(uri=uri), folder, {}) as run:
+        run.log(0, loss=1.0)
+    before = make_client(uri).get_run(run.run_id).info
+    assert replay(folder) == 0
+    after = make_client(uri).get_run(run.run_id).info
+    assert (after.status, after.end_time) == ("FINISHED", before.end_time)
+    Journal(folder, run.run_id, goes_on=False).append_metrics(1, {"loss": 0.5})
+    assert replay(folder) == 1  # its end had been shipped
+    after = make_client(uri).get_run(run.run_id).info
+    assert (after.status, after.end_time) == ("FINISHED", before.end_time)
+    Journal(folder, run.run_id, goes_on=False).append_task("tags", tags={"a": "b"})
+    assert replay(folder) == 1  # resumed, and killed before it ended
+    assert make_client(uri).get_run(run.run_id).info.status == "RUNNING"
+
+
 def test_a_replay_to_nobody_knows_where_is_refused(tmp_path: Path) -> None:
     with open_run(OFF, tmp_path, {}) as run:
         run.log(0, loss=1.0)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pathfm.runtime import PathfmError, one_line, without_secrets
 from pathfm.tracking.journal import METRICS, TASKS, Journal, read_state
+from pathfm.tracking.lines import rows_of
 from pathfm.tracking.settings import TrackingConfig, absolute
 
 if TYPE_CHECKING:
@@ -115,6 +116,19 @@ class Shipper:
                 store.send_task(journal.state.run_id, task)
                 journal.advance(piece, i + 1)
 
+    def ship_afterwards(self) -> None:
+        """As `ship`, for a run that is not alive: what waits does not make it RUNNING for good."""
+        waiting = self._journal.pending_rows
+        self._known.set()
+        self.ship()
+        if not waiting or self._store is None:
+            return
+        run_id, tasks = self._journal.state.run_id, rows_of(self._journal.folder / TASKS)
+        if tasks and tasks[-1]["do"] == "end":
+            self._store.send_task(run_id, tasks[-1])
+        else:
+            self._store.client.update_run(run_id, status="RUNNING")
+
     def _connect(self) -> MlflowStore:
         from pathfm.tracking import MlflowStore  # late: the package itself imports this file
 
@@ -152,7 +166,8 @@ class Shipper:
 def replay(folder: Path, uri: str | None = None, experiment: str | None = None) -> int:
     """Ship what a run's folder still holds back; returns how many rows that were.
 
-    It goes where the run wanted it, unless another store or experiment is given. Raises
+    It goes where the run wanted it, unless another store or experiment is given. The run is left
+    with the status of its own end, RUNNING without one; with nothing held back, as it is. Raises
     `PathfmError` if the folder has no journal, or nobody knows the store, or it does not answer.
     """
     state = read_state(folder)
@@ -170,7 +185,7 @@ def replay(folder: Path, uri: str | None = None, experiment: str | None = None) 
     journal = Journal(folder, state.run_id or f"pending-{state.key}", goes_on=False)
     waiting = journal.pending_rows
     try:
-        Shipper(base, journal).ship()
+        Shipper(base, journal).ship_afterwards()
     except Exception as error:
         where = without_secrets(base.store(folder))
         reason = without_secrets(one_line(error))[:200]
