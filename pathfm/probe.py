@@ -21,7 +21,7 @@ from online_patching.stores.local import atomic_write_text
 from pathfm.datasets import Split, stratified_split
 from pathfm.embeddings import Embeddings
 from pathfm.leakage import marks_of
-from pathfm.probing.few_shot import check_shots
+from pathfm.probing.few_shot import check_shots, smallest_class
 from pathfm.probing.files import write_eva_results, write_predictions
 from pathfm.probing.measuring import (
     PROBES,
@@ -85,6 +85,8 @@ def run(config: ProbeConfig) -> ProbeResult:
     parts = [Embeddings.load(path) for path in files]
     check_comparable(parts)
     config = with_own_protocol(config, parts[0])
+    splits = splits_of(parts[0], config)
+    config, left_out = _with_usable_shots(config, parts[0], splits)
     notes = _leaks(files, parts, config)
     path, key = config.out / RESULT, result_key(parts, config, notes)
     earlier = load_result(path)
@@ -104,7 +106,7 @@ def run(config: ProbeConfig) -> ProbeResult:
         with progress(len(parts) * each, "probes", "probe") as bar:
             measured = [measure(part, splits, config, bar.advance) for part in parts]
         result = _result(key, config, first, splits, measured, files)
-        result = replace(result, caveats=[*result.caveats, *too_few, *notes])
+        result = replace(result, caveats=[*result.caveats, *too_few, *left_out, *notes])
         for part, one in zip(parts, measured, strict=True):
             _write(config, part, one, result.reported_on)
         chose = "train" if isinstance(splits, list) else "val"
@@ -144,12 +146,32 @@ def _own_parts(data: Embeddings) -> Parts | None:
 
 
 def splits_of(data: Embeddings, config: ProbeConfig) -> Parts | list[Split]:
-    """The data set's own parts, or a drawn split a seed; `PathfmError` where few-shot could not draw."""
+    """The data set's own parts, or a drawn split a seed."""
     own = _own_parts(data)
-    drawn = [] if own else [_split(data, config, repeat) for repeat in range(config.n_seeds)]
-    if "few-shot" in config.also:
-        check_shots(data.labels, own or parts_of(data, drawn[0], config, 0), config.shots)
-    return own or drawn
+    return own or [_split(data, config, repeat) for repeat in range(config.n_seeds)]
+
+
+def _with_usable_shots(
+    config: ProbeConfig, data: Embeddings, splits: Parts | list[Split]
+) -> tuple[ProbeConfig, list[str]]:
+    """The options without those default shots that a class cannot give, and a sentence of what is left out.
+
+    `PathfmError` where few-shot could not draw what the user asked for.
+    """
+    if "few-shot" not in config.also:
+        return config, []
+    drawn_from = splits if isinstance(splits, Parts) else parts_of(data, splits[0], config, 0)
+    smallest, most = smallest_class(data.labels, drawn_from)
+    if "shots" in config.model_fields_set or max(config.shots) <= most:
+        check_shots(data.labels, drawn_from, config.shots, data.classes)
+        return config, []
+    without = ", ".join(str(k) for k in config.shots if k > most)
+    kept = tuple(k for k in config.shots if k <= most)
+    told = (
+        f"Few-shot leaves out {without} samples a class: class {data.classes[smallest]} has "
+        f"{most:,} training samples."
+    )
+    return config.model_copy(update={"shots": kept}), [told]
 
 
 def _write(config: ProbeConfig, data: Embeddings, measured: Measured, reported_on: str) -> None:

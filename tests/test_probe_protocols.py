@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 from sklearn.metrics import balanced_accuracy_score
 
+from pathfm.cli import main
 from pathfm.embeddings import Embeddings
 from pathfm.probe import EvaConfig, ProbeConfig, run
 from pathfm.probing.files import read_predictions
@@ -183,3 +184,39 @@ def test_labels_of_one_class_are_refused(tmp_path: Path) -> None:
 def test_learning_rates_given_twice_are_refused_where_they_are_read() -> None:
     with pytest.raises(ValidationError, match="each once"):
         ProbeConfig(embeddings=[Path("x")], eva=EvaConfig(learning_rates=(0.1, 0.1)))
+
+
+def test_default_shots_that_a_class_cannot_give_are_left_out_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = with_splits("train", "val", "test")
+    splits = np.array(data.splits)
+    ones = np.flatnonzero((splits == "train") & (data.labels == 1))
+    splits[ones[11:]] = ""
+    data = replace(data, splits=tuple(splits.tolist()), classes=("a", "tumour", "c"))
+    data.save(tmp_path / "init.safetensors")
+    words = [
+        "probe",
+        "--embeddings",
+        str(tmp_path / "init.safetensors"),
+        "--tracking.enabled",
+        "False",
+    ]
+    words += ["--out", str(tmp_path / "p"), "--c_values", "0.1", "--resamples", "2", "--k", "5"]
+    words += ["--also", "few-shot"]
+    assert main(words) == 0
+    told = "Few-shot leaves out 16, 32, 64 samples a class: class tumour has 11 training samples."
+    out = capsys.readouterr().out
+    assert f"note: {told}" in " ".join(out.split())
+    saved = json.loads((tmp_path / "p" / "probe.json").read_text())
+    assert saved["caveats"].count(told) == 1
+    assert saved["backbones"][0]["few_shot"]["logistic"]["shots"] == [1, 2, 4, 8]
+    assert main(["probe", str(tmp_path / "p" / "probe.yaml")]) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert main([*words, "--shots", "1", "2", "4", "8", "16"]) == 2
+    refused = capsys.readouterr().err
+    assert refused == (
+        "error: class tumour has 11 training samples, fewer than the 16 shots asked for: "
+        "use --shots 1 2 4 8\n"
+    )
+    assert main([*words, "--shots", "1", "2", "4", "8"]) == 0

@@ -74,16 +74,28 @@ def few_shot(
     }
 
 
-def check_shots(labels: NDArray[np.int64], parts: Parts, shots: Sequence[int]) -> None:
-    """`PathfmError` unless every class has as many training samples as the largest of `shots`."""
+def check_shots(
+    labels: NDArray[np.int64], parts: Parts, shots: Sequence[int], names: Sequence[str] = ()
+) -> None:
+    """`PathfmError` unless every class has as many training samples as the largest of `shots`.
+
+    names: of the classes, for the error; without them it tells their numbers.
+    """
     if not shots or min(shots) < 1 or len(set(shots)) < len(shots):
         raise PathfmError(f"shots {list(shots)}: some, each at least 1 and there once")
-    classes, counts = np.unique(labels[parts.train], return_counts=True)
-    if counts.min() < max(shots):
+    smallest, most = smallest_class(labels, parts)
+    if most < max(shots):
+        usable = [k for k in shots if k <= most] or [most]
         raise PathfmError(
-            f"class {classes[counts.argmin()]} has {counts.min():,} training samples, fewer than the "
-            f"{max(shots)} shots asked for: set shots to {counts.min():,} or fewer"
+            f"class {names[smallest] if names else smallest} has {most:,} training samples, fewer than the "
+            f"{max(shots)} shots asked for: use --shots {' '.join(map(str, usable))}"
         )
+
+
+def smallest_class(labels: NDArray[np.int64], parts: Parts) -> tuple[int, int]:
+    """The class with the fewest training samples, and how many it has."""
+    classes, counts = np.unique(labels[parts.train], return_counts=True)
+    return int(classes[counts.argmin()]), int(counts.min())
 
 
 def predict_from(

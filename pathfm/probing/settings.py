@@ -99,7 +99,10 @@ class ProbeConfig(BaseModel, frozen=True, extra="forbid"):
     )
     eva: EvaConfig = Field(EvaConfig(), description="eva's heads")
     shots: tuple[int, ...] = Field(
-        SHOTS, min_length=1, max_length=64, description="samples a class of few-shot"
+        SHOTS,
+        min_length=1,
+        max_length=64,
+        description="samples a class of few-shot; unset, those that a class cannot give are left out",
     )
     resamples: int = Field(
         20, ge=2, le=10_000, description="draws of each number of shots in few-shot"
