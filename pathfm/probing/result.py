@@ -59,8 +59,9 @@ class ProbeResult:
         of = "runs" if p.probe == "eva" or self.own_splits else "seeds"
         several = len(p.differences) > 1
         spread = f" ± {100 * p.sd:.1f}" if several else ""
+        margin = f" minus one sd ({100 * self._sd_of(p):.1f} points)" if several else ""
         line = (
-            f"{p.other} no worse than {p.baseline}{' minus one sd' if several else ''} ({p.probe}): "
+            f"{p.other} no worse than {p.baseline}{margin} ({p.probe}): "
             f"{'yes' if p.no_worse else 'NO'} ({100 * p.mean:+.1f}{spread} points, "
             f"{f'paired over {len(p.differences)} {of}' if several else 'paired'}"
         )
@@ -70,6 +71,10 @@ class ProbeResult:
         if p.mcnemar_p is not None:
             line += f", McNemar's exact p {p.mcnemar_p:.2g}"
         return line + ")"
+
+    def _sd_of(self, p: Paired) -> float:
+        """The baseline's sd over its repeats, which is the margin of `no_worse`."""
+        return next(b for b in self.backbones if b.name == p.baseline).probes[p.probe].sd
 
 
 @dataclass(frozen=True)

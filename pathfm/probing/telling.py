@@ -25,6 +25,7 @@ def show(result: ProbeResult) -> None:
     if any(b.few_shot for b in result.backbones):
         out.print(shot_table(result))
     if result.paired:
+        out.print(f"baseline: {result.paired[0].baseline}", markup=False, highlight=False)
         out.print(result.verdict, markup=False, highlight=False)
     for caveat in result.caveats:
         out.print(f"note: {caveat}", markup=False, highlight=False)
