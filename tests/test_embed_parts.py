@@ -359,3 +359,13 @@ def test_some_of_each_class_and_split_by_seed(tmp_path: Path) -> None:
     assert some_of(samples, 3, seed=0).paths == some.paths
     assert some_of(samples, 3, seed=1).paths != some.paths
     shutil.rmtree(root / "val")
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_damaged_pictures_point_to_the_verb_that_names_all(tmp_path: Path, broken: int) -> None:
+    data = make_folder(tmp_path / "d", {"a": 3, "b": 3})
+    for file in sorted((data / "b").iterdir())[:broken]:
+        file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(PathfmError, match="not a readable picture") as caught:
+        run(config(tmp_path, data))
+    assert str(caught.value).endswith(f"`pathfm check-data {data} --read True` names all")

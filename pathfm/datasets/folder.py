@@ -27,6 +27,10 @@ MAX_PIXELS = 64_000_000  # a patch, not a slide
 _STREAM_SUBSET = 401
 
 
+class DamagedPictureError(PathfmError):
+    """A file that is no picture, or not a whole one."""
+
+
 @dataclass(frozen=True)
 class LabelledFolder:
     """The pictures of a folder: paths relative to `root`, sorted, and their classes."""
@@ -145,4 +149,5 @@ def _opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise PathfmError(f"{path}: not a readable picture ({reason}). Remove it") from None
+        told = f"{path}: not a readable picture ({reason}). Remove it"
+        raise DamagedPictureError(told) from None

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pathfm.datasets.folder import read_picture
+from pathfm.datasets.folder import DamagedPictureError, read_picture
 from pathfm.runtime import PathfmError
 
 Pixels = NDArray[np.uint8]
@@ -60,7 +60,7 @@ def in_batches(
 def _all_failures(
     pool: ThreadPoolExecutor, make: Callable[[int], Any], rest: Sequence[int], first: PathfmError
 ) -> PathfmError:
-    """One error for all of `rest` that fail; the first where it is the only one."""
+    """One error for all of `rest` that fail (of damage where the first is); the first where it is the only one."""
 
     def reason(i: int) -> str:
         try:
@@ -74,7 +74,8 @@ def _all_failures(
         return first
     named = " | ".join(found[:_NAMED])
     more = f" | and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
-    return PathfmError(f"{len(found):,} of {len(rest):,} pictures looked at fail: {named}{more}")
+    kind = DamagedPictureError if isinstance(first, DamagedPictureError) else PathfmError
+    return kind(f"{len(found):,} of {len(rest):,} pictures looked at fail: {named}{more}")
 
 
 def prepare(file: Path, size_px: int) -> NDArray[np.uint8]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pathfm.datasets import Benchmark, open_dataset
+from pathfm.datasets.folder import DamagedPictureError
 from pathfm.datasets.labelled import open_folder
 from pathfm.embed.computing import Plan, choose_precision, compute_parts
 from pathfm.embed.parts import Parts
@@ -64,7 +65,11 @@ def _run(config: EmbedConfig, ranks: Ranks) -> EmbedResult:
         model = model.to(pick_device(config.device))
     if of_slides:
         return embed_slides(config, model, ranks)
-    return _embed_pictures(config, model, ranks)
+    try:
+        return _embed_pictures(config, model, ranks)
+    except DamagedPictureError as error:
+        remedy = f"`pathfm check-data {config.data} --read True` names all"
+        raise PathfmError(f"{error}. {remedy}") from None
 
 
 def _embed_pictures(config: EmbedConfig, model: Embedder, ranks: Ranks) -> EmbedResult:
