@@ -6,6 +6,7 @@ journal.py     the files in the run's folder, written first
 lines.py       their rows, whatever a crash left of them
 high_water.py  what a store holds already and is never sent again
 shipper.py     the thread that brings them to the store, and replay()
+turns.py       processes that open a new sqlite store at once take turns
 reading.py     read_runs(), read_artifacts(): what the store knows
 here           MLflow itself: the only file that imports it, and late, for that takes seconds
 """
@@ -16,6 +17,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from pathfm.runtime import without_secrets
@@ -30,6 +32,7 @@ from pathfm.tracking.settings import (
     ui_command,
 )
 from pathfm.tracking.shipper import Shipper, replay
+from pathfm.tracking.turns import own_turn
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -246,8 +249,9 @@ def make_client(uri: str) -> MlflowClient:
         file = sqlite_file(uri)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
+        with own_turn(file) if file is not None else nullcontext():
+            client = MlflowClient(tracking_uri=uri)
+            client.search_experiments(max_results=1)
     return client
 
 
