@@ -162,6 +162,7 @@ def _stopped(code: int, out: Path, monkeypatch: pytest.MonkeyPatch) -> StudyResu
     def stop(*_: object) -> None:
         raise Stopped(code)
 
+    monkeypatch.setattr(running, "missing", lambda _: [])
     monkeypatch.setattr(running, "prepare", lambda *_: PREPARED)
     monkeypatch.setattr(running, "work", stop)
     return running.run_study(study(), StudyConfig(out=out, tracking=OFF, processes=1))

@@ -19,6 +19,7 @@ from pathfm.compare.drawing import SOFTWARE
 from pathfm.compare.records import Found, Picture
 from pathfm.compare.tables import Table
 from pathfm.runtime import counted, git_commit
+from pathfm.templates import render
 
 HTML, MARKDOWN, SCORES = "compare.html", "compare.md", "scores.csv"
 _OURS = re.compile(
@@ -68,20 +69,9 @@ def write_page(page: Page, found: Found, out: Path) -> list[Path]:
     Pictures of an earlier page that this one does not have are removed last. Text is escaped (names come
     from strangers), the HTML's pictures are data URIs, nothing is loaded or run.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("pathfm", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     made = f"{datetime.now(UTC):%d %B %Y, %H:%M UTC}, commit {git_commit()}"
     pictures = [(p, _data_uri(p.png)) for p in page.pictures]
-    text = environment.get_template("compare.html.j2").render(
-        page=page, pictures=pictures, made=made
-    )
+    text = render("compare.html.j2", page=page, pictures=pictures, made=made)
     written = {HTML: text, MARKDOWN: markdown(page, made), SCORES: scores_csv(found)}
     for picture in page.pictures:
         atomic_write_bytes(out / picture.name, picture.png)

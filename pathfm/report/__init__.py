@@ -14,13 +14,16 @@ pictures are data URIs, text from files is escaped (slide names come from strang
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field
 
 from online_patching.stores.local import atomic_write_text
 from pathfm.report.page import collect, difference, score, signed
+from pathfm.templates import render
 
 __all__ = ["ReportConfig", "ReportResult", "build_report", "collect", "run"]
 
@@ -50,17 +53,12 @@ def build_report(folder: Path) -> Path:
 
     Raises `PathfmError` if the folder holds no stage's files, or a damaged one.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     page = collect(folder)
-    environment = Environment(
-        loader=PackageLoader("pathfm", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(signed=signed, score=score, difference=difference)
+    filters: dict[str, Callable[[Any], str]] = {
+        "signed": signed,
+        "score": score,
+        "difference": difference,
+    }
     path = folder / "report.html"
-    atomic_write_text(path, environment.get_template("report.html.j2").render(page=page))
+    atomic_write_text(path, render("report.html.j2", filters, page=page))
     return path

@@ -18,6 +18,7 @@ from pathfm.runtime import git_commit, make_folder, without_secrets
 from pathfm.study.drawing import draw_curves, draw_others, draw_verdict, scale_of, unit_of, words_of
 from pathfm.study.judging import Judged, Results
 from pathfm.study.plan import START, Study
+from pathfm.templates import render
 
 HTML, MARKDOWN, FIGURES = "study.html", "study.md", "study.json"
 _LEADS = {
@@ -221,20 +222,11 @@ def _signed(value: float) -> str:
 
 
 def _html(shown: Shown) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("pathfm", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     pictures = [
         (title, "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode())
         for title, path in shown.pictures
     ]
-    return environment.get_template("study.html.j2").render(page=shown, pictures=pictures)
+    return render("study.html.j2", page=shown, pictures=pictures)
 
 
 def markdown(shown: Shown) -> str:
