@@ -93,8 +93,6 @@ def _drawn(data: Data) -> dict[str, Any]:
     """What is known of the drawn thumbnails, which cells read where they lie."""
     from pathfm.segmentation.training_data import gather
 
-    if not data.pictures:
-        raise PathfmError("no drawn thumbnails: give --pictures FOLDER [FOLDER ...]")
     drawn = gather(data.pictures)
     return {
         "drawn": drawn.digest,
