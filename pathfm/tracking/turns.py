@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_LONGEST_S = 60.0  # making the tables takes six
+_LONGEST_S = 60.0  # making the tables takes seconds
 _AGAIN_S = 0.05
 
 
