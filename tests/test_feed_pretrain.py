@@ -18,7 +18,8 @@ from PIL import Image
 from online_patching import Corpus, ForegroundMask, PatchLoader, PatchSampler, SlideIndex, errors
 from pathfm.geojson import Polygon, write_geojson
 from pathfm.pretrain import PretrainConfig, run
-from pathfm.pretrain.feed import Feed, FeedBatch, check_labels, open_feed, sampler_of
+from pathfm.pretrain.feed import Feed, FeedBatch, check_labels, open_feed
+from pathfm.pretrain.sampler import sampler_of
 from pathfm.ranks import Ranks
 from pathfm.runtime import PathfmError
 from tests.conftest import noise

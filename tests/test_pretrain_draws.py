@@ -13,8 +13,8 @@ from online_patching.sampling.weights import share_of_slides
 from pathfm.config import load_config
 from pathfm.pictures import told_mpps
 from pathfm.pretrain import PretrainConfig
-from pathfm.pretrain.feed import magnifications, sampler_of
 from pathfm.pretrain.records import choose_for_mosaic, sampling_facts
+from pathfm.pretrain.sampler import magnifications, sampler_of
 from pathfm.runtime import PathfmError, as_dict
 from tests.pretraining import config
 

@@ -23,6 +23,7 @@ from pathfm.checkpoint import load_newest
 from pathfm.methods.dino import Dino
 from pathfm.pretrain import run
 from pathfm.pretrain.rows_log import read_rows
+from pathfm.pretrain.sampler import sampler_of
 from pathfm.runtime import PathfmError, save_config
 from tests.lives import Nursery
 from tests.pretraining import assert_same_run, config, losses
@@ -202,8 +203,6 @@ def test_a_slide_that_is_lost_in_mid_run_is_replaced_draw_by_draw_and_named(
     small_slides, tmp_path, how
 ):
     """Its draws take their next attempt, in the life that loses it as in one that never had it."""
-    from pathfm.pretrain import feed
-
     runs = {}
     for name in ("once", "again"):
         slides = [tmp_path / name / path.name for path in small_slides[:2]]
@@ -233,7 +232,7 @@ def test_a_slide_that_is_lost_in_mid_run_is_replaced_draw_by_draw_and_named(
     assert lost_id not in {row["slide_id"] for row in sampled[12:]}
     # every draw that would have been of the lost slide is named, and nothing else
     whole = config(tmp_path / "corpus_once", tmp_path / "x")
-    sampler = feed.sampler_of(whole, Corpus.open(whole.corpus))
+    sampler = sampler_of(whole, Corpus.open(whole.corpus))
     wanted = [draw for draw in range(12, 24) if sampler[draw].slide_id == lost_id]
     assert sorted({row["draw"] for row in failed}) == wanted
     assert json.loads((runs["once"] / "summary.json").read_text())["replaced_draws"] == len(failed)
@@ -270,7 +269,7 @@ def test_a_run_that_loses_one_of_two_slides_equals_one_in_which_it_was_barred_at
     assert (left_out in capfd.readouterr().out) == (window_draws == 16)
 
     kept.rename(lost)
-    sampler = feed.sampler_of(config(corpus, out, **changes), Corpus.open(corpus))
+    sampler = sampler_of(config(corpus, out, **changes), Corpus.open(corpus))
     load = feed._SlideFeed.load_state_dict
     row = sampler.corpus.slide_ids.index(lost_id)
 

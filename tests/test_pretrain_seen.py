@@ -25,8 +25,8 @@ from pathfm.leakage import (
     slide_keys,
 )
 from pathfm.pretrain import run
-from pathfm.pretrain.feed import sampler_of
 from pathfm.pretrain.rows_log import read_rows
+from pathfm.pretrain.sampler import sampler_of
 from tests.conftest import noise
 from tests.pretraining import config
 

@@ -2,6 +2,7 @@
 
     settings.py        the parts of the settings below
     loop.py            train() and train_step(): the story
+    sampler.py         what is drawn from a corpus
     feed.py            batches of patches, with labels where there are any
     trainer.py         what a run carries from step to step: built and saved
     resuming.py        going on where a run was stopped

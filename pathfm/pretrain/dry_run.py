@@ -16,8 +16,8 @@ from online_patching.errors import redact
 from online_patching.loading.batch import DrawSource, LoaderOptions
 from pathfm.pictures import told_mpps
 from pathfm.pretrain import PretrainConfig
-from pathfm.pretrain.feed import sampler_of
 from pathfm.pretrain.forecast import Reads, corpus_bytes, forecast, store_of
+from pathfm.pretrain.sampler import sampler_of
 from pathfm.runtime import console
 
 COUNTS = ("patches", "tiles", "requests", "bytes_wanted", "bytes_read")

@@ -14,19 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from online_patching import BalancedSampler, Corpus, PatchLoader, PatchRef, PatchSampler
+from online_patching import BalancedSampler, Corpus, PatchLoader, PatchRef
 from online_patching.errors import FailureBudgetError, StateMismatchError
 from online_patching.loading import PatchBatch
 from online_patching.loading.batch import Failure
-from online_patching.sampling.magnification import Continuous, MaxAvg, MinMax, Policy
-from online_patching.sampling.weights import share_of_slides
 from online_patching.stats import Stats
 from pathfm.labels import LEARNS_FROM_LABELS
 from pathfm.labels.picture_feed import PictureBatch, PictureFeed
 from pathfm.labels.pictures import PictureSampler, open_patches
-from pathfm.labels.regions import region_labels
-from pathfm.labels.rows import LabelledRows
-from pathfm.labels.tables import slide_labels
+from pathfm.pretrain.sampler import sampler_of, told_supply
 from pathfm.runtime import PathfmError
 
 if TYPE_CHECKING:
@@ -135,62 +131,6 @@ def open_feed(config: PretrainConfig, ranks: Ranks, state: dict[str, Any] | None
     return feed
 
 
-def sampler_of(config: PretrainConfig, corpus: Corpus) -> PatchSampler | BalancedSampler:
-    """What a run draws from a corpus: the same whether it trains or only tells what it would read."""
-    rows = rows_of(config, corpus)
-    settings: dict[str, Any] = {
-        "size_px": config.patch_px,
-        "mpp": magnifications(config),
-        "min_foreground": config.min_foreground,
-        "seed": config.seed,
-    }
-    if rows is None:
-        return PatchSampler(
-            corpus,
-            slide_weights=_kept_slides(config, corpus),
-            patches_per_slide=config.patches_per_slide,
-            **settings,
-        )
-    if config.labels.source == "regions":
-        settings["min_foreground"] = config.labels.min_region
-    return rows.sampler(config.labels, **settings)
-
-
-def magnifications(config: PretrainConfig) -> tuple[float, ...] | Policy:
-    """What a run's µm/px are drawn by: the list itself, or a law between its ends."""
-    low, high = min(config.mpp), max(config.mpp)
-    match config.mpp_law:
-        case None:
-            return config.mpp
-        case "max-avg":
-            return MaxAvg(low, high)
-        case "min-max":
-            return MinMax(low, high)
-        case law:
-            return Continuous(low, high, law)
-
-
-def _kept_slides(config: PretrainConfig, corpus: Corpus) -> NDArray[np.float64] | None:
-    """Weight 1 for the slides of `slide_share`, 0 for others; None where all are drawn from."""
-    if config.slide_share is None:
-        return None
-    kept = share_of_slides(corpus.slide_ids, config.slide_share, seed=config.seed)
-    return kept.astype(np.float64)
-
-
-def rows_of(config: PretrainConfig, corpus: Corpus) -> LabelledRows | None:
-    """The labels of a corpus; None where the config gives none. PathfmError for a folder's."""
-    source = config.labels.source
-    if source is None:
-        return None
-    if source == "patches":
-        raise PathfmError(
-            f"labels.patches {config.labels.patches}: a run on it reads no slides, so there is nothing to tell of them"
-        )
-    read = region_labels if source == "regions" else slide_labels
-    return read(config.labels, corpus, config.corpus)
-
-
 class _SlideFeed:
     """Patches of a corpus."""
 
@@ -201,7 +141,7 @@ class _SlideFeed:
         self.sampler = sampler_of(config, self.corpus)
         self.name, self.digest = config.corpus.name, self.corpus.digest
         self.class_names = getattr(self.sampler, "class_names", ())
-        self.notes = _told(self.sampler)
+        self.notes = told_supply(self.sampler)
         # A lost slide must not end a run: its draws are replaced, listed and told.
         self._reading = config.loader.model_dump() | {"forgive_lost": True}
         self._loader = PatchLoader(
@@ -347,14 +287,3 @@ def refuse_other_classes(state: dict[str, Any], class_names: tuple[str, ...]) ->
             f"the run was begun with the classes {', '.join(saved) or '(none)'}; now there are "
             f"{', '.join(class_names) or '(none)'}. Give the labels it was begun with, or another --out for a new run."
         )
-
-
-def _told(sampler: PatchSampler | BalancedSampler) -> tuple[str, ...]:
-    """What there is of each class, in a line."""
-    if not isinstance(sampler, BalancedSampler):
-        return ()
-    each = "; ".join(
-        f"{one.name}: {one.servable} of {one.rows}, {one.tissue_mm2:.3g} mm²"
-        for one in sampler.supply
-    )
-    return (f"balanced by class, rows that can serve patches and their tissue: {each}",)

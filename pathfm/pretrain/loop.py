@@ -9,16 +9,18 @@ part of each batch; rank 0 alone writes, prints and tracks.
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pathfm.checkpoint import Checkpoint
+from pathfm.locks import LOCK, locked
 from pathfm.pretrain import PretrainConfig, PretrainResult
 from pathfm.pretrain.bookends import finish
 from pathfm.pretrain.feed import Feed, open_feed
-from pathfm.pretrain.lock import only_run
 from pathfm.pretrain.micro import micro_batches, while_worked_on
 from pathfm.pretrain.optim import set_schedule
 from pathfm.pretrain.parallel import gradients_meet, whole
@@ -49,6 +51,7 @@ from pathfm.ranks import PeerError, Ranks, open_ranks, sum_over_ranks, together
 from pathfm.runtime import (
     as_dict,
     autocast,
+    make_folder,
     pick_device,
     progress,
     provenance,
@@ -71,6 +74,20 @@ def train(config: PretrainConfig) -> PretrainResult:
             return PretrainResult(
                 config.out, 0, finished=False, exit_code=2
             )  # told by its own rank
+
+
+@contextmanager
+def only_run(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """One run folder, one run: rank 0 holds its lock while this lives. HeldError, on every rank, where another does."""
+    told = (
+        f"{folder}: another `pathfm pretrain` is running there. Wait for it or end it, or choose "
+        "another --out"
+    )
+    with ExitStack() as held:
+        with together():
+            if ranks.first:
+                held.enter_context(locked(make_folder(folder) / LOCK, told=told))
+        yield
 
 
 def _train(config: PretrainConfig, ranks: Ranks, told: Told) -> PretrainResult:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from online_patching.stores.local import atomic_write_text
-from pathfm.pretrain.lock import LOCK, RunningError, is_locked, locked
-from pathfm.runtime import PathfmError, make_folder
+from pathfm.locks import LOCK, HeldError, is_locked, locked
+from pathfm.runtime import make_folder
 
 RESULT, FAILED = "result.json", "failed.txt"
 State = Literal["done", "running", "failed", "stopped", "waiting"]
@@ -90,8 +89,8 @@ class Place:
         """Whether the cell is ours while this lives; False where another process works on it."""
         with ExitStack() as held:
             try:
-                held.enter_context(locked(make_folder(self.folder), "pathfm study"))
-            except RunningError:
+                held.enter_context(locked(make_folder(self.folder) / LOCK))
+            except HeldError:
                 yield False
                 return
             yield True
@@ -99,15 +98,7 @@ class Place:
 
 @contextmanager
 def in_turn(folder: Path, most_s: float = 3600.0) -> Iterator[None]:
-    """One process at a time: waits for the others, at most `most_s`. `PathfmError` after that."""
-    began_s = time.monotonic()
-    with ExitStack() as held:
-        while True:
-            try:
-                held.enter_context(locked(make_folder(folder), "pathfm study"))
-                break
-            except RunningError as error:
-                if time.monotonic() - began_s > most_s:
-                    raise PathfmError(f"waited {most_s:.0f} s: {error}") from None
-                time.sleep(0.5)
+    """One process at a time: waits for the others, at most `most_s`; HeldError after that."""
+    told = f"{folder}: another `pathfm study` has worked there for {most_s:.0f} s. Wait for it or end it"
+    with locked(make_folder(folder) / LOCK, most_s, told):
         yield

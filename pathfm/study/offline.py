@@ -20,7 +20,7 @@ from pathfm.labels import LabelsConfig
 from pathfm.labels.picture_feed import PictureFeed
 from pathfm.labels.pictures import PictureSampler, open_patches
 from pathfm.pretrain import PretrainConfig
-from pathfm.pretrain.feed import sampler_of
+from pathfm.pretrain.sampler import sampler_of
 from pathfm.runtime import make_folder, progress
 
 _THIN_STREAM = 472

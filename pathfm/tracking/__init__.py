@@ -6,7 +6,6 @@ journal.py     the files in the run's folder, written first
 lines.py       their rows, whatever a crash left of them
 high_water.py  what a store holds already and is never sent again
 shipper.py     the thread that brings them to the store, and replay()
-turns.py       processes that open a new sqlite store at once take turns
 reading.py     read_runs(), read_artifacts(): what the store knows
 here           MLflow itself: the only file that imports it, and late, for that takes seconds
 """
@@ -17,10 +16,11 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-from pathfm.runtime import without_secrets
+from pathfm.locks import locked
+from pathfm.runtime import PathfmError, without_secrets
 from pathfm.tracking.high_water import HighWater, Point, points_of
 from pathfm.tracking.journal import metric_values, read_metrics, unfinished_run
 from pathfm.tracking.reading import RunRecord, read_artifacts, read_runs
@@ -32,7 +32,6 @@ from pathfm.tracking.settings import (
     ui_command,
 )
 from pathfm.tracking.shipper import Shipper, replay
-from pathfm.tracking.turns import own_turn
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -61,6 +60,7 @@ _MAX_PARAMS = 100
 _MAX_VALUE = 6000  # characters of a param
 _KEY = "pathfm.run_key"
 _client_lock = threading.Lock()
+_TABLES_S = 60.0  # making a store's tables takes seconds
 
 
 class RunGoneError(Exception):
@@ -247,9 +247,13 @@ def make_client(uri: str) -> MlflowClient:
         for name in ("mlflow", "alembic"):  # importing mlflow sets its level
             logging.getLogger(name).setLevel(logging.WARNING)
         file = sqlite_file(uri)
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        with own_turn(file) if file is not None else nullcontext():
+        with ExitStack() as turn:
+            if file is not None:  # MLflow makes its tables without asking who else does
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with suppress(
+                    PathfmError
+                ):  # where none can be had, as in a read-only folder, without
+                    turn.enter_context(locked(file.with_name(f".{file.name}.lock"), _TABLES_S))
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     return client

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one process at a time, and to nobody once that process is gone."""
+"""What one process holds: a run's folder, a store while its tables are made; nobody's once that process is gone."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 
 from pathfm import cli
-from pathfm.pretrain.lock import LOCK, only_run
+from pathfm.locks import LOCK, HeldError, is_locked, locked
+from pathfm.pretrain.loop import only_run
 from pathfm.ranks import Ranks
 from pathfm.runtime import PathfmError, save_config
+from pathfm.tracking import make_client
 from tests.pretraining import config
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from pathfm.pretrain.lock import only_run
+from pathfm.pretrain.loop import only_run
 from pathfm.ranks import Ranks
 
 with only_run(Path(sys.argv[1]), Ranks()):
@@ -121,3 +123,77 @@ def test_only_a_lock_that_is_taken_keeps_a_run_out(
     else:
         with only_run(tmp_path, Ranks()):
             pass
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from pathfm.locks import locked
+
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+    time.sleep(0.3)
+"""
+
+
+def test_who_waits_gets_it_when_it_is_free_and_who_does_not_is_told(tmp_path: Path) -> None:
+    path, pipe = tmp_path / LOCK, subprocess.PIPE
+    command = [sys.executable, "-c", HOLDS, str(path)]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None and other.stdin is not None
+        assert other.stdout.readline() == "held\n"
+        assert is_locked(path)
+        with pytest.raises(HeldError, match="another process holds it"), locked(path):
+            pass
+        with pytest.raises(HeldError, match=r"^busy$"), locked(path, wait_s=0.2, told="busy"):
+            pass
+        other.stdin.write("\n")
+        other.stdin.flush()
+        with locked(path, wait_s=60):
+            assert path.exists()
+    assert not is_locked(path) and not path.exists()
+
+
+def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / LOCK).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PathfmError, match="cannot be written"), locked(tmp_path / LOCK):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# both have imported MLflow, which takes seconds, before either opens the store
+OPENS = """
+import sys
+from mlflow.tracking import MlflowClient
+from pathfm.tracking import make_client
+print("ready", flush=True)
+sys.stdin.readline()
+make_client(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_open_a_new_store_at_once_both_get_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", OPENS, f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    pipe = subprocess.PIPE
+    both = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)
+    ]
+    for one in both:
+        assert one.stdout is not None and one.stdout.readline() == "ready\n"
+    for one in both:
+        assert one.stdin is not None
+        one.stdin.write("\n")
+        one.stdin.flush()
+    told = [one.communicate(timeout=120)[1] for one in both]
+    assert [one.returncode for one in both] == [0, 0], told
+    assert not any("already exists" in text or "duplicate" in text for text in told), told
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+@pytest.mark.slow
+def test_a_store_in_a_folder_that_takes_no_lock_file_is_opened_without(tmp_path: Path) -> None:
+    (tmp_path / ".mlflow.db.lock").mkdir()  # as a read-only folder: it cannot be opened to write
+    make_client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert (tmp_path / ".mlflow.db.lock").is_dir()
