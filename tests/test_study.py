@@ -367,7 +367,53 @@ def test_the_start_is_the_same_at_every_seed() -> None:
     assert found.differences[0].values == pytest.approx((0.2, 0.3, 0.1))
 
 
+def test_what_else_is_measured_is_compared_too_and_decides_nothing() -> None:
+    cells = results([0.70, 0.75, 0.72], [0.60, 0.64, 0.63])
+    for name, (mce, seen) in {"a": (90.0, 10.0), "b": (80.0, 20.0)}.items():
+        for seed in range(3):
+            own = {"robust/mce": mce + seed, "run/slides_seen": seen}
+            cells[f"{name}-s{seed}"]["metrics"] |= own
+    lower = TINY["criterion"] | {"higher_is_better": False}
+    found = judge(
+        study(also_shown=["robust/mce", "run/slides_seen"], criterion=lower),
+        cells,
+    )
+    assert found.verdict == "no"  # by its own metric alone
+    assert list(found.beside) == ["robust/mce"]
+    assert found.beside["robust/mce"][0].values == (10.0, 10.0, 10.0)  # as it is, not turned
+    a, b = found.moved
+    assert (a.arm, a.against) == ("a", START)
+    assert a.values == pytest.approx((-0.20, -0.25, -0.22))  # turned: lower is better
+    assert (b.low, b.high) == pytest.approx(
+        tuple(stats.ttest_1samp([-0.10, -0.14, -0.13], 0).confidence_interval())
+    )
+
+
+def test_without_a_start_nothing_is_compared_with_it() -> None:
+    cells = results([0.70], [0.60])
+    del cells[START]
+    assert judge(study(), cells).moved == ()
+
+
 # the page
+
+
+def test_what_probes_say_stands_once_where_only_numbers_differ(tmp_path: Path) -> None:
+    cells = results([0.70, 0.75, 0.72], [0.60, 0.64, 0.63])
+    for number, cell in enumerate(cells.values()):
+        cell["caveats"] = [
+            f"cell: 0 of 50 were seen; listed are 1,{number}00 patches.",
+            "The sd is over splits of one data set; it does not tell how another would differ.",
+        ]
+    cells["b-s1"]["caveats"].append("Own words.")
+    found = study(criterion=TINY["criterion"] | {"margin": -0.01})
+    write_page(found, judge(found, cells), cells, [], tmp_path)
+    text = (tmp_path / "study.md").read_text()
+    assert text.count("were seen") == 1
+    assert "1,000 patches. (And 6 more cells likewise.)" in text
+    assert "- Own words.\n" in text
+    assert "sd is over splits" not in text  # it is over seeds here
+    assert "The line to be above: −1 points" in text
 
 
 def test_the_page_says_answer_interval_and_commands_and_escapes_names(tmp_path: Path) -> None:

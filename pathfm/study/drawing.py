@@ -113,8 +113,20 @@ def words_of(metric: str) -> str:
             return f"mean over training of: {_words_of(name.removesuffix('_mean'))}"
         case ["robust", "noise", share]:
             return f"error after {100 * float(share):g} % wrong labels"
+        case ["robust", "error", name]:
+            return f"error under {name}"
+        case ["robust", name] if name.endswith("_error"):
+            return name.replace("_", " ")
         case ["robust", "ce", name]:
             return f"CE under {name}, of the start's"
+        case ["run", "patches_per_s"]:
+            return "patches a second in training"
+        case ["run", name]:
+            return name.replace("_", " ")
+        case ["cost", name]:
+            return name.removesuffix("_s").replace("_", " ") + ", seconds"
+        case ["foreground", name]:
+            return name.replace("_", " ").replace("dice", "Dice").replace("iou", "IoU")
         case ["robust", "mce"]:
             return "mCE (100: the start's; lower is better)"
         case _:

@@ -43,10 +43,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Judged:
-    """A study as far as it has come."""
+    """A study as far as it has come.
+
+    Only `differences` decide. `moved` is each arm less the start in the same metric: whether training did
+    anything there. `beside` has the same contrasts in the further metrics, signs as they are.
+    """
 
     verdict: Verdict
     differences: tuple[Difference, ...]
+    moved: tuple[Difference, ...]
+    beside: dict[str, tuple[Difference, ...]]
     values: dict[str, dict[str, list[float]]]  # metric -> arm -> a value a seed
     start: dict[str, float]  # metric -> the start's
     done: int
@@ -66,21 +72,35 @@ def judge(study: Study, results: Results) -> Judged:
     metrics = dict.fromkeys([study.criterion.metric, *study.also_shown])
     values = {metric: values_of(study, results, metric) for metric in metrics}
     start = results.get(START, {}).get("metrics", {})
-    differences = [
-        difference(study, results, contrast, study.criterion)
-        for contrast in study.criterion.contrasts
-    ]
+    criterion = study.criterion
+    differences = [difference(study, results, each, criterion) for each in criterion.contrasts]
+    from_start = [Contrast(arm=arm.name, against=START) for arm in study.arms if START in results]
+    beside = {
+        metric: tuple(
+            difference(study, results, each, _plainly(criterion, metric))
+            for each in criterion.contrasts
+        )
+        for metric in metrics
+        if metric != criterion.metric and not metric.startswith("run/")
+    }
     n_cells = study.seeds * len(study.arms) + (study.kind == "pretrain")
     unfinished = len(results) < n_cells
     verdict = "not finished" if unfinished else overall(differences, study.criterion.margin)
     return Judged(
         verdict,
         tuple(differences),
+        tuple(difference(study, results, each, criterion) for each in from_start),
+        beside,
         values,
         {m: start[m] for m in metrics if m in start},
         len(results),
         n_cells,
     )
+
+
+def _plainly(criterion: Criterion, metric: str) -> Criterion:
+    """The same for a metric that is looked at and does not decide."""
+    return criterion.model_copy(update={"metric": metric, "higher_is_better": True})
 
 
 def _held(metrics: Mapping[str, float]) -> dict[str, float]:

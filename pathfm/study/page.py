@@ -16,7 +16,7 @@ from typing import Any
 from online_patching.stores.local import atomic_write_text
 from pathfm.runtime import git_commit, make_folder, without_secrets
 from pathfm.study.drawing import draw_curves, draw_others, draw_verdict, scale_of, unit_of, words_of
-from pathfm.study.judging import Judged, Results
+from pathfm.study.judging import Difference, Judged, Results
 from pathfm.study.plan import START, Study
 from pathfm.templates import render
 
@@ -67,6 +67,8 @@ def write_page(
         tables=[
             _arms_table(study, judged),
             _differences_table(study, judged),
+            *_moved_table(study, judged),
+            *_beside_table(judged),
             *_cost_table(study, results),
         ],
         pictures=pictures,
@@ -88,7 +90,8 @@ def lead_of(study: Study, judged: Judged) -> str:
         return (
             f"Not finished: {judged.done} of {judged.cells} cells are done. {_said(study, judged)}"
         )
-    return f"{_LEADS[judged.verdict]} {_said(study, judged)}"
+    above = f" The line to be above: {_margin(study)}." if study.criterion.margin else ""
+    return f"{_LEADS[judged.verdict]} {_said(study, judged)}{above}"
 
 
 def _said(study: Study, judged: Judged) -> str:
@@ -109,8 +112,6 @@ def _said(study: Study, judged: Judged) -> str:
 
 def _facts(study: Study, judged: Judged, results: Results) -> list[tuple[str, str]]:
     criterion = study.criterion
-    scale, unit = scale_of(criterion.metric), unit_of(criterion.metric)
-    margin = f"{scale * criterion.margin:+g}{' points' if unit == '%' else ''}".replace("-", "−")
     wanted = "; ".join(f"{c.arm} against {c.against}" for c in criterion.contrasts)
     seen: dict[str, float] = next((r["metrics"] for n, r in results.items() if n != START), {})
     held = ", ".join(
@@ -124,10 +125,17 @@ def _facts(study: Study, judged: Judged, results: Results) -> list[tuple[str, st
         ("held equal, and checked", held),
         (
             "a yes would be",
-            f"{criterion.metric}: {wanted}, each above {margin} by the whole of its {100 * of:g} % interval over seeds",
+            f"{criterion.metric}: {wanted}, each above {_margin(study)} by the whole of its {100 * of:g} % "
+            "interval over seeds",
         ),
         ("seeds", f"{study.seeds}; {judged.done} of {judged.cells} cells done"),
     ]
+
+
+def _margin(study: Study) -> str:
+    metric, margin = study.criterion.metric, study.criterion.margin
+    of = " points" if unit_of(metric) == "%" else ""
+    return f"{scale_of(metric) * margin:+g}{of}".replace("-", "−")
 
 
 def _arms_table(study: Study, judged: Judged) -> tuple[str, list[str], list[list[str]]]:
@@ -154,12 +162,45 @@ def _differences_table(study: Study, judged: Judged) -> tuple[str, list[str], li
     rows = []
     for each in judged.differences:
         values = ", ".join(_signed(scale * v) for v in each.values)
-        known = math.isfinite(each.low)
-        interval = f"{_signed(scale * each.low)} to {_signed(scale * each.high)}" if known else ""
         mean = _signed(scale * each.mean) if each.values else ""
-        rows.append([f"{each.arm} − {each.against}", values, mean, interval, each.answers(margin)])
+        rows.append([
+            f"{each.arm} − {each.against}", values, mean, _interval(each, scale), each.answers(margin),
+        ])  # fmt: skip
     heads = ["difference", "by seed", "mean", f"{100 * study.criterion.level:g} % interval", "says"]
     return f"Differences in {words_of(study.criterion.metric)}, paired by seed", heads, rows
+
+
+def _moved_table(study: Study, judged: Judged) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Each arm less the start: an arm that training did not move can hardly differ from another."""
+    scale, metric = scale_of(study.criterion.metric), words_of(study.criterion.metric)
+    rows = [
+        [each.arm, _signed(scale * each.mean), _interval(each, scale)]
+        for each in judged.moved
+        if each.values
+    ]
+    heads = ["arm", "mean", f"{100 * study.criterion.level:g} % interval"]
+    title = f"What training did to {metric}: each arm against the start, better is positive"
+    return [(title, heads, rows)] if rows else []
+
+
+def _beside_table(judged: Judged) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The contrasts in what else was measured."""
+    rows = [
+        [f"{each.arm} − {each.against}", f"{words_of(metric)}{', ' + unit_of(metric) if unit_of(metric) else ''}",
+         _signed(scale_of(metric) * each.mean), _interval(each, scale_of(metric))]
+        for metric, differences in judged.beside.items()
+        for each in differences
+        if each.values
+    ]  # fmt: skip
+    heads = ["difference", "in", "mean", "interval"]
+    title = "The same differences in what else was measured: as they are, not what decides"
+    return [(title, heads, rows)] if rows else []
+
+
+def _interval(each: Difference, scale: float) -> str:
+    if not math.isfinite(each.low):
+        return ""
+    return f"{_signed(scale * each.low)} to {_signed(scale * each.high)}"
 
 
 def _cost_table(study: Study, results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -189,10 +230,7 @@ def _offline_costs(results: Results) -> dict[str, dict[str, float]]:
 
 def caveats_of(study: Study, judged: Judged, results: Results) -> list[str]:
     """What the study says of its data, what the probes said, and what a few seeds can tell."""
-    said = list(study.caveats)
-    for result in results.values():
-        told = [line.removeprefix("cell: ") for line in result.get("caveats", [])]
-        said += [line for line in told if line not in said]
+    said = [*study.caveats, *_probes_said(results)]
     few = study.seeds
     if few == 1:
         return [*said, "One seed: there is no interval, and nothing can be told apart from chance."]
@@ -201,6 +239,20 @@ def caveats_of(study: Study, judged: Judged, results: Results) -> list[str]:
         "labelled pictures: they do not tell how other slides or other labels would differ."
     )
     return said
+
+
+def _probes_said(results: Results) -> list[str]:
+    """What the cells' probes said of their data, once where only numbers differ.
+
+    Not of sd over splits: here it is over seeds.
+    """
+    found: dict[str, list[str]] = {}
+    for result in results.values():
+        for line in {line.removeprefix("cell: ") for line in result.get("caveats", [])}:
+            if not line.startswith("The sd is over"):
+                found.setdefault(re.sub(r"[0-9][0-9,.]*", "0", line), []).append(line)
+    several = [(lines[0], len(lines) - 1) for lines in found.values()]
+    return [f"{line}{f' (And {n} more cells likewise.)' if n else ''}" for line, n in several]
 
 
 def _told(values: Sequence[float], scale: float) -> str:
