@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pathfm.study.equal import check_equal
-from pathfm.study.plan import START, Contrast, Criterion, Study
+from pathfm.study.plan import START, Contrast, Criterion, Study, settings_of
 
 Verdict = Literal["yes", "no", "cannot tell", "not finished"]
 Results = Mapping[str, Mapping[str, Any]]
@@ -45,8 +45,9 @@ class Difference:
 class Judged:
     """A study as far as it has come.
 
-    Only `differences` decide. `moved` is each arm less the start in the same metric: whether training did
-    anything there. `beside` has the same contrasts in the further metrics, signs as they are.
+    Only `differences` decide. `moved` is each arm that began with the start's weights less the start, in the
+    same metric: whether training did anything there. `beside` has the same contrasts in the further metrics,
+    signs as they are.
     """
 
     verdict: Verdict
@@ -74,7 +75,8 @@ def judge(study: Study, results: Results) -> Judged:
     start = results.get(START, {}).get("metrics", {})
     criterion = study.criterion
     differences = [difference(study, results, each, criterion) for each in criterion.contrasts]
-    from_start = [Contrast(arm=arm.name, against=START) for arm in study.arms if START in results]
+    began_there = [arm.name for arm in study.arms if "weights" not in settings_of(study, arm)]
+    from_start = [Contrast(arm=name, against=START) for name in began_there if START in results]
     beside = {
         metric: tuple(
             difference(study, results, each, _plainly(criterion, metric))

@@ -118,16 +118,12 @@ def _facts(study: Study, judged: Judged, results: Results) -> list[tuple[str, st
         f"{what.replace('_', ' ')} ({seen[f'run/{what}']:,.0f})" if f"run/{what}" in seen else what
         for what in study.equal
     )
-    of = study.criterion.level
+    whole = f"each above {_margin(study)} by the whole of its {100 * criterion.level:g} % interval over seeds"
     return [
         ("question", study.question),
         ("published", study.published),
         ("held equal, and checked", held),
-        (
-            "a yes would be",
-            f"{criterion.metric}: {wanted}, each above {_margin(study)} by the whole of its {100 * of:g} % "
-            "interval over seeds",
-        ),
+        ("a yes would be", f"{criterion.metric}: {wanted}, {whole}"),
         ("seeds", f"{study.seeds}; {judged.done} of {judged.cells} cells done"),
     ]
 
