@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -122,6 +123,7 @@ def run(config: ProbeConfig) -> ProbeResult:
         tracked.artifact(path)
     show(result)
     print(f"written: {path}")
+    print(f"next: pathfm compare --results {shlex.quote(str(config.out))} --out page")
     return result
 
 

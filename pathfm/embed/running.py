@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -245,6 +246,9 @@ def _compute(
                     f"embed {config.name}: {len(samples):,} pictures at {config.input_px} px -> "
                     f"{path}, {rate:.1f} pictures/s ({info.precision}), RankMe {rank:.1f} of "
                     f"{features.shape[1]}"
+                )
+                print(
+                    f"next: pathfm probe --embeddings {shlex.quote(str(path))} [OTHERS.safetensors ...]"
                 )
         return EmbedResult(path, False, rate, gather_objects(rank)[0])
 

@@ -57,7 +57,8 @@ def collect(folder: Path) -> Page:
     probe = probe_part(folder)
     if not (slides or run_folder or probe):
         raise PathfmError(
-            f"{folder}: no corpus/slides.csv, runs/*/metrics.jsonl or probe.json here"
+            f"{folder}: no corpus/slides.csv, runs/*/metrics.jsonl or probe.json here: give the "
+            "folder that holds corpus/ and runs/"
         )
     every_mpp = sorted({float(row["mpp"]) for row in sampled})
     mix = patch_mix(sampled, every_mpp)

@@ -16,6 +16,7 @@ missing.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -89,6 +90,7 @@ def run(config: RobustnessConfig) -> RobustnessResult:
         _record(tracked, result, path)
     show(result)
     print(f"written: {path}, {path.with_suffix('.png').name}")
+    print(f"next: pathfm compare --results {shlex.quote(str(config.out))} --out page")
     return result
 
 
