@@ -401,6 +401,8 @@ def test_what_probes_say_stands_once_where_only_numbers_differ(tmp_path: Path) -
             f"cell: 0 of 50 were seen; listed are 1,{number}00 patches.",
             "The sd is over splits of one data set; it does not tell how another would differ.",
         ]
+        cell["provenance"] = {"machine": "Linux, 2 cores", "git_commit": f"abc{number // 4}"}
+        cell["seconds"] = 720.0
     cells["b-s1"]["caveats"].append("Own words.")
     found = study(criterion=TINY["criterion"] | {"margin": -0.01})
     write_page(found, judge(found, cells), cells, [], tmp_path)
@@ -409,6 +411,7 @@ def test_what_probes_say_stands_once_where_only_numbers_differ(tmp_path: Path) -
     assert "1,000 patches. (And 6 more cells likewise.)" in text
     assert "- Own words.\n" in text
     assert "sd is over splits" not in text  # it is over seeds here
+    assert "cells made on: Linux, 2 cores; commit abc0, abc1; 1.4 h one after the other" in text
     assert "The line to be above: −1 points" in text
 
 

@@ -125,6 +125,23 @@ def _facts(study: Study, judged: Judged, results: Results) -> list[tuple[str, st
         ("held equal, and checked", held),
         ("a yes would be", f"{criterion.metric}: {wanted}, {whole}"),
         ("seeds", f"{study.seeds}; {judged.done} of {judged.cells} cells done"),
+        *_made_on(results),
+    ]
+
+
+def _made_on(results: Results) -> list[tuple[str, str]]:
+    """Machine, commit and time of the cells: where several were used, all of them."""
+    known = [each["provenance"] for each in results.values() if "provenance" in each]
+    if not known:
+        return []
+    machines = sorted({each.get("gpu", each["machine"]) for each in known})
+    commits = sorted({each["git_commit"] for each in known})
+    hours = sum(each.get("seconds", 0.0) for each in results.values()) / 3600
+    return [
+        (
+            "cells made on",
+            f"{'; '.join(machines)}; commit {', '.join(commits)}; {hours:.1f} h one after the other",
+        )
     ]
 
 
