@@ -108,6 +108,9 @@ def test_requests_and_bytes_are_those_that_a_loader_counts(
         assert sum(told.values()) == DRAWS
         for name in COUNTS:
             assert sum(getattr(tally, name) for tally in kind.values()) == counted[name]
+    assert found.mpps_of_slide == {
+        slide: {ref.mpp for ref in refs if ref.slide == slide} for slide in found.by_slide
+    }
     assert {s: t.patches for s, t in found.by_store.items()} == {host: DRAWS}
 
 

@@ -23,6 +23,7 @@ from pathfm.runtime import console
 COUNTS = ("patches", "tiles", "requests", "bytes_wanted", "bytes_read")
 _MOST_SLIDES = 10
 """Slides that are printed from either end of the list."""
+_MOST_MPPS = 6
 _TIMED_BATCH = 32
 
 
@@ -48,6 +49,7 @@ class DryRun:
     by_slide: dict[int, Tally]
     by_store: dict[str, Tally]
     slides_of_store: Counter[str]
+    mpps_of_slide: dict[int, set[float]]
     inexact: int
     """Patches whose bytes are an upper bound, or not known."""
 
@@ -67,6 +69,7 @@ def dry_run(config: PretrainConfig, sampler: DrawSource) -> DryRun:
     wanted = min(config.estimate.draws, total)
     by_mpp: dict[float, Tally] = {}
     slides = np.zeros((len(corpus), len(COUNTS)), np.int64)
+    mpps: dict[int, set[float]] = {}
     inexact = 0
     for draws, reads in forecast(sampler, wanted, LoaderOptions().gap_bytes):
         slides[:, 0] += np.bincount(draws.slide, minlength=len(corpus))
@@ -77,6 +80,8 @@ def dry_run(config: PretrainConfig, sampler: DrawSource) -> DryRun:
         _add(of_mpp, at[reads.place], reads)
         for value, counts in zip(values.tolist(), of_mpp, strict=True):
             by_mpp.setdefault(value, Tally()).counts += counts
+        for slide, number in np.unique(np.stack([draws.slide, at], 1), axis=0).tolist():
+            mpps.setdefault(slide, set()).add(values[number].item())
         inexact += len(np.unique(reads.place[~reads.exact]))
     touched = np.flatnonzero(slides[:, 0]).tolist()
     by_slide = {row: Tally(slides[row]) for row in touched}
@@ -86,7 +91,7 @@ def dry_run(config: PretrainConfig, sampler: DrawSource) -> DryRun:
         store = redact(store_of(corpus.uri(row)))
         by_store.setdefault(store, Tally()).counts += tally.counts
         slides_of_store[store] += 1
-    return DryRun(total, wanted, by_mpp, by_slide, by_store, slides_of_store, inexact)
+    return DryRun(total, wanted, by_mpp, by_slide, by_store, slides_of_store, mpps, inexact)
 
 
 def _add(table: NDArray[np.int64], rows: NDArray[np.int64], reads: Reads) -> None:
@@ -126,10 +131,11 @@ def show(config: PretrainConfig) -> None:
 
 
 def _mpp_table(found: DryRun) -> Table:
-    table = _table("the whole run, by µm/px", ("µm/px",))
+    table = _table("the whole run, by µm/px", ("µm/px", "slides touched"))
     for mpp, tally in sorted(found.by_mpp.items()):
-        table.add_row(f"{mpp:g}", *_cells(found, tally))
-    table.add_row("all", *_cells(found, found.whole), style="bold")
+        slides = sum(mpp in mpps for mpps in found.mpps_of_slide.values())
+        table.add_row(f"{mpp:g}", f"{slides:,}", *_cells(found, tally))
+    table.add_row("all", f"{len(found.by_slide):,}", *_cells(found, found.whole), style="bold")
     return table
 
 
@@ -143,15 +149,22 @@ def _store_table(found: DryRun) -> Table:
 
 def _slide_table(found: DryRun, corpus: Corpus) -> Table:
     order = sorted(found.by_slide, key=lambda row: (-found.by_slide[row].patches, row))
-    table = _table("by slide: those most and least drawn", ("slide",))
+    table = _table("by slide: those most and least drawn", ("slide", "µm/px"))
     whole = len(order) <= 2 * _MOST_SLIDES
-    for row in order if whole else order[:_MOST_SLIDES]:
-        table.add_row(escape(corpus.slide_id(row)), *_cells(found, found.by_slide[row]))
-    if not whole:
-        table.add_row(f"... {len(order) - 2 * _MOST_SLIDES:,} between")
-        for row in order[-_MOST_SLIDES:]:
-            table.add_row(escape(corpus.slide_id(row)), *_cells(found, found.by_slide[row]))
+    for number, row in enumerate(order):
+        if whole or not _MOST_SLIDES <= number < len(order) - _MOST_SLIDES:
+            cells = _cells(found, found.by_slide[row])
+            table.add_row(escape(corpus.slide_id(row)), _told_set(found.mpps_of_slide[row]), *cells)
+        elif number == _MOST_SLIDES:
+            table.add_row(f"... {len(order) - 2 * _MOST_SLIDES:,} between")
     return table
+
+
+def _told_set(mpps: set[float]) -> str:
+    """A few µm/px by name, more as a range."""
+    if len(mpps) > _MOST_MPPS:
+        return f"{min(mpps):g} to {max(mpps):g}"
+    return ", ".join(f"{mpp:g}" for mpp in sorted(mpps))
 
 
 def _table(title: str, names: tuple[str, ...]) -> Table:
