@@ -24,7 +24,7 @@ from pathfm.study.equal import check_equal, check_plan, config_of, planned
 from pathfm.study.judging import Difference, judge, overall, summed
 from pathfm.study.page import write_page
 from pathfm.study.plan import START, Study, cells_of, load_study, names_in, settings_of
-from pathfm.study.preparing import _mislabel, _part, linked_tree
+from pathfm.study.preparing import _mislabel, _part, linked_tree, look_up, prepare
 from pathfm.study.showing import cell_s, last_step
 from pathfm.study.working import Share, share_of
 
@@ -459,6 +459,44 @@ def labelled(tmp_path: Path) -> Path:
             lines.append(f"{path},slide{number // 4}")
     (tmp_path / "labelled" / "groups.csv").write_text("\n".join(lines) + "\n")
     return tmp_path / "labelled"
+
+
+def reads_labels(labelled: Path, weights: str = "random") -> Study:
+    """A study whose arms read nothing but labelled patches."""
+    arms = [{**arm, "reads": "labelled"} for arm in ARMS]
+    arms[1]["label_noise"] = 0.25
+    return study(
+        split_labelled=True, arms=arms, data={"patches": str(labelled), "weights": weights}
+    )
+
+
+def test_looking_makes_nothing_and_finds_what_was_made(labelled: Path, tmp_path: Path) -> None:
+    found = reads_labels(labelled)
+    with pytest.raises(PathfmError, match="is not made yet: the same command without --status"):
+        look_up(found, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert prepare(found, tmp_path / "out") == look_up(found, tmp_path / "out")
+
+
+def test_what_is_shared_goes_by_its_content_and_not_by_its_place(
+    labelled: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "w.safetensors").write_bytes(b"one")
+
+    def facts(of: Path = labelled) -> dict[str, Any]:
+        return prepare(reads_labels(of, str(tmp_path / "w.safetensors")), tmp_path / "out").facts
+
+    first = facts()
+    assert facts(labelled.rename(tmp_path / "moved")) == first
+    groups = tmp_path / "moved" / "groups.csv"
+    groups.write_text(groups.read_text().replace("x/00.png,slide0", "x/00.png,slide1"))
+    regrouped = facts(tmp_path / "moved")
+    assert (regrouped["labelled"], regrouped["groups"]) == (first["labelled"], first["groups"])
+    assert regrouped != first
+    Image.new("RGB", (8, 8), (0, 9, 0)).save(tmp_path / "moved" / "x" / "00.png")
+    assert facts(tmp_path / "moved") not in (first, regrouped)
+    (tmp_path / "w.safetensors").write_bytes(b"two")
+    assert facts(tmp_path / "moved")["weights"] != first["weights"]
 
 
 def test_the_labelled_parts_tear_no_group_and_lose_no_picture(

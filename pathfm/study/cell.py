@@ -25,7 +25,7 @@ from pathfm.study.plan import START, Cell, Study, View, settings_of, validated
 from pathfm.study.preparing import Prepared, linked_tree
 from pathfm.tracking import Run, TrackingConfig
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same settings give other figures: finished cells are then done again."""
 TRAINED = "pretrain"
 
@@ -47,8 +47,6 @@ def facts_of(study: Study, cell: Cell, prepared: Prepared) -> dict[str, Any]:
         "kind": study.kind,
         "seed": cell.seed,
         "data": prepared.facts,
-        "patches": str(study.data.patches),
-        "weights": study.data.weights,
     }
     if cell.arm is not None:
         arm = cell.arm

@@ -233,12 +233,7 @@ def _cost_table(study: Study, results: Results) -> list[tuple[str, list[str], li
 
 
 def _offline_costs(results: Results) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
-    for result in results.values():
-        for key, value in result.get("prepared", {}).items():
-            if key.startswith("offline/"):
-                found[key.removeprefix("offline/")] = value
-    return found
+    return {arm: cost for each in results.values() for arm, cost in each.get("offline", {}).items()}
 
 
 def caveats_of(study: Study, judged: Judged, results: Results) -> list[str]:

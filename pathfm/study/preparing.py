@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from online_patching.philox import words
 from online_patching.stores import is_remote, local_path
 from online_patching.stores.local import atomic_write_text
 from pathfm import foreground, index
+from pathfm.checkpoint import file_sha256
 from pathfm.cohorts import CohortOptions, write_csv
 from pathfm.datasets import LabelledFolder, scan_folder, stratified_split
 from pathfm.pretrain import PretrainConfig
@@ -36,13 +37,17 @@ _MAGIC = set("*?[")
 
 @dataclass(frozen=True)
 class Prepared:
-    """Where the shared things are: None what the study does not use. facts: digests and counts of them."""
+    """Where the shared things are: None what the study does not use.
+
+    facts: digests and counts of them, which figures depend on. costs: of each offline grid, as measured.
+    """
 
     corpus: Path | None
     patches: Path | None
     train: dict[float, Path]
     offline: dict[str, Path]
     facts: dict[str, Any]
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def missing(study: Study) -> list[str]:
@@ -74,19 +79,34 @@ def prepare(study: Study, out: Path) -> Prepared:
     """Makes, or finds made, all that the cells need. `PathfmError` where data are missing."""
     root = out / "shared"
     if study.kind == "foreground":
-        return Prepared(None, None, {}, {}, _drawn(study.data))
+        return _prepared(study, root, make=False)
     with in_turn(root):
-        patches, train, of_patches = _patches(study, root)
-        corpus: Path | None = None
-        offline: dict[str, Path] = {}
-        of_slides: dict[str, Any] = {}
-        if any(arm.reads != "labelled" for arm in study.arms):
-            corpus, of_slides = _corpus(study.data, root)
-        for arm in study.arms:
-            if arm.reads == "offline":
-                offline[arm.name], cost = _offline(study, arm, corpus, root)
-                of_slides[f"offline/{arm.name}"] = cost
-    return Prepared(corpus, patches, train, offline, of_patches | of_slides)
+        return _prepared(study, root, make=True)
+
+
+def look_up(study: Study, out: Path) -> Prepared:
+    """The same as it was made; `PathfmError` where it was not."""
+    return _prepared(study, out / "shared", make=False)
+
+
+def _prepared(study: Study, root: Path, make: bool) -> Prepared:
+    if study.kind == "foreground":
+        return Prepared(None, None, {}, {}, _drawn(study.data))
+    patches, train, facts = _patches(study, root, make)
+    corpus: Path | None = None
+    offline: dict[str, Path] = {}
+    costs: dict[str, dict[str, float]] = {}
+    if any(arm.reads != "labelled" for arm in study.arms):
+        corpus, of_slides = _corpus(study.data, root, make)
+        facts |= of_slides
+    for arm in study.arms:
+        if arm.reads == "offline":
+            assert corpus is not None
+            offline[arm.name], costs[arm.name] = _offline(study, arm, corpus, root, make)
+            facts[f"offline/{arm.name}"] = offline[arm.name].name
+    weights = Path(study.data.weights)
+    facts["weights"] = file_sha256(weights) if weights.is_file() else study.data.weights
+    return Prepared(corpus, patches, train, offline, facts, costs)
 
 
 def _drawn(data: Data) -> dict[str, Any]:
@@ -101,7 +121,7 @@ def _drawn(data: Data) -> dict[str, Any]:
     }
 
 
-def _corpus(data: Data, root: Path) -> tuple[Path, dict[str, Any]]:
+def _corpus(data: Data, root: Path, make: bool) -> tuple[Path, dict[str, Any]]:
     """The slides' corpus folder: indexed and masked, unless that is done."""
     from online_patching import Corpus
 
@@ -109,48 +129,63 @@ def _corpus(data: Data, root: Path) -> tuple[Path, dict[str, Any]]:
         raise PathfmError("no slides: give --slides FOLDER, or `data.slides` in the study's file")
     key = digest_of([list(data.slides), str(data.mpp_overrides), data.exclude])[:12]
     folder = root / f"corpus-{key}"
-    index.run(
-        index.IndexConfig(
-            slides=data.slides,
-            out=folder,
-            mpp_overrides=data.mpp_overrides,
-            cohort=CohortOptions(**({"exclude": data.exclude} if data.exclude else {})),
+    if make:
+        index.run(
+            index.IndexConfig(
+                slides=data.slides,
+                out=folder,
+                mpp_overrides=data.mpp_overrides,
+                cohort=CohortOptions(**({"exclude": data.exclude} if data.exclude else {})),
+            )
         )
-    )
-    foreground.run(foreground.ForegroundConfig(corpus=folder))
+        foreground.run(foreground.ForegroundConfig(corpus=folder))
+    elif not folder.is_dir():
+        raise _not_made(folder)
     corpus = Corpus.open(folder)
     return folder, {"corpus": corpus.digest, "slides": len(corpus)}
 
 
-def _patches(study: Study, root: Path) -> tuple[Path, dict[float, Path], dict[str, Any]]:
+def _not_made(folder: Path) -> PathfmError:
+    return PathfmError(f"{folder} is not made yet: the same command without --status begins")
+
+
+def _patches(
+    study: Study, root: Path, make: bool
+) -> tuple[Path, dict[float, Path], dict[str, Any]]:
     """The labelled folder that is probed, and its training part by label noise."""
     given = study.data.patches
     if given is None:
         raise PathfmError("no labelled patches: give --patches FOLDER (one folder a class)")
     folder = scan_folder(given)
-    facts = {"labelled": len(folder), "groups": len(set(folder.groups))}
+    facts: dict[str, Any] = {
+        "labelled": len(folder),
+        "groups": len(set(folder.groups)),
+        "digest": folder.digest,  # of every picture and its group
+    }
     if not study.split_labelled:
         return given, {}, facts
     whole = root / f"labelled-{folder.digest[:12]}"
-    with _made(whole) as draft:
+    with _made(whole, make) as draft:
         if draft is not None:
             _part(folder, draft)
     parts = {name: len(scan_folder(whole / name)) for name in ("train", "val", "test")}
     train = {0.0: whole / "train"}
     for noise in sorted({arm.label_noise for arm in study.arms} - {0.0}):
         train[noise] = root / f"{whole.name}-noise{noise:g}"
-        with _made(train[noise]) as draft:
+        with _made(train[noise], make) as draft:
             if draft is not None:
                 _mislabel(scan_folder(whole / "train"), noise, draft)
     return whole, train, facts | parts
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[Path | None]:
+def _made(folder: Path, make: bool) -> Iterator[Path | None]:
     """A folder to fill that takes its name when it is whole; None where it has been made."""
     if (folder / _DONE).exists():
         yield None
         return
+    if not make:
+        raise _not_made(folder)
     draft = folder.with_name(f".{folder.name}.draft")
     for old in (draft, folder):
         shutil.rmtree(old, ignore_errors=True)
@@ -224,21 +259,20 @@ def _link_in_tree(source: str, target: str) -> None:
 
 
 def _offline(
-    study: Study, arm: Arm, corpus: Path | None, root: Path
+    study: Study, arm: Arm, corpus: Path, root: Path, make: bool
 ) -> tuple[Path, dict[str, float]]:
     """The grid of an arm on disk, and what it costs; beside it what online patching costs."""
     from pathfm.study.offline import cut_grid
 
     config = config_of(study, arm)
     assert isinstance(config, PretrainConfig)
-    assert corpus is not None
     assert study.offline is not None
     most = study.offline.per_slide_and_mpp
     from online_patching import Corpus
 
     facts = [Corpus.open(corpus).digest, config.patch_px, list(config.mpp), config.min_foreground]
     folder = root / f"offline-{digest_of([*facts, most])[:12]}"
-    with _made(folder) as draft:
+    with _made(folder, make) as draft:
         if draft is not None:
             cost = cut_grid(config, corpus, most, draft)
             atomic_write_text(draft / "cost.json", json.dumps(cost, indent=1) + "\n")

@@ -17,7 +17,7 @@ from pathfm.study.equal import check_plan
 from pathfm.study.judging import judge
 from pathfm.study.page import lead_of, write_page
 from pathfm.study.plan import Study
-from pathfm.study.preparing import missing, prepare
+from pathfm.study.preparing import look_up, missing, prepare
 from pathfm.study.showing import rows_of, show_grid
 from pathfm.study.working import (
     Grid,
@@ -44,10 +44,14 @@ def run_study(study: Study, config: StudyConfig) -> StudyResult:
     share = share_of(config.worker)
     if gone := missing(study):
         raise PathfmError(f"study {study.name}: {'; '.join(gone)}")
-    folder = make_folder(config.out / study.name)
-    save_config(study, folder, f"{study.name}.yaml")
+    folder = config.out / study.name
+    if config.status:
+        prepared = look_up(study, config.out)
+    else:
+        save_config(study, make_folder(folder), f"{study.name}.yaml")
+        prepared = prepare(study, config.out)
     tracking = config.tracking.filled(folder, study.name)
-    grid = Grid(study, folder, prepare(study, config.out), tracking)
+    grid = Grid(study, folder, prepared, tracking)
     alone = config.worker is not None or share.n > 1
     n = 1 if alone else config.processes or max(1, n_gpus())
     if config.status:
@@ -107,7 +111,7 @@ def make_page(grid: Grid, config: StudyConfig) -> tuple[str, Path]:
         for name, (_, place) in grid.places.items():
             found = place.result()
             if found is not None:
-                results[name] = {**found, "prepared": grid.prepared.facts}
+                results[name] = {**found, "offline": grid.prepared.costs}
         judged = judge(study, results)
         files = write_page(study, judged, results, commands_of(study, config), grid.folder)
     print(f"{study.name}: {lead_of(study, judged)}")
