@@ -5,15 +5,15 @@
 #   sh benchmarks/studies.sh OUT                     # all of them
 #   sh benchmarks/studies.sh OUT groups supcon       # some
 #
-# PATHFM: the command (pathfm). DATA: slides, patches and ImageNet weights (../shared/data). PICTURES: folders of the
-# thumbnails that pathfm/segmentation/drawn/pictures.csv lists, for segmentation_losses. PROCESSES: 2.
+# PATHFM: the command (pathfm). DATA: slides, patches and ImageNet weights (../shared/data). PICTURES: folders that hold the
+# thumbnails of pathfm/segmentation/drawn/pictures.csv, which says where each is from; without, segmentation_losses is left
+# out. PROCESSES: 2.
 set -eu
 OUT=$1
 shift
 [ $# -gt 0 ] || set -- groups initialisation online_vs_offline magnifications slides_and_patches supcon robustness_recipe segmentation_losses
 PATHFM=${PATHFM:-pathfm}
 DATA=${DATA:-../shared/data}
-PICTURES=${PICTURES:-$DATA/masks $DATA/wsi}
 IMAGENET=$DATA/weights/vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors
 LABELLED=$OUT/colorectal5
 mkdir -p "$OUT"
@@ -31,6 +31,7 @@ for step; do
   case $step in
   groups) groups ;;
   segmentation_losses)
+    [ -n "${PICTURES:-}" ] || { echo "segmentation_losses is left out: PICTURES is not set" >&2; continue; }
     # shellcheck disable=SC2086
     $PATHFM study $step --pictures $PICTURES --out "$OUT/studies" --processes "${PROCESSES:-2}"
     ;;

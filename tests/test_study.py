@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -19,20 +20,36 @@ from scipy import stats
 from pathfm.cli import main
 from pathfm.datasets import scan_folder
 from pathfm.runtime import PathfmError
+from pathfm.study import StudyConfig
 from pathfm.study.claims import Place
 from pathfm.study.equal import check_equal, check_plan, config_of, planned
 from pathfm.study.judging import Difference, judge, overall, summed
 from pathfm.study.page import write_page
-from pathfm.study.plan import START, Study, cells_of, load_study, names_in, settings_of
+from pathfm.study.plan import (
+    START,
+    Criterion,
+    Study,
+    cells_of,
+    load_study,
+    names_in,
+    settings_of,
+    start_of,
+)
 from pathfm.study.preparing import _mislabel, _part, linked_tree, look_up, prepare
+from pathfm.study.running import commands_of
 from pathfm.study.showing import cell_s, last_step
 from pathfm.study.working import Share, share_of
 
 STUDIES = Path(__file__).parents[1] / "configs" / "studies"
 ARMS: list[dict[str, Any]] = [
     {"name": "a", "tells": "the <first> arm"},
-    {"name": "b", "tells": "the other | arm", "pretrain": {"weights": "random"}},
+    {"name": "b", "tells": "the other | arm"},
 ]
+RANDOM = [ARMS[0], ARMS[1] | {"pretrain": {"weights": "random"}}]
+CRITERION: dict[str, Any] = {
+    "metric": "probe/224/knn",
+    "contrasts": [{"arm": "a", "against": "b"}],
+}
 TINY: dict[str, Any] = {
     "name": "tiny",
     "title": "Tiny",
@@ -42,7 +59,7 @@ TINY: dict[str, Any] = {
     "pretrain": {"steps": 6, "batch_size": 4, "optim": {"warmup_steps": 1}},
     "arms": ARMS,
     "equal": ["patches_seen", "optimizer_steps"],
-    "criterion": {"metric": "probe/224/knn", "contrasts": [{"arm": "a", "against": "b"}]},
+    "criterion": CRITERION,
     "rates": {"patches_per_s": 2, "pictures_per_s": 5, "pictures": 50, "measured": "a test"},
 }
 
@@ -114,7 +131,13 @@ def test_words_of_the_command_line_are_settings_of_all_arms() -> None:
         ({"equal": ["hours"]}, "optimizer_steps"),
         ({"criterion": {"metric": "m", "contrasts": [{"arm": "a", "against": "c"}]}}, "'c' is no arm; there: a, b"),
         ({"criterion": {"metric": "m", "contrasts": [{"arm": "a", "against": "a"}]}}, "cannot be compared"),
-        ({"name": "shared"}, "take another"),
+        ({"name": "other"}, "name: 'other' should be its file's, 'tiny'"),
+        ({"views": [{"name": "x"}, {"name": "x"}]}, "two views have one name"),
+        ({"criterion": CRITERION | {"metric": "probe/225/knn"}}, "probe/225/knn is no figure of this study"),
+        ({"criterion": CRITERION | {"metric": "robust/mce"}}, "robust/mce is no figure of this study"),
+        ({"criterion": CRITERION | {"margin": 0.1, "matters": 0.0}}, "matters 0 lies below margin 0.1"),
+        ({"also_shown": ["few-shot/224/simpleshot/1"]}, "few-shot/224/simpleshot/1 is no figure"),
+        ({"also_compared": [{"arm": "a", "against": "z"}]}, "'z' is no arm"),
         ({"views": [{"embed": {"input_px": 3}}]}, "view 224: input_px = 3: should be"),
         ({"robustness": {"severities": [9]}}, "severities: 9 is none of 1, 2, 3, 4, 5"),
         ({"colour": "red"}, "unknown key 'colour'"),
@@ -141,6 +164,9 @@ def test_a_study_that_makes_no_sense_is_refused_in_one_line(
         (["tiny", "--set", "probe.k=0", "--dry-run"], "study tiny, probe: k = 0: should be greater"),
         (["tiny", "--seeds", "0"], "seeds = '0'"),
         (["tiny", "--worker", "2/2", "--out", "OUT"], "'2/2' should be K/N"),
+        (["tiny", "--set", "foreground.steps=2"], "--set foreground.…: study tiny has no foreground"),
+        (["tiny", "--set", "robustness.n_splits=1"], "study tiny has no robustness"),
+        (["own", "--set", "pretrain.steps=7"], "--set pretrain.steps: arm b has its own, which would stay"),
         (["masks", "--out", "OUT"], "no drawn thumbnails: give --pictures FOLDER"),
         (["tiny", "--out", "OUT"], "no labelled patches: give --patches FOLDER"),
     ],
@@ -150,8 +176,10 @@ def test_a_mistake_on_the_command_line_is_one_line(
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     of_masks = {"name": "masks", "kind": "foreground", "foreground": {"steps": 60}}
-    arms = {"arms": [{"name": "a"}, {"name": "b"}]}
-    (tmp_path / "masks.yaml").write_text(yaml.safe_dump(TINY | of_masks | arms))
+    of_masks["criterion"] = CRITERION | {"metric": "foreground/drawn_dice"}
+    (tmp_path / "masks.yaml").write_text(yaml.safe_dump(TINY | of_masks))
+    arms = {"name": "own", "arms": [ARMS[0], ARMS[1] | {"pretrain": {"steps": 6}}]}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(TINY | arms))
     given = [str(tmp_path / "out") if word == "OUT" else word for word in words]
     assert main(["study", *given, "--studies", str(tmp_path), "--tracking.no-enabled"]) == 2
     told = capsys.readouterr().err
@@ -208,6 +236,24 @@ def test_the_grid_goes_seed_by_seed_so_that_a_part_of_it_has_whole_pairs() -> No
     assert names == ["start", "a-s0", "b-s0", "a-s1", "b-s1", "a-s2", "b-s2"]
 
 
+def test_each_arm_has_the_start_that_it_begins_with() -> None:
+    own = {"name": "c", "pretrain": {"weights": "w.safetensors"}}
+    other = {"name": "d", "pretrain": {"backbone": "vit_tiny_patch16_224"}}
+    found = study(arms=[*RANDOM, own, other], seeds=2, data={"weights": "imagenet"})
+    starts = {cell.name: (cell.weights, cell.backbone) for cell in cells_of(found) if not cell.arm}
+    small, tiny = "vit_small_patch16_224", "vit_tiny_patch16_224"
+    assert starts == {
+        "start": ("imagenet", small),
+        "start-random-s0": ("random:0", small),
+        "start-random-s1": ("random:1", small),
+        "start-c": ("w.safetensors", small),
+        "start-d": ("imagenet", tiny),
+    }
+    everywhere = study(seeds=1, data={"weights": "random"})  # arms share it
+    assert [cell.name for cell in cells_of(everywhere)] == ["start-random-s0", "a-s0", "b-s0"]
+    assert start_of(found, found.arm("b"), 1).name == "start-random-s1"
+
+
 def test_workers_begin_at_different_cells_and_together_get_to_all() -> None:
     cells = list("abcdefg")
     orders = [Share(k, 3).order(cells) for k in range(3)]
@@ -219,12 +265,14 @@ def test_workers_begin_at_different_cells_and_together_get_to_all() -> None:
 def test_a_rank_of_torchrun_is_a_worker_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")  # as a scheduler gives them
     monkeypatch.setenv("MASTER_PORT", "1")
     assert share_of(None) == Share(1, 4)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
     assert "WORLD_SIZE" not in os.environ  # else its training would wait for the others
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(PathfmError, match="WORLD_SIZE is set"):
+        share_of(None)
 
 
 # what is held equal
@@ -312,53 +360,97 @@ def test_progress_is_read_from_the_last_whole_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_interval_is_that_of_a_paired_t_test(seed: int) -> None:
     ours, theirs = np.random.default_rng(seed).normal(size=(2, 3 + seed))
-    found = summed("a", "b", (ours - theirs).tolist(), 0.95)
+    found = summed("a", "b", "probe/224/knn", (ours - theirs).tolist(), 0.95)
     oracle = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high))
     assert found.mean == pytest.approx((ours - theirs).mean())
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "margin", "says"),
+    ("low", "high", "margin", "matters", "says"),
     [
-        (0.01, 0.03, 0.0, "yes"),
-        (-0.01, 0.03, 0.0, "cannot tell"),
-        (-0.03, -0.01, 0.0, "no"),
-        (0.01, 0.03, 0.02, "cannot tell"),
-        (-0.005, 0.03, -0.01, "yes"),  # not worse by more than 0.01
-        (0.0, 0.03, 0.0, "cannot tell"),  # the whole of it must lie above
-        (float("nan"), float("nan"), 0.0, "cannot tell"),  # one seed
+        (0.01, 0.03, 0.0, None, "yes"),
+        (-0.01, 0.03, 0.0, None, "cannot tell"),
+        (-0.03, -0.01, 0.0, None, "no"),
+        (0.01, 0.03, 0.02, None, "cannot tell"),
+        (-0.005, 0.03, -0.01, None, "yes"),  # not worse by more than 0.01
+        (0.0, 0.03, 0.0, None, "cannot tell"),  # the whole of it must lie above
+        (-0.002, 0.008, 0.0, 0.01, "no"),  # no gain that would matter
+        (0.002, 0.008, 0.0, 0.01, "yes"),
+        (float("nan"), float("nan"), 0.0, None, "cannot tell"),  # one seed
     ],
 )
 def test_a_difference_answers_by_the_whole_of_its_interval(
-    low: float, high: float, margin: float, says: str
+    low: float, high: float, margin: float, matters: float | None, says: str
 ) -> None:
-    each = Difference("a", "b", (0.0, 0.0), 0.0, low, high, 0.0)
-    assert each.answers(margin) == says
+    criterion = Criterion.model_validate(CRITERION | {"margin": margin, "matters": matters})
+    each = Difference("a", "b", "probe/224/knn", (0.0, 0.0), 0.0, low, high)
+    assert each.answers(criterion, 2) == says
+    lower = Difference("a", "b", "robust/mce", (0.0, 0.0), 0.0, -high, -low)  # lower is better
+    assert lower.answers(criterion, 2) == says
+    assert each.answers(criterion, 3) == "cannot tell"  # a seed lacks the figure
+    assert Difference("a", "b", "m", (), 0.0, low, high).answers(criterion, 2) == "not finished"
 
 
 def test_one_no_is_a_no_and_a_yes_wants_all() -> None:
-    yes = Difference("a", "b", (0.1, 0.1), 0.1, 0.05, 0.2, 0.0)
-    no = Difference("a", "c", (-0.1, -0.1), -0.1, -0.2, -0.05, 0.0)
-    dim = Difference("a", "d", (0.0, 0.0), 0.0, -0.2, 0.2, 0.0)
-    assert overall([yes, yes], 0.0) == "yes"
-    assert overall([yes, dim], 0.0) == "cannot tell"
-    assert overall([yes, dim, no], 0.0) == "no"
+    assert overall(["yes", "yes"]) == "yes"
+    assert overall(["yes", "cannot tell"]) == "cannot tell"
+    assert overall(["yes", "cannot tell", "no"]) == "no"
+
+
+def test_equal_pairs_tell_nothing_of_chance() -> None:
+    found = summed("a", "b", "probe/224/knn", [0.25, 0.25, 0.25], 0.95)
+    assert found.mean == 0.25
+    assert np.isnan([found.low, found.high]).all()
+
+
+def test_not_to_be_worse_than_an_arm_that_learnt_nothing_says_nothing(tmp_path: Path) -> None:
+    """Both end 0.3 above the start, or both where it was: the same difference, and another answer."""
+    found = study(criterion=CRITERION | {"margin": -0.01})
+    above = results([0.801, 0.812, 0.807], [0.802, 0.810, 0.809])
+    judged = judge(found, above)
+    assert (judged.verdict, judged.answers) == ("yes", ("yes",))
+    idle = results([0.501, 0.512, 0.497], [0.502, 0.510, 0.499])
+    judged = judge(found, idle)
+    assert judged.differences[0].low > -0.01
+    assert (judged.verdict, judged.answers) == ("cannot tell", ("cannot tell",))
+    write_page(found, judged, idle, [], tmp_path)
+    text = (tmp_path / "study.md").read_text()
+    assert "Training did not make b better than its start" in text
+
+
+def test_a_figure_that_no_cell_has_is_an_error_and_one_that_lacks_in_a_seed_is_told(
+    tmp_path: Path,
+) -> None:
+    cells = results([0.70, 0.75, 0.72], [0.60, 0.64, 0.63])
+    del cells["a-s1"]["metrics"]["probe/224/knn"]
+    judged = judge(study(), cells)
+    assert judged.verdict == "cannot tell"
+    write_page(study(), judged, cells, [], tmp_path)
+    assert "a − b: 2 of 3 seeds have the figure" in (tmp_path / "study.md").read_text()
+    for cell in cells.values():
+        cell["metrics"].pop("probe/224/knn", None)
+    with pytest.raises(PathfmError, match="all cells are done and none has probe/224/knn"):
+        judge(study(), cells)
 
 
 def test_seeds_are_paired_and_the_answer_waits_for_the_whole_grid() -> None:
     found = judge(study(), results([0.70, 0.75, 0.72], [0.60, 0.64, 0.63]))
     assert found.verdict == "yes"
     assert found.differences[0].values == pytest.approx((0.10, 0.11, 0.09))
-    assert found.start == {"probe/224/knn": 0.5}
+    assert found.values["probe/224/knn"][START] == [0.5]
     assert judge(study(), results([0.70, 0.75], [0.60, 0.64])).verdict == "not finished"
 
 
-def test_where_lower_is_better_the_sign_is_turned() -> None:
-    criterion = TINY["criterion"] | {"higher_is_better": False}
-    found = judge(study(criterion=criterion), results([0.1, 0.2, 0.3], [0.3, 0.4, 0.5]))
-    assert found.differences[0].mean == pytest.approx(0.2)
-    assert found.verdict == "yes"
+def test_where_lower_is_better_less_is_a_gain_and_the_sign_stays() -> None:
+    found = study(robustness={}, criterion=CRITERION | {"metric": "robust/mce"})
+    cells = results([0.7, 0.7, 0.7], [0.7, 0.7, 0.7])
+    for seed, (a, b) in enumerate(((80.0, 90.0), (82.0, 91.0), (81.0, 92.0))):
+        cells[f"a-s{seed}"]["metrics"]["robust/mce"] = a
+        cells[f"b-s{seed}"]["metrics"]["robust/mce"] = b
+    judged = judge(found, cells)
+    assert judged.differences[0].mean == -10.0
+    assert judged.verdict == "yes"
 
 
 def test_the_start_is_the_same_at_every_seed() -> None:
@@ -367,28 +459,37 @@ def test_the_start_is_the_same_at_every_seed() -> None:
     assert found.differences[0].values == pytest.approx((0.2, 0.3, 0.1))
 
 
-def test_what_else_is_measured_is_compared_too_and_decides_nothing() -> None:
+def test_what_else_is_measured_or_compared_is_shown_and_decides_nothing() -> None:
     cells = results([0.70, 0.75, 0.72], [0.60, 0.64, 0.63])
     for name, (mce, seen) in {"a": (90.0, 10.0), "b": (80.0, 20.0)}.items():
         for seed in range(3):
-            own = {"robust/mce": mce + seed, "run/slides_seen": seen}
+            own = {"robust/mce": mce + (seed if name == "a" else 0), "run/slides_seen": seen}
             cells[f"{name}-s{seed}"]["metrics"] |= own
-    lower = TINY["criterion"] | {"higher_is_better": False}
-    found = judge(
-        study(also_shown=["robust/mce", "run/slides_seen"], criterion=lower),
-        cells,
-    )
-    assert found.verdict == "no"  # by its own metric alone
+    more = {"also_compared": [{"arm": "b", "against": "a"}], "robustness": {}}
+    found = judge(study(also_shown=["robust/mce", "run/slides_seen"], **more), cells)
+    assert found.verdict == "yes"  # by its own metric and contrast alone
     assert list(found.beside) == ["robust/mce"]
-    assert found.beside["robust/mce"][0].values == (10.0, 10.0, 10.0)  # as it is, not turned
-    (a,) = found.moved  # b did not begin there
-    assert (a.arm, a.against) == ("a", START)
-    assert a.values == pytest.approx((-0.20, -0.25, -0.22))  # turned: lower is better
-    assert (a.low, a.high) == pytest.approx(
-        tuple(stats.ttest_1samp([-0.20, -0.25, -0.22], 0).confidence_interval())
-    )
-    del cells[START]
-    assert judge(study(criterion=lower), cells).moved == ()
+    ours, theirs = found.beside["robust/mce"]
+    assert (ours.values, theirs.values) == ((10.0, 11.0, 12.0), (-10.0, -11.0, -12.0))
+    (also,) = found.also
+    assert also.values == pytest.approx((-0.10, -0.11, -0.09))
+
+
+def test_what_training_did_is_told_against_the_weights_each_arm_began_with() -> None:
+    found = study(arms=RANDOM)
+    cells = results([0.70, 0.75, 0.72], [0.30, 0.34, 0.33])
+    for seed, score in enumerate((0.35, 0.36, 0.37)):
+        cells[f"start-random-s{seed}"] = {"metrics": {"probe/224/knn": score}, "curves": {}}
+    judged = judge(found, cells)
+    a, b = judged.moved
+    assert a.values == pytest.approx((0.20, 0.25, 0.22))  # the same start at every seed
+    assert b.values == pytest.approx((-0.05, -0.02, -0.04))
+    oracle = stats.ttest_1samp([-0.05, -0.02, -0.04], 0).confidence_interval()
+    assert (b.low, b.high) == pytest.approx((oracle.low, oracle.high))
+    assert judged.values["probe/224/knn"] == {
+        "a": [0.70, 0.75, 0.72], "b": [0.30, 0.34, 0.33], "start": [0.5],
+        "start-random": [0.35, 0.36, 0.37],
+    }  # fmt: skip
 
 
 # the page
@@ -403,6 +504,8 @@ def test_what_probes_say_stands_once_where_only_numbers_differ(tmp_path: Path) -
         ]
         cell["provenance"] = {"machine": "Linux, 2 cores", "git_commit": f"abc{number // 4}"}
         cell["seconds"] = 720.0
+    for name in ("a-s0", "b-s2"):
+        cells[name]["metrics"] |= {"run/share_at_0.5": 0.25, "run/share_at_2": 0.75}
     cells["b-s1"]["caveats"].append("Own words.")
     found = study(criterion=TINY["criterion"] | {"margin": -0.01})
     write_page(found, judge(found, cells), cells, [], tmp_path)
@@ -412,7 +515,22 @@ def test_what_probes_say_stands_once_where_only_numbers_differ(tmp_path: Path) -
     assert "- Own words.\n" in text
     assert "sd is over splits" not in text  # it is over seeds here
     assert "cells made on: Linux, 2 cores; commit abc0, abc1; 1.4 h one after the other" in text
-    assert "The line to be above: −1 points" in text
+    assert "To be above −1 points" in text
+    assert "Patches seen by µm/px" in text
+
+
+def test_secrets_are_left_out_and_what_is_written_can_still_be_read(tmp_path: Path) -> None:
+    cells = results([0.70, 0.75, 0.72], [0.60, 0.64, 0.63])
+    signed = "https://host/a.svs?X-Signature=abc123"
+    found = study(data={"slides": [signed, "s3://box/b.svs"]})
+    write_page(found, judge(found, cells), cells, [], tmp_path)
+    text = (tmp_path / "study.json").read_text()
+    assert "abc123" not in text
+    assert len(json.loads(text)["study"]["data"]["slides"]) == 2
+    config = StudyConfig(name="tiny", slides=(signed, "s3://box/b.svs"))
+    for command in commands_of(found, config):
+        assert "abc123" not in command
+        assert "s3://box/b.svs" in shlex.split(command)  # quotes still pair
 
 
 def test_the_page_says_answer_interval_and_commands_and_escapes_names(tmp_path: Path) -> None:
@@ -496,7 +614,7 @@ def test_what_is_shared_goes_by_its_content_and_not_by_its_place(
     Image.new("RGB", (8, 8), (0, 9, 0)).save(tmp_path / "moved" / "x" / "00.png")
     assert facts(tmp_path / "moved") not in (first, regrouped)
     (tmp_path / "w.safetensors").write_bytes(b"two")
-    assert facts(tmp_path / "moved")["weights"] != first["weights"]
+    assert facts(tmp_path / "moved")["weights start"] != first["weights start"]
 
 
 def test_the_labelled_parts_tear_no_group_and_lose_no_picture(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,18 @@ import pytest
 
 from online_patching import Corpus, GridSampler
 from pathfm.config import load_config
-from pathfm.study import StudyConfig, StudyResult, running
-from pathfm.study.cell import Stopped, curve_of, facts_of, pretrain_config, robust_metrics
+from pathfm.runtime import PathfmError
+from pathfm.study import StudyConfig, StudyResult, running, working
+from pathfm.study.cell import (
+    Stopped,
+    _refuse_other_data,
+    curve_of,
+    facts_of,
+    pretrain_config,
+    robust_metrics,
+)
 from pathfm.study.offline import thinned
-from pathfm.study.plan import Cell, Study
+from pathfm.study.plan import Cell, Study, cells_of
 from pathfm.study.preparing import Prepared
 from pathfm.tracking import TrackingConfig
 from tests.test_study import TINY
@@ -103,12 +113,25 @@ def test_a_digest_s_facts_change_with_all_that_figures_depend_on_and_nothing_els
         assert facts(study(**told_otherwise)) == base
 
 
-def test_the_start_is_another_with_another_backbone() -> None:
-    other = {"pretrain": {**TINY["pretrain"], "backbone": "vit_tiny_patch16_224"}}
-    start = Cell(None, 0)
-    assert facts_of(study(), start, PREPARED) != facts_of(study(**other), start, PREPARED)
-    longer = {"pretrain": {**TINY["pretrain"], "steps": 9}}
-    assert facts_of(study(), start, PREPARED) == facts_of(study(**longer), start, PREPARED)
+def test_the_start_is_another_with_another_backbone_or_other_weights() -> None:
+    def facts(prepared: Prepared = PREPARED, **changes: Any) -> dict[str, Any]:
+        found = study(**changes)
+        return facts_of(found, cells_of(found)[0], prepared)
+
+    other = {**TINY["pretrain"], "backbone": "vit_tiny_patch16_224"}
+    assert facts() != facts(pretrain=other)
+    assert facts() == facts(pretrain={**TINY["pretrain"], "steps": 9})
+    known = replace(PREPARED, facts={"corpus": "digest", "weights start": "abc"})
+    assert facts(known) != facts(replace(known, facts=known.facts | {"weights start": "def"}))
+
+
+def test_a_cell_knows_nothing_of_other_arms_and_of_more_seeds() -> None:
+    found, more = study(), {"weights start-c": "other", "offline c": "grid"}
+    cell = Cell(found.arms[0], 0)
+    beside = replace(PREPARED, facts=PREPARED.facts | more)
+    assert facts_of(found, cell, PREPARED) == facts_of(found, cell, beside)
+    own = replace(PREPARED, facts=PREPARED.facts | {"weights start": "w", "offline a": "g"})
+    assert facts_of(found, cell, PREPARED) != facts_of(found, cell, own)
 
 
 def test_a_curve_has_the_steps_that_have_the_number(tmp_path: Path) -> None:
@@ -165,6 +188,73 @@ def _stopped(code: int, out: Path, monkeypatch: pytest.MonkeyPatch) -> StudyResu
     monkeypatch.setattr(running, "prepare", lambda *_: PREPARED)
     monkeypatch.setattr(running, "work", stop)
     return running.run_study(study(), StudyConfig(out=out, tracking=OFF, processes=1))
+
+
+def _worked_on(
+    monkeypatch: pytest.MonkeyPatch, out: Path, run_cell: Callable[..., dict[str, Any]], **more: Any
+) -> StudyResult:
+    """A study whose cells are what `run_cell` says."""
+    monkeypatch.setattr(running, "missing", lambda _: [])
+    monkeypatch.setattr(running, "prepare", lambda *_: PREPARED)
+    monkeypatch.setattr(working, "run_cell", run_cell)
+    return running.run_study(study(), StudyConfig(out=out, tracking=OFF, processes=1, **more))
+
+
+def test_a_cell_that_breaks_in_any_way_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No memory at one, a figure that JSON has no word for at another."""
+    tried = []
+
+    def run_cell(_: Study, cell: Cell, *__: Any) -> dict[str, Any]:
+        tried.append(cell.name)
+        if cell.name == "a-s0":
+            raise MemoryError
+        value = float("nan") if cell.name == "b-s0" else 0.5
+        held = {"run/patches_seen": 24.0, "run/optimizer_steps": 6.0, "run/views_seen": 240.0}
+        return {"cell": cell.name, "metrics": {**held, "probe/224/knn": value}, "curves": {}}
+
+    with pytest.raises(PathfmError, match=r"2 cell\(s\) failed, first a-s0: MemoryError"):
+        _worked_on(monkeypatch, tmp_path, run_cell)
+    assert sorted(tried) == ["a-s0", "a-s1", "a-s2", "b-s0", "b-s1", "b-s2", "start"]  # none twice
+    told = {path.parent.name[:4]: path.read_text() for path in tmp_path.rglob("failed.txt")}
+    assert told["b-s0"].startswith("ValueError: Out of range float")
+    assert len(list(tmp_path.rglob("result.json"))) == 5
+    assert "5 of 7 cells done" in capsys.readouterr().out  # and the grid is shown as it goes
+
+
+def test_a_rank_does_not_end_the_others_with_a_cell_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_cell(*_: Any) -> dict[str, Any]:
+        raise PathfmError("broken")
+
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert _worked_on(monkeypatch, tmp_path, run_cell).exit_code == 0
+    assert "7 cell(s) failed, first start: broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", [2, 1, -9])
+def test_a_process_that_ends_without_its_cells_is_an_error(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = "kill -9 $$" if code == -9 else f"exit {code}"
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{ending}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("pathfm.study.working.sys.executable", str(tmp_path / "python"))
+    monkeypatch.setattr(running, "missing", lambda _: [])
+    monkeypatch.setattr(running, "prepare", lambda *_: PREPARED)
+    config = StudyConfig(out=tmp_path / "out", tracking=OFF, processes=2)
+    with pytest.raises(PathfmError, match=rf"a process ended with {code}; its words are in"):
+        running.run_study(study(), config)
+
+
+def test_other_slides_than_a_grid_was_begun_with_are_refused_at_the_cell_s_end() -> None:
+    cell = Cell(study().arms[0], 0)
+    _refuse_other_data(cell, PREPARED, {"corpus_digest": "digest"})
+    with pytest.raises(PathfmError, match="has changed since this grid was begun"):
+        _refuse_other_data(cell, PREPARED, {"corpus_digest": "another"})
 
 
 def test_a_thinned_grid_has_so_many_of_each_slide_and_magnification(small_corpus: Path) -> None:

@@ -148,6 +148,28 @@ def test_two_processes_share_a_grid_and_nothing_is_done_twice(quiet: Path, place
     assert min(done) >= 1
 
 
+def test_sigterm_to_a_parent_stops_its_processes_with_a_checkpoint(
+    quiet: Path, place: Path, started: list[subprocess.Popen[bytes]]
+) -> None:
+    (place / "ended.yaml").write_text(yaml.safe_dump(STUDY))
+    given = words(place, "ended", "--tracking.no-enabled", "--processes", "2")
+    process = subprocess.Popen([sys.executable, "-m", "pathfm", *given], stdout=subprocess.DEVNULL)
+    started.append(process)
+    cells = place / "out" / "ended" / "cells"
+    until_s = time.monotonic() + 200
+    while not list(cells.glob("*/pretrain/checkpoints/step_*")):
+        assert process.poll() is None
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    process.terminate()
+    assert process.wait(timeout=120) == 143
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert main(words(place, "ended", "--tracking.no-enabled")) == 0
+    assert results(place, "ended") == results(place, "quiet")
+
+
 def test_a_cell_that_fails_is_told_and_tried_again(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

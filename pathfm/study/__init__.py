@@ -5,7 +5,8 @@
     preparing.py  what cells share: a corpus, labelled halves      offline.py   a grid cut to disk
     cell.py       one training and its figures                     claims.py    whose cell it is
     working.py    processes, ranks and MLflow's tree of runs       showing.py   the grid as a table
-    judging.py    paired differences and the verdict               drawing.py, page.py  the page
+    metrics.py    what figures are called, and which way is better
+    judging.py    paired differences and the verdict               drawing.py, tables.py, page.py  the page
 
 In `<out>/<name>`: cells/ (a folder each, with result.json once it is done), study.html, study.md,
 study.json and pictures. The same command goes on where a study was stopped or killed.

@@ -8,6 +8,7 @@ robust/     errors, mCE, noise              cost/   seconds      foreground/  Di
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from pathfm import embed, foreground_train, pretrain, probe, robustness
 from pathfm.probe import ProbeResult
 from pathfm.runtime import PathfmError, as_dict, stage
 from pathfm.study.claims import digest_of
 from pathfm.study.equal import config_of, planned
-from pathfm.study.plan import START, Cell, Study, View, settings_of, validated
+from pathfm.study.plan import (
+    START,
+    Cell,
+    Study,
+    View,
+    backbone_of,
+    settings_of,
+    start_of,
+    validated,
+)
 from pathfm.study.preparing import Prepared, linked_tree
 from pathfm.tracking import Run, TrackingConfig
 
@@ -40,24 +51,65 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
+_PLACES = ("out", "corpus", "pictures", "data", "embeddings", "models", "weights", "name",
+           "watch.probe_folder", "sites")  # fmt: skip
+_COMPUTING = ("device", "parallel", "compile", "micro_batch_size", "keep_checkpoints", "threads")
+
+
 def facts_of(study: Study, cell: Cell, prepared: Prepared) -> dict[str, Any]:
-    """All that a cell's figures depend on, plain: settings, views, and the data by digest or count."""
-    facts: dict[str, Any] = {
-        "format": FORMAT,
-        "kind": study.kind,
-        "seed": cell.seed,
-        "data": prepared.facts,
-    }
-    if cell.arm is not None:
-        arm = cell.arm
-        facts |= {"train": settings_of(study, arm), "reads": arm.reads, "noise": arm.label_noise}
+    """All that a cell's figures depend on, plain: every setting, defaults too, and the data by digest.
+
+    Not where things lie, nor what is recorded where, nor on what is computed.
+    """
+    made, arm = prepared.facts, cell.arm
+    own = ("weights ", "offline ")  # of one start or one arm
+    data = {name: value for name, value in made.items() if not name.startswith(own)}
+    facts: dict[str, Any] = {"format": FORMAT, "seed": cell.seed, "data": data}
+    if arm is not None:
+        facts |= {"train": _settings(config_of(study, arm, cell.seed))}
+        facts |= {"reads": arm.reads, "noise": arm.label_noise}
+        facts["grid"] = made.get(f"offline {arm.name}")
+        facts["weights"] = made.get(f"weights {start_of(study, arm, cell.seed).start}")
     else:
-        facts["backbone"] = _backbone(study)
+        facts |= {"weights": made.get(f"weights {cell.start}"), "backbone": cell.backbone}
     if study.kind == "pretrain":
-        facts["views"] = [view.model_dump(mode="json") for view in study.views]
-        facts |= {"probe": study.probe, "robustness": study.robustness}
         facts["split"] = study.split_labelled
+        facts["views"] = [[view.name, _settings(_embedded(study, view))] for view in study.views]
+        facts["probe"] = _settings(_probed(study))
+        if study.robustness is not None:
+            facts["robustness"] = _settings(_damaged(study))
+            facts["reference"] = made.get(f"weights {START}", study.data.weights)
     return facts
+
+
+def _settings(config: BaseModel) -> dict[str, Any]:
+    """A config as flat settings, without places and what changes no figure."""
+    return {
+        key: value
+        for key, value in as_dict(config).items()
+        if key not in (*_PLACES, *_COMPUTING)
+        and not key.startswith(("tracking.", "loader.", "labels.patches", "estimate."))
+    }
+
+
+def _embedded(study: Study, view: View, **own: Any) -> embed.EmbedConfig:
+    given = {"data": "patches", "weights": "random", **view.embed, **own}
+    where = f"study {study.name}, view {view.name}"
+    config: embed.EmbedConfig = validated(embed.EmbedConfig, given, where)
+    return config
+
+
+def _probed(study: Study, **own: Any) -> probe.ProbeConfig:
+    given = {"embeddings": ["cell"], **study.probe, **own}
+    config: probe.ProbeConfig = validated(probe.ProbeConfig, given, f"study {study.name}, probe")
+    return config
+
+
+def _damaged(study: Study, **own: Any) -> robustness.RobustnessConfig:
+    given = {"data": "patches", "models": ["start=random"], **(study.robustness or {}), **own}
+    where = f"study {study.name}, robustness"
+    config: robustness.RobustnessConfig = validated(robustness.RobustnessConfig, given, where)
+    return config
 
 
 def digest_of_cell(study: Study, cell: Cell, prepared: Prepared) -> str:
@@ -75,9 +127,10 @@ def run_cell(
 ) -> dict[str, Any]:
     """Does what is not done yet in the cell's folder; its figures and what they rest on.
 
-    Raises PathfmError, a PatchingError, or Stopped.
+    Raises Stopped, and whatever else keeps a cell from its end.
     """
     seconds: dict[str, float] = {}
+    again = (folder / TRAINED).exists()
     if study.kind == "foreground":
         curves: dict[str, list[list[float]]] = {}
         told: dict[str, Any] = {}
@@ -86,7 +139,10 @@ def run_cell(
         metrics, curves, told = _pretrain_and_probe(
             study, cell, prepared, folder, tracking, seconds
         )
-    metrics |= {f"cost/{name}_s": s for name, s in seconds.items()}
+    if not again:  # of a cell that goes on no time is known
+        metrics |= {f"cost/{name}_s": s for name, s in seconds.items()}
+        told["seconds"] = sum(seconds.values())
+    metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
     tracked.summary(**metrics)
     return {"cell": cell.name, "metrics": metrics, "curves": curves, **told}
 
@@ -119,26 +175,29 @@ def _pretrain_and_probe(
     metrics: Metrics = {}
     curves: dict[str, list[list[float]]] = {}
     told: dict[str, Any] = {}
-    weights, backbone = study.data.weights, _backbone(study)
+    weights, backbone = cell.weights, cell.backbone
     if cell.arm is not None:
         with stage("train", seconds):
             metrics, curves, told = _pretrain(study, cell, prepared, folder, tracking)
-        weights = str(folder / TRAINED)
+        weights, backbone = str(folder / TRAINED), backbone_of(study, cell.arm)
     caveats: list[str] = []
-    for view in study.views:
-        with stage("probe", seconds):
-            result = _probe(study, view, prepared, folder, weights, backbone)
-        metrics |= scores_of(view.name, result)
-        caveats += [line for line in result.caveats if line not in caveats]
-        told["probed"] = {"data": result.data_digest, "n": result.n, "classes": result.classes}
-    if study.robustness is not None and cell.arm is not None:
+    off = TrackingConfig(enabled=False)
+    model = {"data": prepared.patches, "weights": weights, "backbone": backbone, "name": "cell"}
+    with stage("probe", seconds):
+        for view in study.views:
+            out = folder / "embeddings" / view.name
+            embed.run(_embedded(study, view, **model, out=out, tracking=off))
+            files, out = [out / "cell.safetensors"], folder / "probe" / view.name
+            result = probe.run(_probed(study, embeddings=files, out=out, tracking=off))
+            metrics |= scores_of(view.name, result)
+            caveats += [line for line in result.caveats if line not in caveats]
+            told["probed"] = {"data": result.data_digest, "n": result.n, "classes": result.classes}
+    if study.robustness is not None:
         with stage("robustness", seconds):
-            metrics |= _robustness(study, prepared, folder, weights, backbone)
+            found, said = _robustness(study, prepared, folder, weights, backbone)
+        metrics |= found
+        caveats += [line for line in said if line not in caveats]
     return metrics, curves, told | {"caveats": caveats}
-
-
-def _backbone(study: Study) -> str:
-    return str(study.pretrain.get("backbone", "vit_small_patch16_224"))
 
 
 def pretrain_config(
@@ -171,6 +230,7 @@ def pretrain_config(
 def _pretrain(
     study: Study, cell: Cell, prepared: Prepared, folder: Path, tracking: TrackingConfig
 ) -> tuple[Metrics, dict[str, list[list[float]]], dict[str, Any]]:
+    assert cell.arm is not None
     config = pretrain_config(study, cell, prepared, folder, tracking)
     result = pretrain.run(config)
     if result.exit_code:
@@ -178,11 +238,15 @@ def _pretrain(
     if not result.finished:
         raise PathfmError(f"{config.out} stopped after {result.steps:,} of {config.steps:,} steps")
     summary = json.loads((config.out / "summary.json").read_text(encoding="utf-8"))
+    _refuse_other_data(cell, prepared, summary)
     metrics = {
         f"run/{name}": float(summary[name])
         for name in ("patches_seen", "distinct_patches", "slides_seen", "patches_per_s")
         if summary.get(name) is not None
     }
+    # a grid on disk has a folder for each µm/px
+    shares = summary.get("slide_share" if cell.arm.reads == "offline" else "mpp_share") or {}
+    metrics |= {f"run/share_at_{float(mpp):g}": float(share) for mpp, share in shares.items()}
     metrics["run/optimizer_steps"] = float(summary["steps"])
     each = planned(config)["views_seen"] / planned(config)["patches_seen"]
     metrics["run/views_seen"] = summary["patches_seen"] * each
@@ -202,29 +266,21 @@ def _pretrain(
     return metrics, curves, told
 
 
+def _refuse_other_data(cell: Cell, prepared: Prepared, summary: Mapping[str, Any]) -> None:
+    """PathfmError when the slides are no longer those that the grid was begun with."""
+    assert cell.arm is not None
+    begun = prepared.facts.get("corpus")
+    if cell.arm.reads == "slides" and begun not in (None, summary.get("corpus_digest")):
+        raise PathfmError(
+            f"{cell.name}: the corpus {prepared.corpus} has changed since this grid was begun: the same command "
+            "begins one on the slides there are now"
+        )
+
+
 def curve_of(run: Path, name: str) -> list[list[float]]:
     """(optimizer steps done, value) of a number in metrics.jsonl, in the order of steps."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line]
     return sorted([row["step"] + 1, row[name]] for row in rows if row.get(name) is not None)
-
-
-def _probe(
-    study: Study, view: View, prepared: Prepared, folder: Path, weights: str, backbone: str
-) -> ProbeResult:
-    where = f"study {study.name}, view {view.name}"
-    off = TrackingConfig(enabled=False)
-    own = {
-        "data": prepared.patches,
-        "weights": weights,
-        "backbone": backbone,
-        "name": "cell",
-        "out": folder / "embeddings" / view.name,
-        "tracking": off,
-    }
-    embed.run(validated(embed.EmbedConfig, {**view.embed, **own}, where))
-    files = [folder / "embeddings" / view.name / "cell.safetensors"]
-    given = {**study.probe, "embeddings": files, "out": folder / "probe" / view.name}
-    return probe.run(validated(probe.ProbeConfig, {**given, "tracking": off}, where))
 
 
 def scores_of(view: str, result: ProbeResult) -> Metrics:
@@ -239,22 +295,20 @@ def scores_of(view: str, result: ProbeResult) -> Metrics:
 
 def _robustness(
     study: Study, prepared: Prepared, folder: Path, weights: str, backbone: str
-) -> Metrics:
+) -> tuple[Metrics, list[str]]:
+    """A model's figures beside those of the study's own start, which is the reference; and what must be known."""
     out = folder / "robustness"
-    shared, own = folder.parent.parent / "start_features", out / "features" / START
-    linked_tree(shared, own)  # of the start, which every cell is measured against
-    given = {
-        **(study.robustness or {}),
-        "data": str(prepared.patches),
-        "models": [f"{START}={study.data.weights}", f"cell={weights}"],
-        "backbone": backbone,
-        "out": out,
-        "tracking": TrackingConfig(enabled=False),
-    }
-    robustness.run(validated(robustness.RobustnessConfig, given, f"study {study.name}, robustness"))
+    key = digest_of([prepared.facts, _settings(_damaged(study))])[:8]
+    shared, own = folder.parent.parent / f"start_features-{key}", out / "features" / START
+    linked_tree(shared, own)  # every cell is measured against it
+    reference = study.data.weights
+    models = [f"{START}={'random:0' if reference == 'random' else reference}", f"cell={weights}"]
+    settings = {"data": str(prepared.patches), "models": models, "backbone": backbone, "out": out}
+    robustness.run(_damaged(study, **settings, tracking=TrackingConfig(enabled=False)))
     linked_tree(own, shared)
     result = json.loads((out / robustness.RESULT).read_text(encoding="utf-8"))
-    return robust_metrics(next(m for m in result["models"] if m["name"] == "cell"))
+    model = next(m for m in result["models"] if m["name"] == "cell")
+    return robust_metrics(model), list(result["caveats"])
 
 
 def robust_metrics(model: Mapping[str, Any]) -> Metrics:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -74,11 +75,11 @@ class Place:
         except OSError:
             return False
 
-    def state(self, own: bool = False) -> State:
-        """What is known of the cell from its folder; `own`: this very process holds it."""
+    def state(self) -> State:
+        """What is known of the cell from its folder; never to be asked of one that this process holds."""
         if self.result() is not None:
             return "done"
-        if own or is_locked(self.folder / LOCK):
+        if is_locked(self.folder / LOCK):
             return "running"
         if self.failed():
             return "failed"
@@ -89,7 +90,8 @@ class Place:
         """Whether the cell is ours while this lives; False where another process works on it."""
         with ExitStack() as held:
             try:
-                held.enter_context(locked(make_folder(self.folder) / LOCK))
+                # not at once: who only looks at the grid holds it for a moment
+                held.enter_context(locked(make_folder(self.folder) / LOCK, 0.5))
             except HeldError:
                 yield False
                 return
@@ -97,8 +99,13 @@ class Place:
 
 
 @contextmanager
-def in_turn(folder: Path, most_s: float = 3600.0) -> Iterator[None]:
-    """One process at a time: waits for the others, at most `most_s`; HeldError after that."""
-    told = f"{folder}: another `pathfm study` has worked there for {most_s:.0f} s. Wait for it or end it"
-    with locked(make_folder(folder) / LOCK, most_s, told):
+def in_turn(folder: Path) -> Iterator[None]:
+    """One process at a time: waits for the others as long as they live, and says so."""
+    path = make_folder(folder) / LOCK
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(path, 5.0))
+        except HeldError:
+            print(f"waiting for another `pathfm study` that works in {folder}", flush=True)
+            held.enter_context(locked(path, math.inf))
         yield

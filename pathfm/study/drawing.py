@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,11 @@ from online_patching.stores.local import atomic_write_bytes
 from pathfm.compare.drawing import plain_words, save, sheet
 from pathfm.pictures import COLOURS
 from pathfm.study.judging import Judged, Results
+from pathfm.study.metrics import higher_is_better, scale_of, unit_of, words_of, words_of_curve
 from pathfm.study.plan import Study
 
 _SOFT = "#8a8a8a"
 _SAYS = {"yes": "#009e73", "no": "#d55e00", "cannot tell": "#8a8a8a", "not finished": "#8a8a8a"}
-
-
-def scale_of(metric: str) -> float:
-    """What a metric is multiplied by to be told: shares in per cent, CE is so already."""
-    shares = ("probe/", "few-shot/", "foreground/", "watch/probe_", "robust/error", "robust/noise",
-              "robust/clean", "robust/mean")  # fmt: skip
-    return 100.0 if metric.startswith(shares) and not metric.endswith("/rankme") else 1.0
-
-
-def unit_of(metric: str) -> str:
-    """The unit that goes with `scale_of`."""
-    if scale_of(metric) == 100.0 or metric.startswith(
-        ("robust/mce", "robust/ce", "robust/relative")
-    ):
-        return "%"
-    return ""
 
 
 def draw_verdict(study: Study, judged: Judged, path: Path) -> Path:
@@ -73,15 +58,11 @@ def draw_curves(study: Study, results: Results, path: Path) -> Path | None:
         colour = COLOURS[number % len(COLOURS)]
         for points in curves:
             panel.plot(points[:, 0], scale * points[:, 1], color=colour, alpha=0.3, linewidth=1)
-        if curves and len({len(points) for points in curves}) == 1:
-            mean = np.mean(curves, axis=0)
+        if curves:
+            n = min(len(points) for points in curves)  # as far as all seeds have come
+            mean = np.mean([points[:n] for points in curves], axis=0)
             panel.plot(
-                mean[:, 0],
-                scale * mean[:, 1],
-                color=colour,
-                linewidth=2.4,
-                marker="o",
-                markersize=4,
+                mean[:, 0], scale * mean[:, 1], "o-", color=colour, linewidth=2.4, markersize=4
             )
             panel.annotate(
                 plain_words(arm), (mean[-1, 0], scale * mean[-1, 1]), (6, 0), color=colour,
@@ -90,7 +71,7 @@ def draw_curves(study: Study, results: Results, path: Path) -> Path | None:
     panel.margins(x=0.16)
     panel.set_xlim(left=0)
     panel.set_xlabel("optimizer steps")
-    panel.set_title(_words_of(name) + (", %" if scale == 100 else ""), fontsize=10, loc="left")
+    panel.set_title(words_of_curve(name) + (", %" if scale == 100 else ""), fontsize=10, loc="left")
     _plain(panel)
     return atomic(path, save(figure))
 
@@ -99,47 +80,6 @@ def _curves(study: Study, results: Results, arm: str) -> list[Any]:
     cells = [results.get(f"{arm}-s{seed}") for seed in range(study.seeds)]
     found = [np.asarray(c["curves"].get(study.curves, []), float) for c in cells if c is not None]
     return [points for points in found if len(points)]
-
-
-def words_of(metric: str) -> str:
-    """A metric as people say it; one that is not known as it is written."""
-    probes = {"logistic": "logistic regression", "knn": "kNN", "rankme": "RankMe"}
-    match metric.split("/"):
-        case ["probe", view, name]:
-            return f"{probes.get(name, name)}, view {view}"
-        case ["few-shot", view, method, shots]:
-            return f"{shots} samples a class, {method}, view {view}"
-        case ["watch", name] if name.endswith("_mean"):
-            return f"mean over training of: {_words_of(name.removesuffix('_mean'))}"
-        case ["robust", "noise", share]:
-            return f"error after {100 * float(share):g} % wrong labels"
-        case ["robust", "error", name]:
-            return f"error under {name}"
-        case ["robust", name] if name.endswith("_error"):
-            return name.replace("_", " ")
-        case ["robust", "ce", name]:
-            return f"CE under {name}, of the start's"
-        case ["run", "patches_per_s"]:
-            return "patches a second in training"
-        case ["run", name]:
-            return name.replace("_", " ")
-        case ["cost", name]:
-            return name.removesuffix("_s").replace("_", " ") + ", seconds"
-        case ["foreground", name]:
-            return name.replace("_", " ").replace("dice", "Dice").replace("iou", "IoU")
-        case ["robust", "mce"]:
-            return "mCE (100: the start's; lower is better)"
-        case _:
-            return metric
-
-
-def _words_of(name: str) -> str:
-    known: Mapping[str, str] = {
-        "probe_logistic": "probe in training, logistic regression",
-        "probe_knn": "probe in training, kNN",
-        "rankme": "RankMe of the monitor patches",
-    }
-    return known.get(name, name)
 
 
 def _values(study: Study, judged: Judged, metric: str, panel: Any) -> None:
@@ -153,44 +93,67 @@ def _values(study: Study, judged: Judged, metric: str, panel: Any) -> None:
                 [np.mean(values)] * 2, [row - 0.28, row + 0.28], color=COLOURS[0], linewidth=3
             )
         panel.plot(values, [row] * len(values), "o", color=COLOURS[0], alpha=0.55, markersize=7)
-    start = judged.start.get(metric)
-    if start is not None:
-        panel.axvline(scale * start, color=_SOFT, linestyle="--", linewidth=1.2)
-        panel.annotate(
-            "start", (scale * start, 1.0), (3, -3), color=_SOFT, fontsize=8, va="top",
-            xycoords=("data", "axes fraction"), textcoords="offset points",
-        )  # fmt: skip
+    for name, values in judged.values[metric].items():
+        if name not in names and values:
+            _line(panel, scale * float(np.mean(values)), name, "--")
     panel.set_yticks(range(len(names)), [plain_words(name) for name in names])
     panel.set_ylim(-0.7, len(names) - 0.3)
-    panel.set_title(words_of(metric) + (f", {unit}" if unit else ""), fontsize=10, loc="left")
+    better = "" if metric.startswith("run/") else f", {_better(metric)}"
+    title = f"{words_of(metric)}{f', {unit}' if unit else ''}{better}"
+    panel.set_title(textwrap.fill(title, 52), fontsize=10, loc="left")
     _plain(panel)
+
+
+def _better(metric: str) -> str:
+    return "better →" if higher_is_better(metric) else "← better"
+
+
+def _line(panel: Any, at: float, name: str, style: str) -> None:
+    """A vertical line with its name at the top."""
+    panel.axvline(at, color=_SOFT, linestyle=style, linewidth=1.2)
+    panel.annotate(
+        plain_words(name), (at, 1.0), (3, -3), color=_SOFT, fontsize=8, va="top",
+        xycoords=("data", "axes fraction"), textcoords="offset points",
+    )  # fmt: skip
 
 
 def _differences(study: Study, judged: Judged, panel: Any) -> None:
-    metric, margin = study.criterion.metric, study.criterion.margin
-    scale = scale_of(metric)
-    rows = judged.differences[::-1]
-    for row, each in enumerate(rows):
-        colour = _SAYS[each.answers(margin)]
+    """A row a difference: a dot a seed, a bar for the interval; a line that the whole bar must be beyond for a yes."""
+    criterion = study.criterion
+    scale = scale_of(criterion.metric)
+    sign = 1.0 if higher_is_better(criterion.metric) else -1.0
+    rows = list(zip(judged.differences, judged.answers, strict=True))[::-1]
+    for row, (each, said) in enumerate(rows):
+        colour = _SAYS["not finished" if judged.verdict == "not finished" else said]
         if math.isfinite(each.low):
             panel.plot([scale * each.low, scale * each.high], [row, row], color=colour, linewidth=3)
-        panel.plot(
-            [scale * v for v in each.values],
-            [row] * len(each.values),
-            "o",
-            color=colour,
-            alpha=0.55,
-        )
-        if each.values:
+        values = [scale * value for value in each.values]
+        panel.plot(values, [row] * len(values), "o", color=colour, alpha=0.55)
+        if values:
             panel.plot([scale * each.mean] * 2, [row - 0.2, row + 0.2], color=colour, linewidth=3)
-    panel.axvline(scale * margin, color="#1d1b20", linewidth=1.2)
-    labels = [plain_words(f"{each.arm}\n− {each.against}") for each in rows]
+            told = "" if judged.verdict == "not finished" else said
+            panel.annotate(
+                told, (scale * each.mean, row + 0.24), color=colour, ha="center", fontsize=9
+            )
+    panel.axvline(0.0, color=_SOFT, linewidth=0.8, linestyle=":")
+    _line(
+        panel,
+        scale * sign * criterion.margin,
+        f"a yes: all of the bar {_beyond(criterion.metric)}",
+        "-",
+    )
+    labels = [plain_words(f"{each.arm}\n− {each.against}") for each, _ in rows]
     panel.set_yticks(range(len(rows)), labels)
     panel.set_ylim(-0.7, len(rows) - 0.3)
-    side = "better →" if study.criterion.higher_is_better else "better (lower) →"
-    of = "points" if unit_of(metric) == "%" else ""
-    panel.set_title(f"difference by seed{', ' + of if of else ''}; {side}", fontsize=10, loc="left")
+    of = "points, " if unit_of(criterion.metric) == "%" else ""
+    level = f"{100 * criterion.level:g} % interval over {study.seeds} seeds"
+    title = f"difference, {of}{_better(criterion.metric)}; bar: {level}"
+    panel.set_title(textwrap.fill(title, 60), fontsize=10, loc="left")
     _plain(panel)
+
+
+def _beyond(metric: str) -> str:
+    return "right of this" if higher_is_better(metric) else "left of this"
 
 
 def atomic(path: Path, content: bytes) -> Path:

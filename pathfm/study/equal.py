@@ -11,6 +11,7 @@ from pathfm.pretrain import PretrainConfig
 from pathfm.probe import ProbeConfig
 from pathfm.robustness import RobustnessConfig
 from pathfm.runtime import PathfmError
+from pathfm.study.metrics import check_metric
 from pathfm.study.plan import Arm, Study, settings_of, validated
 
 HELD = ("patches_seen", "optimizer_steps", "views_seen")
@@ -62,6 +63,9 @@ def check_plan(study: Study) -> dict[str, dict[str, int]]:
     found = {arm.name: planned(config_of(study, arm)) for arm in study.arms}
     check_equal(study, found, "as planned")
     _check_measures(study)
+    for metric in (study.criterion.metric, *study.also_shown):
+        if why := check_metric(study, metric):
+            raise PathfmError(f"study {study.name}: {why}")
     return found
 
 

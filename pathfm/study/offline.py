@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathfm.pretrain.sampler import sampler_of
 from pathfm.runtime import make_folder, progress
 
 _THIN_STREAM = 472
+JPEG_QUALITY = 90
 _BATCH = 32
 _TIMED_BATCHES = 16
 
@@ -33,7 +35,8 @@ def cut_grid(
 ) -> dict[str, float]:
     """Writes the patches, and returns the costs, all measured here and now.
 
-    patches, bytes, seconds, cpu_s: of what was cut (bytes as the files' own, not the disk's blocks).
+    patches, bytes, seconds, cpu_s: of what was cut (bytes as the files' own, not the disk's blocks;
+    jpeg_bytes: what they would be as JPEG, which most pipelines keep; its encoding is in the seconds).
     grid_patches, grid_bytes: of the whole grid (bytes by the mean patch). read_*: CPU milliseconds of one
     thread for a patch out of the slides, and out of this folder, read alike in batches.
     """
@@ -43,10 +46,11 @@ def cut_grid(
     )
     chosen = thinned(grid, most)
     began_s, began_cpu_s = time.perf_counter(), time.process_time()
-    written = _write(grid, chosen, folder)
+    written, as_jpeg = _write(grid, chosen, folder)
     cost = {
         "patches": float(len(written)),
         "bytes": float(sum(written)),
+        "jpeg_bytes": float(sum(as_jpeg)),
         "seconds": time.perf_counter() - began_s,
         "cpu_s": time.process_time() - began_cpu_s,
         "grid_patches": float(len(grid)),
@@ -69,9 +73,12 @@ def thinned(grid: GridSampler, most: int | None) -> NDArray[np.int64]:
     return np.sort(order[np.arange(len(order)) - first < most])
 
 
-def _write(grid: GridSampler, chosen: NDArray[np.int64], folder: Path) -> list[int]:
-    """The bytes of each picture written; a place whose tiles are damaged is left out."""
+def _write(
+    grid: GridSampler, chosen: NDArray[np.int64], folder: Path
+) -> tuple[list[int], list[int]]:
+    """The bytes of each picture written, and of the same as JPEG; a place whose tiles are damaged is left out."""
     written: list[int] = []
+    as_jpeg: list[int] = []
     source = Chosen(grid, chosen)
     loader = PatchLoader(source, _BATCH, threads=1, forgive_lost=True)
     with progress(len(chosen), "patches", "offline grid") as bar, loader:
@@ -82,8 +89,11 @@ def _write(grid: GridSampler, chosen: NDArray[np.int64], folder: Path) -> list[i
                     path = below / f"{int(chosen[int(draw)]):09d}.png"
                     Image.fromarray(pixels).save(path, compress_level=6)
                     written.append(path.stat().st_size)
+                    jpeg = io.BytesIO()
+                    Image.fromarray(pixels).save(jpeg, "JPEG", quality=JPEG_QUALITY)
+                    as_jpeg.append(jpeg.tell())
             bar.advance(len(batch.draws))
-    return written
+    return written, as_jpeg
 
 
 def time_reading(config: PretrainConfig, corpus: Corpus, folder: Path) -> dict[str, float]:

@@ -7,17 +7,30 @@ import html
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from online_patching.stores.local import atomic_write_text
-from pathfm.runtime import git_commit, make_folder, without_secrets
-from pathfm.study.drawing import draw_curves, draw_others, draw_verdict, scale_of, unit_of, words_of
-from pathfm.study.judging import Difference, Judged, Results
+from pathfm.runtime import git_commit, make_folder, scrubbed
+from pathfm.study.drawing import draw_curves, draw_others, draw_verdict
+from pathfm.study.judging import Judged, Results, learnt
+from pathfm.study.metrics import scale_of, words_of
 from pathfm.study.plan import START, Study
+from pathfm.study.tables import (
+    Table,
+    arms_table,
+    beside_table,
+    cost_table,
+    differences_table,
+    interval,
+    moved_table,
+    points,
+    shares_table,
+    signed,
+    which,
+)
 from pathfm.templates import render
 
 HTML, MARKDOWN, FIGURES = "study.html", "study.md", "study.json"
@@ -37,7 +50,7 @@ class Shown:
     lead: str
     colour: str
     facts: list[tuple[str, str]]
-    tables: list[tuple[str, list[str], list[list[str]]]]
+    tables: list[Table]
     pictures: list[tuple[str, Path]]
     caveats: list[str]
     commands: list[str]
@@ -58,75 +71,94 @@ def write_page(
         ("What else was measured", draw_others(study, judged, out / "others.png")),
     ]
     pictures = [(title, path) for title, path in drawn if path is not None]
-    made = f"{datetime.now(UTC):%d %B %Y, %H:%M UTC}, commit {git_commit()}"
     shown = Shown(
         title=study.title,
         lead=lead_of(study, judged),
         colour={"yes": "#00734f", "no": "#a84300"}.get(judged.verdict, "#55505c"),
         facts=_facts(study, judged, results),
         tables=[
-            _arms_table(study, judged),
-            _differences_table(study, judged),
-            *_moved_table(study, judged),
-            *_beside_table(judged),
-            *_cost_table(study, results),
+            arms_table(study, judged),
+            differences_table(study, judged),
+            *moved_table(study, judged),
+            *beside_table(study, judged),
+            *shares_table(study, results),
+            *cost_table(results),
         ],
         pictures=pictures,
         caveats=caveats_of(study, judged, results),
         commands=commands,
-        made=made,
+        made=f"{datetime.now(UTC):%d %B %Y, %H:%M UTC}, commit {git_commit()}",
     )
     atomic_write_text(out / HTML, _html(shown))
     atomic_write_text(out / MARKDOWN, markdown(shown))
     facts = {"study": study.model_dump(mode="json"), **asdict(judged), "results": dict(results)}
-    text = json.dumps(_without_nan(facts), indent=1, allow_nan=False)
-    atomic_write_text(out / FIGURES, without_secrets(text) + "\n")
+    text = json.dumps(scrubbed(_without_nan(facts)), indent=1, allow_nan=False)
+    atomic_write_text(out / FIGURES, text + "\n")
     return [out / HTML, out / MARKDOWN, out / FIGURES, *(path for _, path in pictures)]
 
 
 def lead_of(study: Study, judged: Judged) -> str:
-    """The verdict in words: the answer, then every difference."""
+    """The verdict in words: the answer, then every difference that decides."""
+    said = _said(study, judged)
     if judged.verdict == "not finished":
-        return (
-            f"Not finished: {judged.done} of {judged.cells} cells are done. {_said(study, judged)}"
-        )
-    above = f" The line to be above: {_margin(study)}." if study.criterion.margin else ""
-    return f"{_LEADS[judged.verdict]} {_said(study, judged)}{above}"
+        return f"Not finished: {judged.done} of {judged.cells} cells are done. {said}"
+    more = f" To be above {_margin(study)}." if study.criterion.margin else ""
+    idle = [
+        each.against
+        for each in judged.differences
+        if study.criterion.margin < 0 and not learnt(each.against, judged.moved)
+    ]
+    if idle and judged.verdict == "cannot tell":
+        names = ", ".join(sorted(set(idle)))
+        more += f" Training did not make {names} better than its start: not to be worse than that says nothing."
+    return f"{_LEADS[judged.verdict]} {said}{more}"
 
 
 def _said(study: Study, judged: Judged) -> str:
     parts = []
     metric = study.criterion.metric
-    scale, unit = scale_of(metric), unit_of(metric)
+    scale, of = scale_of(metric), points(metric)
     for each in judged.differences:
         if not each.values:
             continue
-        of = " points" if unit == "%" else ""
-        line = f"{each.arm} − {each.against}: {_signed(scale * each.mean)}{of}"
-        if math.isfinite(each.low):
-            line += f" [{_signed(scale * each.low)}, {_signed(scale * each.high)}]"
+        line = f"{each.arm} − {each.against}: {signed(scale * each.mean)}{of}"
+        if told := interval(each):
+            line += f" [{told.replace(' to ', ', ')}]"
         parts.append(line)
-    turned = "" if study.criterion.higher_is_better else ", turned so that better is positive"
-    return f"{words_of(metric)}{turned}: {'; '.join(parts)}." if parts else ""
+    return f"{words_of(metric)}{which(metric)}: {'; '.join(parts)}." if parts else ""
+
+
+def _margin(study: Study) -> str:
+    """What a gain must be above, with the sign that better is positive."""
+    metric, margin = study.criterion.metric, study.criterion.margin
+    return f"{scale_of(metric) * margin:+g}{points(metric)}".replace("-", "−")
 
 
 def _facts(study: Study, judged: Judged, results: Results) -> list[tuple[str, str]]:
     criterion = study.criterion
-    wanted = "; ".join(f"{c.arm} against {c.against}" for c in criterion.contrasts)
-    seen: dict[str, float] = next((r["metrics"] for n, r in results.items() if n != START), {})
+    wanted = "; ".join(f"{c.arm} over {c.against}" for c in criterion.contrasts)
+    seen: dict[str, float] = next(
+        (r["metrics"] for n, r in results.items() if not n.startswith(START)), {}
+    )
     held = ", ".join(
         f"{what.replace('_', ' ')} ({seen[f'run/{what}']:,.0f})" if f"run/{what}" in seen else what
         for what in study.equal
     )
-    whole = f"each above {_margin(study)} by the whole of its {100 * criterion.level:g} % interval over seeds"
-    return [
+    whole = f"by the whole of its {100 * criterion.level:g} % interval over seeds"
+    facts = [
         ("question", study.question),
         ("published", study.published),
         ("held equal, and checked", held),
-        ("a yes would be", f"{criterion.metric}: {wanted}, {whole}"),
-        ("seeds", f"{study.seeds}; {judged.done} of {judged.cells} cells done"),
-        *_made_on(results),
+        (
+            "a yes would be",
+            f"a gain in {words_of(criterion.metric)} of {wanted}, each above {_margin(study)} {whole}",
+        ),
     ]
+    if criterion.matters is not None:
+        least = f"{scale_of(criterion.metric) * criterion.matters:+g}{points(criterion.metric)}"
+        facts.append(("a no would be", f"one of them below {least} {whole}"))
+    facts.append(("seeds", f"{study.seeds}; {judged.done} of {judged.cells} cells done"))
+    return [*facts, *_made_on(results)]
 
 
 def _made_on(results: Results) -> list[tuple[str, str]]:
@@ -145,106 +177,25 @@ def _made_on(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def _margin(study: Study) -> str:
-    metric, margin = study.criterion.metric, study.criterion.margin
-    of = " points" if unit_of(metric) == "%" else ""
-    return f"{scale_of(metric) * margin:+g}{of}".replace("-", "−")
-
-
-def _arms_table(study: Study, judged: Judged) -> tuple[str, list[str], list[list[str]]]:
-    metrics = list(judged.values)
-    heads = [
-        "arm",
-        "what it is",
-        *(f"{words_of(m)}{', ' + unit_of(m) if unit_of(m) else ''}" for m in metrics),
-    ]
-    rows = [
-        [arm.name, arm.tells, *(_told(judged.values[m][arm.name], scale_of(m)) for m in metrics)]
-        for arm in study.arms
-    ]
-    if judged.start:
-        begun = [
-            _told([judged.start[m]] if m in judged.start else [], scale_of(m)) for m in metrics
-        ]
-        rows.append([START, "the weights all begin with, nothing trained", *begun])
-    return "Arms: mean ± sd over seeds", heads, rows
-
-
-def _differences_table(study: Study, judged: Judged) -> tuple[str, list[str], list[list[str]]]:
-    scale, margin = scale_of(study.criterion.metric), study.criterion.margin
-    rows = []
-    for each in judged.differences:
-        values = ", ".join(_signed(scale * v) for v in each.values)
-        mean = _signed(scale * each.mean) if each.values else ""
-        rows.append([
-            f"{each.arm} − {each.against}", values, mean, _interval(each, scale), each.answers(margin),
-        ])  # fmt: skip
-    heads = ["difference", "by seed", "mean", f"{100 * study.criterion.level:g} % interval", "says"]
-    return f"Differences in {words_of(study.criterion.metric)}, paired by seed", heads, rows
-
-
-def _moved_table(study: Study, judged: Judged) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Each arm less the start: an arm that training did not move can hardly differ from another."""
-    scale, metric = scale_of(study.criterion.metric), words_of(study.criterion.metric)
-    rows = [
-        [each.arm, _signed(scale * each.mean), _interval(each, scale)]
-        for each in judged.moved
-        if each.values
-    ]
-    heads = ["arm", "mean", f"{100 * study.criterion.level:g} % interval"]
-    title = f"What training did to {metric}: each arm against the start, better is positive"
-    return [(title, heads, rows)] if rows else []
-
-
-def _beside_table(judged: Judged) -> list[tuple[str, list[str], list[list[str]]]]:
-    """The contrasts in what else was measured."""
-    rows = [
-        [f"{each.arm} − {each.against}", f"{words_of(metric)}{', ' + unit_of(metric) if unit_of(metric) else ''}",
-         _signed(scale_of(metric) * each.mean), _interval(each, scale_of(metric))]
-        for metric, differences in judged.beside.items()
-        for each in differences
-        if each.values
-    ]  # fmt: skip
-    heads = ["difference", "in", "mean", "interval"]
-    title = "The same differences in what else was measured: as they are, not what decides"
-    return [(title, heads, rows)] if rows else []
-
-
-def _interval(each: Difference, scale: float) -> str:
-    if not math.isfinite(each.low):
-        return ""
-    return f"{_signed(scale * each.low)} to {_signed(scale * each.high)}"
-
-
-def _cost_table(study: Study, results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
-    """What the offline grids cost, where the study has some."""
-    rows = []
-    for name, cost in sorted(_offline_costs(results).items()):
-        rows.append([
-            name, f"{cost['patches']:,.0f}", f"{cost['bytes'] / 1e6:,.0f} MB", f"{cost['seconds']:,.0f} s",
-            f"{cost['grid_patches']:,.0f}", f"{cost['grid_bytes'] / 1e9:,.2f} GB",
-            f"{cost['read_offline_cpu_ms']:.2f}", f"{cost['read_online_cpu_ms']:.2f}",
-        ])  # fmt: skip
-    if not rows:
-        return []
-    heads = ["offline grid", "patches cut", "on disk", "cutting", "whole grid", "would be", "CPU ms a patch from it",
-             "CPU ms a patch online"]  # fmt: skip
-    return [("What cutting beforehand costs (online patching stores nothing)", heads, rows)]
-
-
-def _offline_costs(results: Results) -> dict[str, dict[str, float]]:
-    return {arm: cost for each in results.values() for arm, cost in each.get("offline", {}).items()}
-
-
 def caveats_of(study: Study, judged: Judged, results: Results) -> list[str]:
     """What the study says of its data, what the probes said, and what a few seeds can tell."""
     said = [*study.caveats, *_probes_said(results)]
-    few = study.seeds
-    if few == 1:
+    if study.seeds == 1:
         return [*said, "One seed: there is no interval, and nothing can be told apart from chance."]
+    if judged.verdict != "not finished":
+        lacking = [e for e in judged.differences if len(e.values) < study.seeds]
+        said += [
+            f"{e.arm} − {e.against}: {len(e.values)} of {study.seeds} seeds have the figure: nothing is said."
+            for e in lacking
+        ]
+    several = len(study.criterion.contrasts)
+    if several > 1:
+        said.append(
+            f"A yes wants all {several} differences; each has its own interval, not corrected for their number."
+        )
     said.append(
-        f"Intervals are Student's over {few} seeds of training (t with {few - 1} degrees of freedom), on one set of "
-        "labelled pictures: they do not tell how other slides or other labels would differ."
+        f"Intervals are Student's over {study.seeds} seeds of training (t with {study.seeds - 1} degrees of freedom), "
+        "on one set of labelled pictures: they do not tell how other slides or other labels would differ."
     )
     return said
 
@@ -261,24 +212,6 @@ def _probes_said(results: Results) -> list[str]:
                 found.setdefault(re.sub(r"[0-9][0-9,.]*", "0", line), []).append(line)
     several = [(lines[0], len(lines) - 1) for lines in found.values()]
     return [f"{line}{f' (And {n} more cells likewise.)' if n else ''}" for line, n in several]
-
-
-def _told(values: Sequence[float], scale: float) -> str:
-    if not values:
-        return ""
-    mean = scale * sum(values) / len(values)
-    if len(values) == 1:
-        return _short(mean)
-    sd = scale * math.sqrt(sum((v - mean / scale) ** 2 for v in values) / (len(values) - 1))
-    return f"{_short(mean)} ± {_short(sd)}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.2f}" if abs(value) < 100 else f"{value:,.1f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
 
 
 def _html(shown: Shown) -> str:

@@ -73,7 +73,9 @@ class Offline(_Part, frozen=True):
     """Which places of the grid the offline arms have on disk."""
 
     per_slide_and_mpp: int | None = Field(
-        None, ge=1, description="at most so many of each slide and µm/px, by seed; unset: all"
+        None,
+        ge=1,
+        description="at most so many of each slide and µm/px, one choice for all seeds; unset: all",
     )
 
 
@@ -85,17 +87,29 @@ class Contrast(_Part, frozen=True):
 
 
 class Criterion(_Part, frozen=True):
-    """What would count as a yes: every contrast above `margin` by the whole of its interval."""
+    """What would count as a yes and as a no, of gains: differences with the sign that better is positive."""
 
     metric: str = Field(description="of result.json, such as probe/224/logistic")
-    higher_is_better: bool = True
     margin: float = Field(
         0.0,
         allow_inf_nan=False,
-        description="what a contrast must exceed, in the metric's unit; negative: not worse by more",
+        description="yes: every gain above it by the whole of its interval, in the metric's unit; negative: not "
+        "worse by more",
+    )
+    matters: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="no: a gain below it by the whole of its interval, such as the smallest that would matter; "
+        "unset: margin",
     )
     contrasts: tuple[Contrast, ...] = Field(min_length=1)
     level: float = Field(0.95, gt=0.5, lt=1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.matters is not None and self.matters < self.margin:
+            raise ValueError(f"matters {self.matters:g} lies below margin {self.margin:g}")
+        return self
 
 
 class Rates(_Part, frozen=True):
@@ -130,6 +144,9 @@ class Study(_Part, frozen=True):
     arms: tuple[Arm, ...] = Field(min_length=2, max_length=64)
     equal: tuple[Held, ...] = Field(min_length=1)
     criterion: Criterion
+    also_compared: tuple[Contrast, ...] = Field(
+        (), description="differences that are shown with intervals and decide nothing"
+    )
     also_shown: tuple[str, ...] = ()
     curves: str | None = Field(None, description="a number of every step, or of some, to draw")
     caveats: tuple[str, ...] = ()
@@ -143,14 +160,17 @@ class Study(_Part, frozen=True):
         if len(set(names)) < len(names):
             raise ValueError("two arms have one name")
         known = {*names, START} if self.kind == "pretrain" else set(names)
-        for contrast in self.criterion.contrasts:
+        for contrast in (*self.criterion.contrasts, *self.also_compared):
             for name in (contrast.arm, contrast.against):
                 if name not in known:
                     raise ValueError(
-                        f"criterion.contrasts: {name!r} is no arm; there: {', '.join(sorted(known))}"
+                        f"contrasts: {name!r} is no arm; there: {', '.join(sorted(known))}"
                     )
             if contrast.arm in (START, contrast.against):
-                raise ValueError(f"criterion.contrasts: {contrast.arm!r} cannot be compared so")
+                raise ValueError(f"contrasts: {contrast.arm!r} cannot be compared so")
+        views = [view.name for view in self.views]
+        if len(set(views)) < len(views):
+            raise ValueError("two views have one name")
         if any(arm.reads == "offline" for arm in self.arms) and self.offline is None:
             raise ValueError("an arm reads offline, and `offline` does not say which places")
         if not self.split_labelled and any(a.reads == "labelled" for a in self.arms):
@@ -168,21 +188,57 @@ class Study(_Part, frozen=True):
 
 @dataclass(frozen=True)
 class Cell:
-    """One training of a study: an arm at a seed; without an arm the start, which trains nothing."""
+    """One training of a study: an arm at a seed; without an arm a start, weights that are only measured."""
 
     arm: Arm | None
     seed: int
+    weights: str = ""
+    backbone: str = ""
+    start: str = START
 
     @property
     def name(self) -> str:
         """Unique in the study."""
-        return f"{self.arm.name}-s{self.seed}" if self.arm else START
+        return f"{self.arm.name}-s{self.seed}" if self.arm else self.start
 
 
 def cells_of(study: Study) -> list[Cell]:
-    """The grid, seed by seed, so that a grid that is stopped early has whole pairs; the start first."""
-    grid = [Cell(arm, seed) for seed in range(study.seeds) for arm in study.arms]
-    return [Cell(None, 0), *grid] if study.kind == "pretrain" else grid
+    """The grid, seed by seed, so that a grid that is stopped early has whole pairs; each start before its arms."""
+    found: dict[str, Cell] = {}
+    for seed in range(study.seeds):
+        for arm in study.arms:
+            if study.kind == "pretrain":
+                start = start_of(study, arm, seed)
+                found.setdefault(start.name, start)
+            cell = Cell(arm, seed)
+            found[cell.name] = cell
+    return list(found.values())
+
+
+def start_of(study: Study, arm: Arm, seed: int) -> Cell:
+    """The weights that an arm begins with: the study's, its own, or random ones of each seed."""
+    settings = settings_of(study, arm)
+    weights = str(settings.get("weights", study.data.weights))
+    backbone = backbone_of(study, arm)
+    if weights == "random":
+        name = f"{START}-random{_unlike(arm)}-s{seed}"
+        return Cell(None, seed, f"random:{seed}", backbone, name)
+    if weights != study.data.weights:
+        return Cell(None, 0, weights, backbone, f"{START}-{arm.name}")
+    return Cell(None, 0, weights, backbone, START + _unlike(arm))
+
+
+def _unlike(arm: Arm) -> str:
+    """What a start's name has more where the arm has a backbone of its own."""
+    return f"-{arm.name}" if "backbone" in arm.pretrain else ""
+
+
+def backbone_of(study: Study, arm: Arm) -> str:
+    """The timm name of what an arm trains."""
+    from pathfm.pretrain import PretrainConfig
+
+    default = PretrainConfig.model_fields["backbone"].default
+    return str(settings_of(study, arm).get("backbone", default))
 
 
 def settings_of(study: Study, arm: Arm) -> dict[str, Any]:
@@ -211,12 +267,40 @@ def load_study(folder: Path, name: str, given: Sequence[str] = ()) -> Study:
         under = read_yaml(folder / f"{base}.yaml")
         merge(under, values)
         values = under
-    values.setdefault("name", name)
-    merge(values, _assignments(given))
+    if values.setdefault("name", name) != name:
+        raise PathfmError(f"study {path}: name: {values['name']!r} should be its file's, {name!r}")
+    assigned = _assignments(given)
+    for part in assigned:
+        if part not in values and part != "probe":
+            raise PathfmError(f"--set {part}.…: study {name} has no {part}")
+    merge(values, assigned)
     try:
-        return Study.model_validate(values)
+        study = Study.model_validate(values)
     except ValidationError as error:
         raise PathfmError(f"study {path}: {explain(Study, error)}") from None
+    _refuse_what_arms_set(study, assigned)
+    return study
+
+
+def _refuse_what_arms_set(study: Study, assigned: Mapping[str, Any]) -> None:
+    """PathfmError for what was set on the command line and would not change all arms."""
+    for arm in study.arms:
+        own = _keys(getattr(arm, study.kind))
+        for key in _keys(assigned.get(study.kind, {})):
+            if any(key == k or key.startswith(f"{k}.") or k.startswith(f"{key}.") for k in own):
+                raise PathfmError(
+                    f"--set {study.kind}.{key}: arm {arm.name} has its own, which would stay: change it in a copy of "
+                    "the study's file and give --studies FOLDER"
+                )
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Nested keys, dotted."""
+    found: list[str] = []
+    for key, value in values.items():
+        within = _keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else []
+        found += within or [f"{prefix}{key}"]
+    return found
 
 
 def names_in(folder: Path) -> list[str]:

@@ -27,7 +27,7 @@ from pathfm.pretrain import PretrainConfig
 from pathfm.runtime import PathfmError, make_folder
 from pathfm.study.claims import digest_of, in_turn
 from pathfm.study.equal import config_of
-from pathfm.study.plan import Arm, Data, Study
+from pathfm.study.plan import Arm, Data, Study, cells_of
 
 _NOISE_STREAM = 471
 _TEST_SHARE, _VAL_SHARE = 0.3, 0.2
@@ -57,7 +57,7 @@ def missing(study: Study) -> list[str]:
     """
     data, found = study.data, []
     if study.kind == "foreground":
-        return [] if data.pictures else ["no drawn thumbnails: give --pictures FOLDER [FOLDER ...]"]
+        return _missing_pictures(data)
     if data.patches is None:
         found.append("no labelled patches: give --patches FOLDER")
     elif not data.patches.exists():
@@ -70,9 +70,20 @@ def missing(study: Study) -> list[str]:
             found.append(f"{told}: give --slides SLIDES")
         if data.mpp_overrides is not None and not data.mpp_overrides.exists():
             found.append(f"{data.mpp_overrides} is not there: give --mpp_overrides CSV")
-    if data.weights.endswith(".safetensors") and not Path(data.weights).exists():
-        found.append(f"weights {data.weights} are not there: give --weights FILE, or imagenet")
-    return found
+    files = sorted({c.weights for c in cells_of(study) if c.weights.endswith(".safetensors")})
+    gone = [name for name in files if not Path(name).exists()]
+    told = "are not there: give --weights FILE, or imagenet"
+    return [*found, *(f"weights {name} {told}" for name in gone)]
+
+
+def _missing_pictures(data: Data) -> list[str]:
+    if not data.pictures:
+        return ["no drawn thumbnails: give --pictures FOLDER [FOLDER ...]"]
+    try:
+        _drawn(data)
+    except PathfmError as error:
+        return [str(error)]
+    return []
 
 
 def prepare(study: Study, out: Path) -> Prepared:
@@ -103,10 +114,21 @@ def _prepared(study: Study, root: Path, make: bool) -> Prepared:
         if arm.reads == "offline":
             assert corpus is not None
             offline[arm.name], costs[arm.name] = _offline(study, arm, corpus, root, make)
-            facts[f"offline/{arm.name}"] = offline[arm.name].name
-    weights = Path(study.data.weights)
-    facts["weights"] = file_sha256(weights) if weights.is_file() else study.data.weights
+            facts[f"offline {arm.name}"] = offline[arm.name].name
+    for cell in cells_of(study):
+        if cell.weights:
+            facts[f"weights {cell.start}"] = _content(cell.weights)
+    if sites := (study.robustness or {}).get("sites"):
+        facts["sites"] = _content(str(sites))
     return Prepared(corpus, patches, train, offline, facts, costs)
+
+
+def _content(name: str) -> str:
+    """The digest of a file, or of the backbone in a run's folder; what is neither by its name."""
+    for path in (Path(name), Path(name) / "backbone" / "model.safetensors"):
+        if path.is_file():
+            return file_sha256(path)
+    return name
 
 
 def _drawn(data: Data) -> dict[str, Any]:
@@ -127,7 +149,9 @@ def _corpus(data: Data, root: Path, make: bool) -> tuple[Path, dict[str, Any]]:
 
     if not data.slides:
         raise PathfmError("no slides: give --slides FOLDER, or `data.slides` in the study's file")
-    key = digest_of([list(data.slides), str(data.mpp_overrides), data.exclude])[:12]
+    slides = [uri if is_remote(uri) else os.path.abspath(local_path(uri)) for uri in data.slides]
+    overrides = data.mpp_overrides and os.path.abspath(data.mpp_overrides)
+    key = digest_of([slides, overrides, data.exclude])[:12]
     folder = root / f"corpus-{key}"
     if make:
         index.run(
@@ -247,6 +271,7 @@ def linked_tree(source: Path, target: Path) -> None:
         return
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     make_folder(target.parent)
+    shutil.rmtree(draft, ignore_errors=True)  # of a killed process with this number
     shutil.copytree(source, draft, copy_function=_link_in_tree)
     try:
         os.replace(draft, target)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pathfm.runtime import PathfmError, make_folder, save_config, without_secrets
-from pathfm.study.cell import Stopped
+from pathfm.runtime import PathfmError, make_folder, save_config, scrubbed
+from pathfm.study.cell import Stopped, interrupting
 from pathfm.study.claims import in_turn
 from pathfm.study.equal import check_plan
 from pathfm.study.judging import judge
@@ -54,15 +55,14 @@ def run_study(study: Study, config: StudyConfig) -> StudyResult:
     grid = Grid(study, folder, prepared, tracking)
     alone = config.worker is not None or share.n > 1
     n = 1 if alone else config.processes or max(1, n_gpus())
-    if config.status:
-        show_grid(grid)
-    elif n > 1:
-        parent_run(grid)  # before the processes would each want to make it
-        _share_out(grid, config, n)
-    else:
-        show_grid(grid)
+    show_grid(grid)
+    if not config.status:
         try:
-            work(grid, share)
+            if n > 1:
+                parent_run(grid)  # before the processes would each want to make it
+                _share_out(grid, config, n)
+            else:
+                work(grid, share, lambda: None if alone else show_grid(grid))
         except Stopped as stopped:
             if stopped.exit_code == 128 + signal.SIGINT:
                 raise
@@ -73,26 +73,33 @@ def run_study(study: Study, config: StudyConfig) -> StudyResult:
     page = make_page(grid, config) if any(row.state == "done" for row in rows) else None
     failed = [row for row in rows if row.state == "failed"]
     if failed and not config.status:
-        raise PathfmError(
+        told = (
             f"study {study.name}: {len(failed)} cell(s) failed, first {failed[0].name}: {failed[0].told} "
             "(the same command tries again)"
         )
+        if (
+            config.worker is None and share.n > 1
+        ):  # torchrun ends all ranks with the first that fails
+            print(told, file=sys.stderr)
+        else:
+            raise PathfmError(told)
     return StudyResult("" if page is None else page[0], None if page is None else page[1])
 
 
 def _share_out(grid: Grid, config: StudyConfig, n: int) -> None:
     """Starts n processes and shows the grid until they have ended."""
     words = command_words(grid.study, config)
-    with processes(n, words, grid.folder) as started:
+    with interrupting(), processes(n, words, grid.folder) as started:
+        _wait(started)
         while any(process.poll() is None for process in started):
             show_grid(grid, workers=n)
             _wait(started)
-    show_grid(grid)
     codes = [process.returncode for process in started]
-    if any(code not in (0, 2) for code in codes):  # 2: cells that failed, which are told of below
+    failed = any(row.state == "failed" for row in rows_of(grid))  # told of by who called us
+    if any(codes) and not (failed and set(codes) <= {0, 2}):
         raise PathfmError(
-            f"study {grid.study.name}: a process ended with {next(c for c in codes if c not in (0, 2))}; its words "
-            f"are in {grid.folder}/worker_*.log. The same command goes on"
+            f"study {grid.study.name}: a process ended with {next(filter(None, codes))}; its words are in "
+            f"{grid.folder}/worker_*.log. The same command goes on"
         )
 
 
@@ -147,5 +154,5 @@ def command_words(study: Study, config: StudyConfig) -> list[str]:
 
 def commands_of(study: Study, config: StudyConfig) -> list[str]:
     """What to type to do it again, to look, and to work on it with several processes."""
-    base = without_secrets(shlex.join(["pathfm", "study", *command_words(study, config)]))
+    base = shlex.join(["pathfm", "study", *scrubbed(command_words(study, config))])
     return [base, f"{base} --status", f"{base} --processes 2"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from rich.table import Table
 from pathfm.runtime import console
 from pathfm.study.cell import TRAINED
 from pathfm.study.claims import State
-from pathfm.study.equal import check_plan
-from pathfm.study.plan import Cell, Study, cells_of, settings_of
+from pathfm.study.equal import check_plan, config_of, planned
+from pathfm.study.plan import START, Cell, Study, cells_of
 from pathfm.study.preparing import missing
 from pathfm.study.working import Grid
 
@@ -33,13 +32,11 @@ class Row:
     left_s: float = float("nan")
 
 
-def rows_of(grid: Grid, own: Collection[str] = ()) -> list[Row]:
-    """Every cell's row; `own` are those that this process holds."""
+def rows_of(grid: Grid) -> list[Row]:
+    """Every cell's row. This process must hold none of them."""
     return [
-        _row(
-            grid.study, cell, place.folder, place.state(name in own), place.result(), place.failed()
-        )
-        for name, (cell, place) in grid.places.items()
+        _row(grid.study, cell, place.folder, place.state(), place.result(), place.failed())
+        for cell, place in grid.places.values()
     ]
 
 
@@ -60,12 +57,12 @@ def _row(
 
 def _training(study: Study, cell: Cell, folder: Path, state: State) -> Row:
     assert cell.arm is not None
-    settings = settings_of(study, cell.arm)
-    steps = int(settings.get("steps", 0)) or 1
+    plan = planned(config_of(study, cell.arm, cell.seed))
+    steps = plan["optimizer_steps"]
     done, rate = last_step(folder / TRAINED / "metrics.jsonl")
     if done >= steps:
         return Row(cell.name, state, "trained; being measured" if state == "running" else "trained")
-    patches = int(settings.get("batch_size", 1))
+    patches = plan["patches_seen"] / steps
     told = f"step {done:,} of {steps:,}" + (f", {rate:.1f} patches/s" if rate else "")
     left_s = (steps - done) * patches / rate if rate else float("nan")
     return Row(cell.name, state, told, left_s=left_s)
@@ -85,16 +82,17 @@ def last_step(path: Path) -> tuple[int, float]:
 
 def left_s(rows: list[Row], workers: int) -> float:
     """Seconds until the grid is done, by the mean of finished cells that train; nan before the first."""
-    known = [row.seconds for row in rows if row.state == "done" and row.name != "start"]
+    done = [row for row in rows if row.state == "done" and not row.name.startswith(START)]
+    known = [row.seconds for row in done if row.seconds == row.seconds]
     if not known:
         return float("nan")
     left = sum(row.state != "done" for row in rows)
     return float(np.mean(known)) * left / max(1, workers)
 
 
-def show_grid(grid: Grid, own: Collection[str] = (), workers: int = 1) -> None:
+def show_grid(grid: Grid, workers: int = 1) -> None:
     """Prints the table of cells."""
-    rows = rows_of(grid, own)
+    rows = rows_of(grid)
     done = sum(row.state == "done" for row in rows)
     eta_s = left_s(rows, max(workers, sum(row.state == "running" for row in rows)))
     until = f", about {_time(eta_s)} left" if eta_s == eta_s and done < len(rows) else ""

@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,17 +75,25 @@ def share_of(worker: str | None) -> Share:
         return Share(int(k), int(n))
     if "WORLD_SIZE" not in os.environ:
         return Share()
-    share = Share(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", os.environ.get("LOCAL_RANK", "0"))
+    try:
+        share = Share(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+    except (KeyError, ValueError) as error:
+        raise PathfmError(
+            f"WORLD_SIZE is set, and RANK and LOCAL_RANK do not go with it ({error}): start with torchrun, or unset it"
+        ) from None
+    if gpus := _gpus():  # each rank sees its own alone
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local % len(gpus)]
     for name in _RANKS:
         os.environ.pop(name, None)
     return share
 
 
-def work(grid: Grid, share: Share) -> None:
+def work(grid: Grid, share: Share, look: Callable[[], None]) -> None:
     """Does every cell that is not done and that nobody else works on; twice, for some are let go meanwhile.
 
-    A cell that fails is told and kept for the next time; Stopped and Ctrl-C end the work.
+    `look` is called after each. A cell that fails, whatever of, is told and kept for the next time; Stopped
+    and Ctrl-C end the work.
     """
     began_s, places = time.time(), grid.places
     parent = parent_run(grid)
@@ -95,8 +104,10 @@ def work(grid: Grid, share: Share) -> None:
                 if place.result() is not None or place.failed_since(began_s):
                     continue
                 with place.claimed() as ours:
-                    if ours and place.result() is None:
-                        _one(grid, cell, place, parent)
+                    if not ours or place.result() is not None:
+                        continue
+                    _one(grid, cell, place, parent)
+                look()
 
 
 def _one(grid: Grid, cell: Cell, place: Place, parent: str) -> None:
@@ -105,12 +116,16 @@ def _one(grid: Grid, cell: Cell, place: Place, parent: str) -> None:
     try:
         with _tracked(grid, cell, place, parent) as (run, tracking):
             facts = run_cell(grid.study, cell, grid.prepared, place.folder, run, tracking)
-    except (PathfmError, PatchingError) as error:
-        place.fail(one_line(error))
-        print(f"study {grid.study.name}: {cell.name} failed: {one_line(error)}", file=sys.stderr)
+        about = {k: v for k, v in provenance().items() if k != "command"}
+        place.finish({**facts, "provenance": about})
+    except Exception as error:  # full disks, memory, bugs: the other cells can go on
+        known = isinstance(error, (PathfmError, PatchingError))
+        why = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+        place.fail(why)
+        if not known:
+            traceback.print_exc()
+        print(f"study {grid.study.name}: {cell.name} failed: {why}", file=sys.stderr)
         return
-    about = {k: v for k, v in provenance().items() if k != "command"}
-    place.finish({"seconds": time.monotonic() - began_s, **facts, "provenance": about})
     print(f"{cell.name}: done in {time.monotonic() - began_s:.0f} s", flush=True)
 
 
