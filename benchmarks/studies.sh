@@ -36,7 +36,8 @@ for step; do
     $PATHFM study $step --pictures $PICTURES --out "$OUT/studies" --processes "${PROCESSES:-2}"
     ;;
   *)
-    $PATHFM study "$step" --slides "$DATA/wsi" --mpp_overrides "$DATA/wsi/mpp.csv" --patches "$LABELLED" \
+    $PATHFM study "$step" --slides "$DATA/wsi" --mpp_overrides "$DATA/wsi/mpp.csv" \
+      --exclude wsic_ --patches "$LABELLED" \
       --weights "$IMAGENET" --out "$OUT/studies" --processes "${PROCESSES:-2}"
     ;;
   esac

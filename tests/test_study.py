@@ -187,6 +187,20 @@ def test_a_mistake_on_the_command_line_is_one_line(
     assert reason in told
 
 
+def test_what_a_study_leaves_out_of_its_own_slides_is_not_left_out_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"slides": ["own"], "exclude": "copy_", "mpp_overrides": "own.csv"}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"data": data}))
+    told: list[Study] = []
+    monkeypatch.setattr("pathfm.study.showing.show_plan", told.append)
+    words = ["study", "tiny", "--studies", str(tmp_path), "--dry-run"]
+    for more in ([], ["--slides", "others"], ["--slides", "others", "--exclude", "x_"]):
+        assert main([*words, *more]) == 0
+    assert [one.data.exclude for one in told] == ["copy_", "", "x_"]
+    assert [one.data.mpp_overrides for one in told] == [Path("own.csv"), None, None]
+
+
 def test_without_a_name_the_studies_are_listed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,7 +43,11 @@ class StudyConfig(BaseModel, frozen=True, extra="forbid"):
         None, description="slides to pretrain on, as of index; unset: the study's"
     )
     mpp_overrides: Path | None = Field(
-        None, description="CSV of µm/px, as of index; unset: the study's"
+        None, description="CSV of µm/px, as of index; unset: the study's, and with --slides none"
+    )
+    exclude: str | None = Field(
+        None,
+        description="as index --cohort.exclude; unset: the study's, and with --slides none",
     )
     patches: Path | None = Field(
         None, description="labelled folder to probe, a folder a class; unset: the study's"
@@ -101,9 +105,11 @@ def run(config: StudyConfig) -> StudyResult:
     study = load_study(folder, config.name, config.set)
     given = {
         name: getattr(config, name)
-        for name in ("slides", "mpp_overrides", "patches", "weights", "pictures")
+        for name in ("slides", "mpp_overrides", "exclude", "patches", "weights", "pictures")
         if getattr(config, name) is not None
     }
+    if config.slides is not None:  # the study's are of its own slides
+        given = {"exclude": "", "mpp_overrides": None} | given
     own = {"data": study.data.model_copy(update=given)}
     if config.seeds is not None:
         own["seeds"] = config.seeds  # type: ignore[assignment]

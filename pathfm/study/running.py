@@ -140,7 +140,7 @@ def command_words(study: Study, config: StudyConfig) -> list[str]:
     words = [study.name, "--out", str(config.out)]
     if config.studies is not None:
         words += ["--studies", str(config.studies)]
-    for name in ("mpp_overrides", "patches", "weights", "seeds"):
+    for name in ("mpp_overrides", "exclude", "patches", "weights", "seeds"):
         if getattr(config, name) is not None:
             words += [f"--{name}", str(getattr(config, name))]
     for name in ("slides", "pictures", "set"):
