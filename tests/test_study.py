@@ -433,6 +433,16 @@ def test_not_to_be_worse_than_an_arm_that_learnt_nothing_says_nothing(tmp_path: 
     assert "Training did not make b better than its start" in text
 
 
+def test_an_arm_that_learnt_nothing_cannot_show_that_there_is_nothing_to_gain() -> None:
+    found = study(criterion=CRITERION | {"matters": 0.01})
+    above = results([0.801, 0.812, 0.807], [0.802, 0.810, 0.809])
+    assert judge(found, above).verdict == "no"
+    idle = results([0.501, 0.512, 0.487], [0.502, 0.510, 0.489])
+    assert judge(found, idle).verdict == "cannot tell"
+    worse = results([0.401, 0.412, 0.387], [0.502, 0.510, 0.489])
+    assert judge(found, worse).verdict == "no"  # a loss is one all the same
+
+
 def test_a_figure_that_no_cell_has_is_an_error_and_one_that_lacks_in_a_seed_is_told(
     tmp_path: Path,
 ) -> None:

@@ -116,11 +116,23 @@ def _held(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _answer(study: Study, each: Difference, moved: Sequence[Difference]) -> Verdict:
-    """What a difference says. That an arm is not worse than one that learnt nothing says nothing."""
+    """What a difference says; nothing where an arm that should have learnt has not."""
     said = each.answers(study.criterion, study.seeds)
-    if said == "yes" and study.criterion.margin < 0 and not learnt(each.against, moved):
-        return "cannot tell"
-    return said
+    return "cannot tell" if idle(study, each, moved) else said
+
+
+def idle(study: Study, each: Difference, moved: Sequence[Difference]) -> str:
+    """The arm that made a difference say nothing, for training did not make it better than its start; "" if none.
+
+    Not to be worse than an arm that learnt nothing is easy; and one that learnt nothing can gain nothing.
+    """
+    criterion, said = study.criterion, each.answers(study.criterion, study.seeds)
+    arm = ""
+    if said == "yes" and criterion.margin < 0:
+        arm = each.against
+    if said == "no" and each.gain()[1] >= criterion.margin:  # no loss, only too small a gain
+        arm = each.arm
+    return "" if learnt(arm, moved) else arm
 
 
 def learnt(arm: str, moved: Sequence[Difference]) -> bool:

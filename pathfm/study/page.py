@@ -15,7 +15,7 @@ from typing import Any
 from online_patching.stores.local import atomic_write_text
 from pathfm.runtime import git_commit, make_folder, scrubbed
 from pathfm.study.drawing import draw_curves, draw_others, draw_verdict
-from pathfm.study.judging import Judged, Results, learnt
+from pathfm.study.judging import Judged, Results, idle
 from pathfm.study.metrics import scale_of, words_of
 from pathfm.study.plan import START, Study
 from pathfm.study.tables import (
@@ -103,14 +103,9 @@ def lead_of(study: Study, judged: Judged) -> str:
     if judged.verdict == "not finished":
         return f"Not finished: {judged.done} of {judged.cells} cells are done. {said}"
     more = f" To be above {_margin(study)}." if study.criterion.margin else ""
-    idle = [
-        each.against
-        for each in judged.differences
-        if study.criterion.margin < 0 and not learnt(each.against, judged.moved)
-    ]
-    if idle and judged.verdict == "cannot tell":
-        names = ", ".join(sorted(set(idle)))
-        more += f" Training did not make {names} better than its start: not to be worse than that says nothing."
+    names = sorted({idle(study, each, judged.moved) for each in judged.differences} - {""})
+    if names:
+        more += f" Training did not make {', '.join(names)} better than its start, so that says nothing."
     return f"{_LEADS[judged.verdict]} {said}{more}"
 
 
