@@ -108,12 +108,12 @@ def _better(metric: str) -> str:
     return "better →" if higher_is_better(metric) else "← better"
 
 
-def _line(panel: Any, at: float, name: str, style: str) -> None:
-    """A vertical line with its name at the top."""
+def _line(panel: Any, at: float, name: str, style: str, foot: bool = False) -> None:
+    """A vertical line with its name at the top, or at the foot."""
     panel.axvline(at, color=_SOFT, linestyle=style, linewidth=1.2)
     panel.annotate(
-        plain_words(name), (at, 1.0), (3, -3), color=_SOFT, fontsize=8, va="top",
-        xycoords=("data", "axes fraction"), textcoords="offset points",
+        plain_words(name), (at, 0.0 if foot else 1.0), (3, 3 if foot else -3), color=_SOFT, fontsize=8,
+        va="bottom" if foot else "top", xycoords=("data", "axes fraction"), textcoords="offset points",
     )  # fmt: skip
 
 
@@ -136,12 +136,12 @@ def _differences(study: Study, judged: Judged, panel: Any) -> None:
                 told, (scale * each.mean, row + 0.24), color=colour, ha="center", fontsize=9
             )
     panel.axvline(0.0, color=_SOFT, linewidth=0.8, linestyle=":")
-    _line(
-        panel,
-        scale * sign * criterion.margin,
-        f"a yes: all of the bar {_beyond(criterion.metric)}",
-        "-",
-    )
+    beyond = ("right", "left") if sign > 0 else ("left", "right")
+    told = "all of the bar {} of this"
+    _line(panel, scale * sign * criterion.margin, f"a yes: {told.format(beyond[0])}", "-")
+    if criterion.matters is not None:
+        no = f"a no: {told.format(beyond[1])}"
+        _line(panel, scale * sign * criterion.matters, no, "-", foot=True)
     labels = [plain_words(f"{each.arm}\n− {each.against}") for each, _ in rows]
     panel.set_yticks(range(len(rows)), labels)
     panel.set_ylim(-0.7, len(rows) - 0.3)
@@ -150,10 +150,6 @@ def _differences(study: Study, judged: Judged, panel: Any) -> None:
     title = f"difference, {of}{_better(criterion.metric)}; bar: {level}"
     panel.set_title(textwrap.fill(title, 60), fontsize=10, loc="left")
     _plain(panel)
-
-
-def _beyond(metric: str) -> str:
-    return "right of this" if higher_is_better(metric) else "left of this"
 
 
 def atomic(path: Path, content: bytes) -> Path:
