@@ -137,10 +137,10 @@ def _differences(study: Study, judged: Judged, panel: Any) -> None:
             )
     panel.axvline(0.0, color=_SOFT, linewidth=0.8, linestyle=":")
     beyond = ("right", "left") if sign > 0 else ("left", "right")
-    told = "all of the bar {} of this"
-    _line(panel, scale * sign * criterion.margin, f"a yes: {told.format(beyond[0])}", "-")
+    where = "all of the bar {} of this"
+    _line(panel, scale * sign * criterion.margin, f"a yes: {where.format(beyond[0])}", "-")
     if criterion.matters is not None:
-        no = f"a no: {told.format(beyond[1])}"
+        no = f"a no: {where.format(beyond[1])}"
         _line(panel, scale * sign * criterion.matters, no, "-", foot=True)
     labels = [plain_words(f"{each.arm}\n− {each.against}") for each, _ in rows]
     panel.set_yticks(range(len(rows)), labels)
