@@ -1,6 +1,6 @@
 #!/bin/sh
-# The seven studies of docs/studies.md, from slides and labelled pictures to their pages: about 8 hours of one core of
-# an AMD EPYC, half of that with two processes. What is done already is not done again.
+# The seven studies of docs/studies.md, from slides and labelled pictures to their pages: hours, which
+# `pathfm study NAME --dry-run` reckons for each. What is done already is not done again.
 #
 #   sh benchmarks/studies.sh OUT                     # all of them
 #   sh benchmarks/studies.sh OUT groups supcon       # some

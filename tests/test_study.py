@@ -528,8 +528,8 @@ def test_what_probes_say_stands_once_where_only_numbers_differ(tmp_path: Path) -
         ]
         cell["provenance"] = {"machine": "Linux, 2 cores", "git_commit": f"abc{number // 4}"}
         cell["seconds"] = 720.0
-    for name in ("a-s0", "b-s2"):
-        cells[name]["metrics"] |= {"run/share_at_0.5": 0.25, "run/share_at_2": 0.75}
+    cells["a-s0"]["metrics"] |= {"run/share_at_0.5": 0.25, "run/share_at_2": 0.75}
+    cells["a-s1"]["metrics"] |= {"run/share_at_2": 1.0}  # none at 0.5; the third seed is not done
     cells["b-s1"]["caveats"].append("Own words.")
     found = study(criterion=TINY["criterion"] | {"margin": -0.01})
     write_page(found, judge(found, cells), cells, [], tmp_path)
@@ -540,7 +540,7 @@ def test_what_probes_say_stands_once_where_only_numbers_differ(tmp_path: Path) -
     assert "sd is over splits" not in text  # it is over seeds here
     assert "cells made on: Linux, 2 cores; commit abc0, abc1; 1.4 h one after the other" in text
     assert "To be above −1 points" in text
-    assert "Patches seen by µm/px" in text
+    assert "| a | 12.5 | 87.5 |" in text  # patches seen by µm/px
 
 
 def test_secrets_are_left_out_and_what_is_written_can_still_be_read(tmp_path: Path) -> None:

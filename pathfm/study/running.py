@@ -77,12 +77,9 @@ def run_study(study: Study, config: StudyConfig) -> StudyResult:
             f"study {study.name}: {len(failed)} cell(s) failed, first {failed[0].name}: {failed[0].told} "
             "(the same command tries again)"
         )
-        if (
-            config.worker is None and share.n > 1
-        ):  # torchrun ends all ranks with the first that fails
-            print(told, file=sys.stderr)
-        else:
+        if config.worker is not None or share.n == 1:
             raise PathfmError(told)
+        print(told, file=sys.stderr)  # torchrun ends all ranks with the first that fails
     return StudyResult("" if page is None else page[0], None if page is None else page[1])
 
 

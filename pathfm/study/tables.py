@@ -102,20 +102,21 @@ def interval(each: Difference) -> str:
 
 def shares_table(study: Study, results: Results) -> list[Table]:
     """How much of what an arm saw was at which µm/px: what was asked for is not what slides can serve."""
-    found: dict[str, dict[float, list[float]]] = {}
+    found: dict[str, list[dict[float, float]]] = {}  # arm -> of each seed that is done
     for arm in study.arms:
         for seed in range(study.seeds):
             metrics = results.get(f"{arm.name}-s{seed}", {}).get("metrics", {})
-            for name, share in metrics.items():
-                if name.startswith(_AT):
-                    mpp = float(name.removeprefix(_AT))
-                    found.setdefault(arm.name, {}).setdefault(mpp, []).append(share)
-    mpps = sorted({mpp for shares in found.values() for mpp in shares} - {0.0})
+            shares = {
+                float(k.removeprefix(_AT)): v for k, v in metrics.items() if k.startswith(_AT)
+            }
+            if shares:
+                found.setdefault(arm.name, []).append(shares)
+    mpps = sorted({mpp for seeds in found.values() for shares in seeds for mpp in shares} - {0.0})
     if not 1 < len(mpps) <= _MOST_MPPS:
         return []
     rows = [
-        [name, *(f"{100 * sum(s.get(mpp, [])) / study.seeds:.1f}" for mpp in mpps)]
-        for name, s in found.items()
+        [name, *(f"{100 * sum(s.get(mpp, 0.0) for s in seeds) / len(seeds):.1f}" for mpp in mpps)]
+        for name, seeds in found.items()
     ]
     return [("Patches seen by µm/px, %", ["arm", *(f"{mpp:g}" for mpp in mpps)], rows)]
 
