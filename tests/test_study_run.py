@@ -17,6 +17,8 @@ import yaml
 
 from online_patching.testing import demo_slides, write_demo_slides, write_labelled_patches
 from pathfm.cli import main
+from pathfm.study.metrics import check_metric
+from pathfm.study.plan import load_study
 from pathfm.tracking import read_runs
 
 pytestmark = pytest.mark.slow
@@ -93,6 +95,14 @@ def test_a_study_ends_in_a_page_a_tree_of_runs_and_costs(quiet: Path, place: Pat
     assert told["patches"] == len(written) == 12  # 2 µm/px x 6
     assert told["bytes"] == sum(path.stat().st_size for path in written)
     assert told["grid_patches"] > 12
+
+
+def test_every_figure_of_a_cell_may_be_asked_for(quiet: Path, place: Path) -> None:
+    study = load_study(place, "quiet")
+    figures = {name for cell in results(place, "quiet").values() for name in cell}
+    asked = {name for name in figures if not name.startswith("run/share_at_")}  # tables tell them
+    assert asked >= {"run/slides_seen", "watch/rankme_end", "probe/48/knn", "probe/48/rankme"}
+    assert [line for name in sorted(asked) if (line := check_metric(study, name))] == []
 
 
 def test_the_same_command_again_does_nothing_but_the_page(quiet: Path, place: Path) -> None:
