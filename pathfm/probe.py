@@ -110,7 +110,7 @@ def run(config: ProbeConfig) -> ProbeResult:
         result = replace(result, caveats=[*result.caveats, *too_few, *left_out, *notes])
         for part, one in zip(parts, measured, strict=True):
             _write(config, part, one, result.reported_on)
-        chose = "train" if isinstance(splits, list) else "val"
+        chose = result.selected_on
         tracked.tag("selected_on", f"a part of {chose}" if chose == "train" else chose)
         tracked.tag("reported_on", result.reported_on)
         _record(tracked, result.backbones)
@@ -278,6 +278,7 @@ def _result(
         caveats=caveats_of(data, backbones, own=own is not None, reported_on=first.reported_on),
         own_splits=own is not None,
         n_val=len(first.val),
+        selected_on="val" if own and not own.carved else "train",
         reported_on=first.reported_on,
         also=list(config.also),
         embeddings=[str(path) for path in files],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,11 @@ def test_a_store_is_found_nearby_and_its_absence_is_an_error(
     (tmp_path / "demo_out").mkdir()
     (tmp_path / "demo_out" / "mlflow.db").touch()
     assert find_store(None, tmp_path) == f"sqlite:///{tmp_path}/demo_out/mlflow.db"
+    study = tmp_path / "runs" / "studies" / "initialisation"
+    study.mkdir(parents=True)
+    (study / "mlflow.db").touch()
+    os.utime(study / "mlflow.db", (2e9, 2e9))
+    assert find_store(None, tmp_path) == f"sqlite:///{study}/mlflow.db"
     assert find_store("x/y.db") == f"sqlite:///{Path.cwd()}/x/y.db"
     with pytest.raises(PathfmError, match="no MLflow store at"):
         run(CompareConfig(uri=str(tmp_path / "none.db")))

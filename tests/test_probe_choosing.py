@@ -40,6 +40,7 @@ def test_a_test_without_validation_reports_and_never_chooses(
         replace(data, labels=labels).save(tmp_path / name / "init.safetensors")
         found.append(run(config(tmp_path / name, out=tmp_path / name / "p")))
     assert (found[0].reported_on, found[0].carved, found[0].n_test) == ("test", True, 80)
+    assert found[0].selected_on == "train"
     assert found[0].n_train + found[0].n_val == 160
     assert found[0].sizes == [[160, 80]]  # chosen on a fifth, then fitted on both
     assert found[0].backbones[0].probes["logistic"].c == found[1].backbones[0].probes["logistic"].c

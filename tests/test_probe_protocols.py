@@ -86,7 +86,7 @@ def test_without_a_test_split_validation_reports_and_the_table_says_so(
 ) -> None:
     with_splits("train", "val").save(tmp_path / "e" / "init.safetensors")
     result = run(config(tmp_path))
-    assert result.reported_on == "val"
+    assert (result.selected_on, result.reported_on) == ("val", "val")
     out = capsys.readouterr().out
     assert "120 val (chooses and reports)" in out
     assert "validation chose" in out

@@ -32,11 +32,11 @@ def find_store(given: str | None, start: Path | None = None) -> str:
     if uri:
         return uri if "://" in uri else f"sqlite:///{Path(uri).resolve()}"
     here = start or Path.cwd()
-    depths = ("mlflow.db", "*/mlflow.db", "*/*/mlflow.db")
+    depths = ("mlflow.db", "*/mlflow.db", "*/*/mlflow.db", "*/*/*/mlflow.db")
     found = [path for depth in depths for path in here.glob(depth)]
     if not found:
         raise PathfmError(
-            f"no mlflow.db in {here} or two folders below: run `pathfm demo` first, or give --uri"
+            f"no mlflow.db in {here} or up to three folders below: run `pathfm demo` first, or give --uri"
         )
     newest = max(found, key=lambda path: path.stat().st_mtime)
     return f"sqlite:///{newest.resolve()}"

@@ -152,6 +152,3 @@ class SupervisedSettings(BaseModel, frozen=True, extra="forbid"):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each target spread evenly over all classes"
     )
-    views: Literal["first", "all"] = Field(
-        "first", description="train on each sample's first view only, or on all of them"
-    )

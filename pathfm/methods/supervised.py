@@ -23,7 +23,7 @@ HEAD_INIT_DRAW = 1
 class Supervised(nn.Module):
     """Backbone and linear classifier; see `pathfm.methods.Method`.
 
-    The loss is the mean over the labelled samples (-1: none) of the global batch and their views.
+    The loss is the mean over the labelled samples (-1: none) of the global batch, each in its first view.
     """
 
     def __init__(self, backbone: Backbone, settings: SupervisedSettings, seed: int) -> None:
@@ -70,9 +70,8 @@ class Supervised(nn.Module):
 
         0, with a gradient of 0, where no sample of the step has a label.
         """
-        n_views = 1 if self.settings.views == "first" else len(micro.views)
-        logits = self.student["head"](embed_views(self.exported, micro, n_views))
-        labels = cast(Tensor, micro.labels).repeat(n_views)
+        logits = self.student["head"](embed_views(self.exported, micro, 1))
+        labels = cast(Tensor, micro.labels)
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             total = F.cross_entropy(
@@ -82,8 +81,8 @@ class Supervised(nn.Module):
                 reduction="sum",
                 label_smoothing=self.settings.label_smoothing,
             )
-            self._correct.append((logits.argmax(1) == labels).sum() / n_views)
-            return total / n_views / self._labelled[0].clamp(min=1) * ranks.world_size()
+            self._correct.append((logits.argmax(1) == labels).sum())
+            return total / self._labelled[0].clamp(min=1) * ranks.world_size()
 
     def before_update(self, step: int) -> None:
         """Adds up what was right, over micro-batches and ranks."""

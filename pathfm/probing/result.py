@@ -42,7 +42,7 @@ class ProbeResult:
     caveats: list[str]
     own_splits: bool = False  # the data set's own, instead of drawn ones
     n_val: int = 0  # rows that choose: C, the learning rate, the best checkpoint
-    selected_on: str = "val"
+    selected_on: Literal["train", "val"] = "val"  # train: a part of it that is cut out to choose
     reported_on: Literal["val", "test"] = "test"
     also: list[str] = field(default_factory=list)
     embeddings: list[str] = field(default_factory=list)  # files, one a backbone, as they were given

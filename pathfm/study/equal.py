@@ -32,15 +32,10 @@ def config_of(
 def planned(config: PretrainConfig | ForegroundTrainConfig) -> dict[str, int]:
     """Patches seen (crops, of thumbnails), optimizer steps and views seen of a whole run.
 
-    A patch is seen each time it is drawn, and gives every view that the method takes of it;
-    cross-entropy on the first view alone sees one.
+    A patch is seen each time it is drawn, and gives every view that the method takes of it.
     """
     seen = config.steps * config.batch_size
-    views = 1
-    if isinstance(config, PretrainConfig):
-        views = len(config.views.specs)
-        if config.method == "supervised" and config.supervised.views == "first":
-            views = 1
+    views = len(config.views.specs) if isinstance(config, PretrainConfig) else 1
     return {"patches_seen": seen, "optimizer_steps": config.steps, "views_seen": seen * views}
 
 
