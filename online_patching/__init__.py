@@ -5,9 +5,9 @@ To read the package in the order in which a patch is made:
   slide_index.py   a slide as a table of byte ranges       formats/   headers -> SlideIndex
   mask.py          where the tissue is                     corpus/    many slides, on disk
   philox.py        random words of (seed, draw)            sampling/  draw number -> which patch
-  plan.py          one patch -> level, tiles, byte ranges  batch_plan.py  a batch of them, as arrays
+  plan.py          one patch -> level, tiles, byte ranges  batch_plan/    a batch of them, as arrays
   stores/          where bytes come from                   fetch.py   runs a plan
-  canvases.py      bytes -> patches, natively (native/) or portably (decode.py, resample.py)
+  canvases.py      bytes -> patches, natively (native/) or portably (decode/, resample.py)
   loading/         the stream of batches                   torch_dataset.py  for torch
   slide.py         one slide, by hand                      testing/   synthetic slides
   geometry.py, bitmaps.py, errors.py, stats.py             shared words

@@ -56,7 +56,7 @@ VERBS = {
     "report": Verb("a folder of results -> report.html, one page to look at", ("folder",)),
     "erf": Verb("the effective receptive field of U-Net, SegFormer and ViT, as a picture"),
     "doctor": Verb("what is installed, what is missing, what to do about it"),
-    "demo": Verb("everything above, on slides it draws itself or on yours"),
+    "demo": Verb("the whole path, from slides to pages, on slides it draws itself or on yours"),
 }
 
 _USAGE = "usage: pathfm VERB [CONFIG.yaml] [--dotted.key value ...]"

@@ -43,7 +43,6 @@ _REQUIRED = (
     ("timm", "timm", "backbones"),
     ("lightly", "lightly.loss", "DINO loss and heads"),
     ("safetensors", "safetensors", "weights"),
-    ("scikit-learn", "sklearn", "oracle of the probes"),
     ("mlflow", "mlflow", "run tracking"),
     ("tifffile", "tifffile", "synthetic slides"),
     ("zarr", "zarr", "OME-Zarr of the tests"),

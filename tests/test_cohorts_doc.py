@@ -51,10 +51,11 @@ def test_the_columns_looked_for_are_those_of_the_table() -> None:
             assert told[role] == ", ".join(names)
 
 
-def test_openssl_finds_a_patient_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["NAME", "TCGA-AA-0001", "0123", "1%sA"])
+def test_openssl_finds_a_patient_again(name: str, tmp_path: Path) -> None:
     (recipe,) = re.findall(r"`(printf .*? openssl .*?)` begins", PAGE)
-    told = Salt(CohortOptions(), tmp_path / "corpus").id("patient", "NAME")
+    told = Salt(CohortOptions(), tmp_path / "corpus").id("patient", name)
     done = subprocess.run(
-        ["bash", "-c", recipe], cwd=tmp_path, capture_output=True, text=True, check=True
+        ["bash", "-c", recipe.replace("NAME", name)], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.split("= ")[1].startswith(told[1:])

@@ -110,6 +110,7 @@ def test_a_dockerfile_pins_its_base_and_does_not_run_as_root(name: str) -> None:
     assert re.search(r"^FROM \S+:\d+\.\d+\.\d+", text, re.MULTILINE)
     assert re.search(r"^USER (?!root|0)", text, re.MULTILINE)
     assert "-c constraints.txt" in text
+    assert "COPY pyproject.toml setup.py" in text  # it builds the native decoder
 
 
 # --- hooks ----------------------------------------------------------------------------------------
