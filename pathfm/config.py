@@ -10,6 +10,7 @@ still need a second way to complain.
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from pathfm.runtime import PathfmError
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_COMMAND = re.compile(r"#\s+(pathfm [a-z]\S* \S.*)")
+_MOST_KEYS = 30  # in a line of those that are known
 _NONE_WORDS = {"none", "null"}
 
 
@@ -42,7 +45,8 @@ def load_config(
         return model.model_validate(values)
     except ValidationError as error:
         where = f" (in {yaml_path} or on the command line)" if yaml_path is not None else ""
-        raise PathfmError(explain(model, error) + where) from None
+        meant = _meant_for(yaml_path) if error.errors()[0]["type"] == "extra_forbidden" else ""
+        raise PathfmError(explain(model, error) + where + meant) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -65,6 +69,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"config {path}: wants `key: value` lines, found a {type(values).__name__}"
         )
     return values
+
+
+def _meant_for(path: Path | None) -> str:
+    """What the first comment of a YAML file that has a `pathfm VERB ...` says it is for."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path is not None else []
+    told = [found for line in lines if (found := _COMMAND.match(line))]
+    return f". The file says: {told[0][1]}" if told else ""
 
 
 class _OneValueEach(yaml.SafeLoader):
@@ -169,7 +180,9 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     if not near:  # `--lr` for `--optim.lr`
         last = {name.rpartition(".")[2]: name for name in known}
         near = [last[m] for m in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    more = f" and {len(known) - _MOST_KEYS} more (--help)" if len(known) > _MOST_KEYS else ""
+    there = f"known: {', '.join(known[:_MOST_KEYS])}{more}"
+    hint = f"did you mean {near[0]!r}?" if near else there
     return f"unknown key {key!r}: {hint}"
 
 

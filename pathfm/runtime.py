@@ -294,6 +294,15 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def told_time(seconds: float) -> str:
+    """ "74 s", "12 min", "1.6 h"; "" of what is not known (nan)."""
+    if seconds != seconds:
+        return ""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def one_line(error: BaseException) -> str:
     """An error as the one line a person gets; the type's name where it has no words."""
     return " ".join(str(error).split()) or type(error).__name__

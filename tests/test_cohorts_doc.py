@@ -56,6 +56,10 @@ def test_openssl_finds_a_patient_again(name: str, tmp_path: Path) -> None:
     (recipe,) = re.findall(r"`(printf .*? openssl .*?)` begins", PAGE)
     told = Salt(CohortOptions(), tmp_path / "corpus").id("patient", name)
     done = subprocess.run(
-        ["bash", "-c", recipe.replace("NAME", name)], cwd=tmp_path, capture_output=True, text=True, check=True
+        ["bash", "-c", recipe.replace("NAME", name)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.split("= ")[1].startswith(told[1:])

@@ -168,11 +168,20 @@ def test_the_words_of_the_issue_are_understood() -> None:
 
 def test_the_saved_config_of_a_demo_can_be_run_again(tmp_path: Path) -> None:
     config = DemoConfig(pretrain={"steps": 20}, foreground={"mpp": 16})
-    with pytest.raises(PathfmError, match="no such file"):  # it is saved before anything is read
-        run_stages(config.model_copy(update={"out": tmp_path, "slides": ("/none",)}))
+    (tmp_path / "slides").mkdir()  # it is saved before anything is read
+    with pytest.raises(PathfmError, match="no slides found"):
+        run_stages(config.model_copy(update={"out": tmp_path, "slides": (str(tmp_path / "slides"),)}))
     saved = load_config(DemoConfig, tmp_path / "demo.yaml")
     assert saved.pretrain == config.pretrain
     assert saved.foreground == config.foreground
+
+
+def test_what_is_not_there_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    given = {"slides": ("/none/a", "s3://b/c"), "patches": tmp_path / "p", "out": tmp_path / "out"}
+    wanted = rf"--patches {tmp_path}/p, --slides /none/a: not there"
+    with pytest.raises(PathfmError, match=wanted):
+        run_stages(DemoConfig(**given))
+    assert not (tmp_path / "out").exists()
 
 
 def test_slides_drawn_are_counted_to_a_hundred_per_cent_and_one_is_no_slides(

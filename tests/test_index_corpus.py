@@ -224,12 +224,24 @@ def test_names_that_are_no_text_are_written_as_escapes(source, tmp_path):
     assert index(tmp_path / "in", tmp_path / "c").reused == 1
 
 
+def test_slides_that_a_corpus_loses_are_named(slides, tmp_path, capsys):
+    words = ["index", str(slides), "--out", str(tmp_path / "c")]
+    assert main([*words, "--cohort.exclude", "s00"]) == 0
+    assert "not in it any more" not in capsys.readouterr().out
+    assert main([*words, "--cohort.exclude", "s01"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "note: 1 of the slides that this corpus had are not in it any more (s01): if" in told
+
+
 def test_what_is_printed_is_bounded_and_refusals_are_counted_by_code(slides, tmp_path, capsys):
     words = ["index", str(slides), "--out", str(tmp_path / "c"), "--show", "1"]
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "s00" in out
-    assert "s01" not in out
+    table, _, notes = out.partition("note:")
+    assert "s01" not in table
+    assert "show the image of another one (s01 that of s00; s02 that of s00; s03" in notes
+    assert "s04" not in notes
     assert f"... and {N - 1} more: {tmp_path / 'c' / 'slides'}.parquet" in out
     assert "2 not used: truncated 1, not_a_slide 1" in out
 

@@ -37,7 +37,7 @@ from pathfm.study.plan import (
 )
 from pathfm.study.preparing import _mislabel, _part, linked_tree, look_up, prepare
 from pathfm.study.running import commands_of
-from pathfm.study.showing import cell_s, last_step
+from pathfm.study.showing import last_step, measured_s, trained_s
 from pathfm.study.working import Share, share_of
 
 STUDIES = Path(__file__).parents[1] / "configs" / "studies"
@@ -217,9 +217,11 @@ def test_a_dry_run_shows_what_each_arm_sees_and_makes_nothing(
     assert main(["study", "tiny", "--studies", str(tmp_path), "--dry-run", "--out", str(out)]) == 0
     told = capsys.readouterr().out
     assert "held equal: patches_seen, optimizer_steps" in told
-    # 24 patches at 2 a second and 50 pictures at 5: 22 s a cell, 2 arms x 3 seeds
+    # 24 patches at 2 a second and 50 pictures at 5: 22 s a cell, 2 arms x 3 seeds, and the start's 10
     assert "7 cells, about 2 min one after the other" in told
-    assert cell_s(study(), {"patches_seen": 24}) == 22.0
+    assert trained_s(study(), {"patches_seen": 24}) == 12.0
+    assert measured_s(study(), 50) == 10.0
+    assert "made of: weights imagenet" in told
     assert not out.exists()
 
 
@@ -538,7 +540,7 @@ def test_what_probes_say_stands_once_where_only_numbers_differ(tmp_path: Path) -
     assert "1,000 patches. (And 6 more cells likewise.)" in text
     assert "- Own words.\n" in text
     assert "sd is over splits" not in text  # it is over seeds here
-    assert "cells made on: Linux, 2 cores; commit abc0, abc1; 1.4 h one after the other" in text
+    assert "cells made on: Linux, 2 cores; commit abc0, abc1; 84 min one after the other" in text
     assert "To be above −1 points" in text
     assert "| a | 12.5 | 87.5 |" in text  # patches seen by µm/px
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
 from pathfm.cohorts import write_csv
-from pathfm.datasets.folder import LabelledFolder, scan_folder
+from pathfm.datasets.folder import CLUSTERED, LabelledFolder, scan_folder
 from pathfm.embeddings import Embeddings
 from pathfm.leakage import digest_picture, distances
 from pathfm.leakage.digests import MOST_BITS
@@ -66,7 +66,10 @@ def write_groups(embeddings: Path, data: Path, n_clusters: int, seed: int) -> st
     groups, pairs = clusters(features.features, n_clusters, seed), twins(pictures)
     torn = sum(bool(groups[a] != groups[b]) for a, b in pairs)
     groups = kept_together(groups, pairs)
-    rows = [(path, f"c{group:03d}") for path, group in zip(pictures.paths, groups, strict=True)]
+    rows = [
+        (path, f"{CLUSTERED}{group:03d}")
+        for path, group in zip(pictures.paths, groups, strict=True)
+    ]
     write_csv(data / "groups.csv", ("path", "group"), rows)
     sizes = np.bincount(groups)
     return (
@@ -77,7 +80,9 @@ def write_groups(embeddings: Path, data: Path, n_clusters: int, seed: int) -> st
 
 def main() -> None:
     """The command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--embeddings", type=Path, required=True, help="what is clustered")
     parser.add_argument("--data", type=Path, required=True, help="folder that gets groups.csv")
     parser.add_argument("--clusters", type=int, default=100)

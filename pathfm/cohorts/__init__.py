@@ -15,7 +15,7 @@ from pathfm.cohorts.reading import index_row
 from pathfm.cohorts.records import read_csv, write_csv
 from pathfm.cohorts.row import CohortRow, Skipped
 from pathfm.cohorts.salting import Salt
-from pathfm.cohorts.sources import find_cohort, read_cohort
+from pathfm.cohorts.sources import absent, find_cohort, read_cohort
 from pathfm.cohorts.table import Cohort
 from pathfm.cohorts.twins import find_twins, fingerprint
 
@@ -26,6 +26,7 @@ __all__ = [
     "MppOverrides",
     "Salt",
     "Skipped",
+    "absent",
     "check_mpp",
     "find_cohort",
     "find_twins",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from online_patching import find_slides
@@ -24,6 +24,12 @@ from pathfm.runtime import PathfmError
 
 _MANIFESTS = (".txt", ".tsv", ".csv", ".s5cmd", ".manifest")
 _HEAD_BYTES = 16 * 2**10
+
+
+def absent(sources: Sequence[str]) -> list[str]:
+    """Of sources that are local and no globs, those that are not there."""
+    plain = [each for each in sources if not (is_remote(each) or has_glob(each))]
+    return [each for each in plain if not Path(local_path(each)).exists()]
 
 
 def find_cohort(
@@ -48,7 +54,10 @@ def find_cohort(
             stores.close()
     named, notes = name_rows(list(rows.values()), options)
     if not named:
-        raise PathfmError(f"no slides found under {', '.join(map(redact, sources))}")
+        raise PathfmError(
+            f"no slides found under {', '.join(map(redact, sources))}: wanted .svs, .tif, .ndpi, .dcm, .zarr, or "
+            "what else OpenSlide reads"
+        )
     notes += stain_notes(named)
     salt = None if beside is None else Salt(options, beside)
     if salt is not None:

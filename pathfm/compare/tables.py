@@ -143,7 +143,9 @@ def robustness_tables(found: Found) -> Iterator[Table]:
         ce = zip(one.corruptions, *(model.ce for model in one.models), strict=True)
         yield Table(
             f"{one.data}, CE of each corruption, % of {one.reference}'s error",
-            ("− is left out: the reference hardly errs there, and a share of that is noise.",),
+            ("− is left out: the reference hardly errs there, and a share of that is noise.",)
+            if any(x is None for model in one.models for x in model.ce)
+            else (),
             ("corruption", *names),
             tuple((name, *("−" if x is None else f"{x:.0f}" for x in row)) for name, *row in ce),
         )

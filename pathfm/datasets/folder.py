@@ -24,6 +24,8 @@ from pathfm.runtime import PathfmError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_PICTURES = 1_000_000
 MAX_PIXELS = 64_000_000  # a patch, not a slide
+CLUSTERED = "cluster-"
+"""How groups begin that stand in for slides: clusters of features (`tools/cluster_groups.py`)."""
 _STREAM_SUBSET = 401
 
 
@@ -48,6 +50,11 @@ class LabelledFolder:
     def splits(self) -> tuple[str, ...]:
         """None: whoever probes the folder splits it."""
         return ()
+
+    @property
+    def clustered(self) -> bool:
+        """Whether the groups are clusters of features, made for want of slides."""
+        return bool(self.groups) and all(group.startswith(CLUSTERED) for group in self.groups)
 
     def read(self, i: int) -> NDArray[np.uint8]:
         """Picture i as uint8 (height, width, 3). `PathfmError` names one that cannot be read."""

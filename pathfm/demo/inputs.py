@@ -9,12 +9,21 @@ import shutil
 from pathlib import Path
 
 from online_patching.testing import demo_slides, write_demo_slides, write_labelled_patches
-from pathfm.cohorts import write_csv
+from pathfm.cohorts import absent, write_csv
 from pathfm.demo import DemoConfig
 from pathfm.runtime import PathfmError, counted, progress
 
 _HELD_OUT_SEEDS = 500  # the probe's slides are drawn from seeds so far from pretraining's
 _HELD_OUT_SLIDES = 28  # five splits test 20 of them or more: of fewer an interval is too short
+
+
+def refuse_missing(config: DemoConfig) -> None:
+    """PathfmError, before anything is drawn, for what was given and is not there."""
+    given = {"mpp-overrides": config.mpp_overrides, "patches": config.patches}
+    gone = [f"--{name} {path}" for name, path in given.items() if path and not path.exists()]
+    gone += [f"--slides {source}" for source in absent(config.slides or ())]
+    if gone:
+        raise PathfmError(f"demo: {', '.join(gone)}: not there")
 
 
 def find_inputs(config: DemoConfig) -> tuple[tuple[str, ...], Path]:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pathfm import compare, embed, foreground, index, pretrain, probe, report
 from pathfm.demo import SET_BY_DEMO, DemoConfig, DemoResult
-from pathfm.demo.inputs import find_inputs
+from pathfm.demo.inputs import find_inputs, refuse_missing
 from pathfm.runtime import (
     PathfmError,
     as_dict,
@@ -35,6 +35,7 @@ def run_stages(config: DemoConfig) -> DemoResult:
     began_s = time.monotonic()
     demo = Demo(config)
     _check_backbone(demo)
+    refuse_missing(config)
     make_folder(config.out)
     leave_out = {part: set(names) for part, names in SET_BY_DEMO.items()}
     save_config(config, config.out, "demo.yaml", leave_out)

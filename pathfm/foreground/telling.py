@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import shlex
 from pathlib import Path
 
 from PIL import Image
@@ -39,6 +40,8 @@ def show(config: ForegroundConfig, rows: list[SlideForeground], page: Path) -> N
     if len(rows) > _MOST_SHOWN:
         print(f"... and {len(rows) - _MOST_SHOWN:,} more: {config.corpus / 'foreground.csv'}")
     out.print(f"overlays to look at: {page}")
+    corpus = shlex.quote(str(config.corpus))
+    print(f"next: pathfm pretrain CONFIG.yaml --corpus {corpus} --dry-run")
 
 
 def _method(config: ForegroundConfig) -> str:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from pathfm.index.wanted import WantedSlides
 
 
+_DROPPED_TOLD = 3
+
+
 class IndexConfig(BaseModel, frozen=True, extra="forbid"):
     """What ``pathfm index`` wants to know."""
 
@@ -94,6 +97,20 @@ def run(config: IndexConfig) -> IndexResult:
         stores.close()
 
 
+def _dropped(slides: Set[str]) -> list[str]:
+    """A note on slides that the corpus had before and has no more; the table of what is refused says why."""
+    if not slides:
+        return []
+    some = ", ".join(sorted(slides)[:_DROPPED_TOLD]) + (
+        ", ..." if len(slides) > _DROPPED_TOLD else ""
+    )
+    told = (
+        f"{len(slides):,} of the slides that this corpus had are not in it any more ({some}): if that is not meant, "
+        "give the options of the earlier run again (--mpp_overrides, --cohort.exclude, ...)"
+    )
+    return [told]
+
+
 def _index(config: IndexConfig, stores: Stores) -> IndexResult:
     from pathfm.cohorts import MppOverrides, find_cohort
     from pathfm.index.finishing import Done, finish, refuse_if_useless
@@ -110,6 +127,7 @@ def _index(config: IndexConfig, stores: Stores) -> IndexResult:
     make_folder(config.out / "slides")
     with opened(config.out) as journal:
         folder = Folder(config.out)
+        before = set(folder.sizes)
         if config.append:
             _refuse_to_append_to_a_damaged_journal(config.out, journal)
         wanted = wanted_of(cohort, overrides, folder, journal, config.append)
@@ -126,7 +144,7 @@ def _index(config: IndexConfig, stores: Stores) -> IndexResult:
         done = Done(config.out, reader.reused, config.show)
         finish(wanted, folder, journal, done, config.cohort.fingerprints, cohort.salt)
         save_config(config.model_copy(update={"slides": told}), config.out, "index.yaml")
-    done.show(cohort.notes, overrides)
+    done.show([*cohort.notes, *_dropped(before - set(folder.sizes))], overrides)
     print(f"next: pathfm foreground {shlex.quote(str(config.out))}")
     return IndexResult(
         config.out, done.slides, done.tiles, dict(done.codes), reader.reused, cohort.digest

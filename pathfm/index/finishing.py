@@ -115,6 +115,9 @@ class Done:
         return table
 
 
+_TWINS_TOLD = 3
+
+
 def finish(
     wanted: WantedSlides,
     folder: Folder,
@@ -145,8 +148,11 @@ def finish(
         records = (tabled(record) for record in _records(wanted, journal, twins, salt))
         journal.commit(records, len(wanted.kept) + len(wanted.slides))
     if twins:
+        pairs = [f"{slide} that of {twin}" for slide, twin in sorted(twins.items())[:_TWINS_TOLD]]
+        some = "; ".join(pairs) + ("; ..." if len(twins) > _TWINS_TOLD else "")
         done.notes.append(
-            f"{len(twins):,} slides show the image of another slide (column twin_of of slides.parquet)"
+            f"{len(twins):,} of the slides show the image of another one ({some}): leave them out with "
+            "--cohort.exclude, or they are drawn twice as often (column twin_of of slides.parquet)"
         )
 
 

@@ -170,14 +170,17 @@ def not_compared(seen: PretrainedOn, compared: Sequence[str]) -> tuple[str, ...]
     pictures = [stage for stage in seen.stages if stage.patches and not stage.slides]
     if len(seen.patches) and "patch" not in compared and (pictures or "slide" not in compared):
         lacking.append(f"its {len(seen.patches):,} listed patches")
-    told = [f"There is nothing to compare {' and '.join(lacking)} with."] if lacking else []
+    told = [f"These data have nothing to compare {' and '.join(lacking)} with."] if lacking else []
     sampled = any(stage.every > 1 for stage in pictures)
     if "patch" in compared and (sampled or (len(seen.slides) and "slide" not in compared)):
         draws = sum(stage.draws for stage in seen.stages)
         others = "others are not found"
         if all(stage.every == 1 for stage in seen.stages):
             others = "the others show too little to be recognised, and what is cut elsewhere is another picture"
-        told.append(f"Listed are {len(seen.patches):,} patches of {draws:,} draws: {others}.")
+        listed = f"{len(seen.patches):,} patches of {draws:,} draws: {others}"
+        if len(seen.patches) == draws:
+            listed = f"all {draws:,} draws: what is cut elsewhere is another picture"
+        told.append(f"Listed are {listed}.")
     return tuple(told)
 
 

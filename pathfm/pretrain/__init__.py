@@ -199,7 +199,9 @@ class PretrainConfig(BaseModel, frozen=True, extra="forbid"):
     def _goes_together(self) -> PretrainConfig:
         optim, views = self.optim, self.views
         if optim.warmup_steps > self.steps:
-            raise ValueError(f"optim.warmup_steps {optim.warmup_steps} exceeds steps {self.steps}")
+            raise ValueError(
+                f"optim.warmup_steps {optim.warmup_steps} exceeds steps {self.steps}: set it to {self.steps} at most"
+            )
         if optim.min_lr > optim.lr:
             raise ValueError(f"optim.min_lr {optim.min_lr} exceeds optim.lr {optim.lr}")
         if self.method not in MULTI_CROP and views.n_local:

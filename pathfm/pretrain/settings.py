@@ -136,7 +136,10 @@ class ReadingConfig(BaseModel, frozen=True, extra="forbid"):
         "are gone or replaced do not count",
     )
     quarantine_after: int | None = Field(
-        8, ge=1, description="failures of a slide in a window, at least half of the draws that chose it, before it is left out; null: never"
+        8,
+        ge=1,
+        description="failures of a slide in a window, and half of the draws that chose it, before it is left "
+        "out; null: never",
     )
     window_draws: int = Field(
         2**16,

@@ -89,7 +89,7 @@ def run(config: RobustnessConfig) -> RobustnessResult:
         draw_curves(result, path.with_suffix(".png"))
         _record(tracked, result, path)
     show(result)
-    print(f"written: {path}, {path.with_suffix('.png').name}")
+    print(f"written: {path} and {path.with_suffix('.png')}")
     print(f"next: pathfm compare --results {shlex.quote(str(config.out))} --out page")
     return result
 

@@ -4,6 +4,7 @@ cells/<arm>-s<seed>-<digest>/
     .lock          held while a process works on it; the system frees it however that ends
     result.json    written last, whole or not at all: the cell is done
     failed.txt     why the last try ended
+    words.log      what its verbs printed; bars and errors go to the terminal
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from online_patching.stores.local import atomic_write_text
 from pathfm.locks import LOCK, HeldError, is_locked, locked
 from pathfm.runtime import make_folder
 
-RESULT, FAILED = "result.json", "failed.txt"
+RESULT, FAILED, WORDS = "result.json", "failed.txt", "words.log"
 State = Literal["done", "running", "failed", "stopped", "waiting"]
 _MOST_BYTES = 1 << 24
 
@@ -96,6 +97,14 @@ class Place:
                 yield False
                 return
             yield True
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[None]:
+    """What is printed meanwhile is added to a file: tables and advice of one verb among dozens."""
+    make_folder(path.parent)
+    with path.open("a", encoding="utf-8") as log, redirect_stdout(log):
+        yield
 
 
 @contextmanager

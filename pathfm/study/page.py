@@ -7,17 +7,18 @@ import html
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from online_patching.stores.local import atomic_write_text
-from pathfm.runtime import git_commit, make_folder, scrubbed
+from pathfm.runtime import counted, git_commit, make_folder, scrubbed, told_time
 from pathfm.study.drawing import draw_curves, draw_others, draw_verdict
 from pathfm.study.judging import Judged, Results, idle
 from pathfm.study.metrics import scale_of, words_of
-from pathfm.study.plan import START, Study
+from pathfm.study.plan import START, Study, made_of
 from pathfm.study.tables import (
     Table,
     arms_table,
@@ -58,9 +59,14 @@ class Shown:
 
 
 def write_page(
-    study: Study, judged: Judged, results: Results, commands: list[str], out: Path
+    study: Study,
+    judged: Judged,
+    results: Results,
+    commands: list[str],
+    out: Path,
+    of_data: Sequence[str] = (),
 ) -> list[Path]:
-    """Writes pictures, page and figures into `out`; the paths, the HTML first."""
+    """Writes pictures, page and figures into `out`; the paths, the HTML first. of_data: caveats of its data."""
     make_folder(out)
     drawn = [
         (
@@ -85,7 +91,7 @@ def write_page(
             *cost_table(results),
         ],
         pictures=pictures,
-        caveats=caveats_of(study, judged, results),
+        caveats=[*of_data, *caveats_of(study, judged, results)],
         commands=commands,
         made=f"{datetime.now(UTC):%d %B %Y, %H:%M UTC}, commit {git_commit()}",
     )
@@ -106,6 +112,8 @@ def lead_of(study: Study, judged: Judged) -> str:
     names = sorted({idle(study, each, judged.moved) for each in judged.differences} - {""})
     if names:
         more += f" Training did not make {', '.join(names)} better than its start, so that says nothing."
+    if study.seeds == 1:
+        more += " One seed has no interval, so nothing can be told: give --seeds 3."
     return f"{_LEADS[judged.verdict]} {said}{more}"
 
 
@@ -139,19 +147,22 @@ def _facts(study: Study, judged: Judged, results: Results) -> list[tuple[str, st
         f"{what.replace('_', ' ')} ({seen[f'run/{what}']:,.0f})" if f"run/{what}" in seen else what
         for what in study.equal
     )
+    each = "each " if len(criterion.contrasts) > 1 else ""
     whole = f"by the whole of its {100 * criterion.level:g} % interval over seeds"
     facts = [
         ("question", study.question),
         ("published", study.published),
+        ("made of", made_of(study.data, study.kind)),
         ("held equal, and checked", held),
         (
             "a yes would be",
-            f"a gain in {words_of(criterion.metric)} of {wanted}, each above {_margin(study)} {whole}",
+            f"a gain in {words_of(criterion.metric)} of {wanted}, {each}above {_margin(study)} {whole}",
         ),
     ]
     if criterion.matters is not None:
         least = f"{scale_of(criterion.metric) * criterion.matters:+g}{points(criterion.metric)}"
-        facts.append(("a no would be", f"one of them below {least} {whole}"))
+        it = "one of them" if each else "that gain"
+        facts.append(("a no would be", f"{it} below {least} {whole}"))
     facts.append(("seeds", f"{study.seeds}; {judged.done} of {judged.cells} cells done"))
     return [*facts, *_made_on(results)]
 
@@ -163,11 +174,11 @@ def _made_on(results: Results) -> list[tuple[str, str]]:
         return []
     machines = sorted({each.get("gpu", each["machine"]) for each in known})
     commits = sorted({each["git_commit"] for each in known})
-    hours = sum(each.get("seconds", 0.0) for each in results.values()) / 3600
+    seconds = sum(each.get("seconds", 0.0) for each in results.values())
     return [
         (
             "cells made on",
-            f"{'; '.join(machines)}; commit {', '.join(commits)}; {hours:.1f} h one after the other",
+            f"{'; '.join(machines)}; commit {', '.join(commits)}; {told_time(seconds)} one after the other",
         )
     ]
 
@@ -176,7 +187,7 @@ def caveats_of(study: Study, judged: Judged, results: Results) -> list[str]:
     """What the study says of its data, what the probes said, and what a few seeds can tell."""
     said = [*study.caveats, *_probes_said(results)]
     if study.seeds == 1:
-        return [*said, "One seed: there is no interval, and nothing can be told apart from chance."]
+        return said
     if judged.verdict != "not finished":
         lacking = [e for e in judged.differences if len(e.values) < study.seeds]
         said += [
@@ -189,7 +200,8 @@ def caveats_of(study: Study, judged: Judged, results: Results) -> list[str]:
             f"A yes wants all {several} differences; each has its own interval, not corrected for their number."
         )
     said.append(
-        f"Intervals are Student's over {study.seeds} seeds of training (t with {study.seeds - 1} degrees of freedom), "
+        f"Intervals are Student's over {study.seeds} seeds of training (t with "
+        f"{counted(study.seeds - 1, 'degree')} of freedom), "
         "on one set of labelled pictures: they do not tell how other slides or other labels would differ."
     )
     return said
@@ -205,8 +217,10 @@ def _probes_said(results: Results) -> list[str]:
         for line in {line.removeprefix("cell: ") for line in result.get("caveats", [])}:
             if not line.startswith("The sd is over"):
                 found.setdefault(re.sub(r"[0-9][0-9,.]*", "0", line), []).append(line)
-    several = [(lines[0], len(lines) - 1) for lines in found.values()]
-    return [f"{line}{f' (And {n} more cells likewise.)' if n else ''}" for line, n in several]
+    return [
+        lines[0] + (f" (And {counted(len(lines) - 1, 'more cell')} likewise.)" if lines[1:] else "")
+        for lines in found.values()
+    ]
 
 
 def _html(shown: Shown) -> str:

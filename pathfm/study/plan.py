@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pathfm.config import explain, merge, read_yaml
-from pathfm.runtime import PathfmError
+from pathfm.runtime import PathfmError, without_secrets
 
 Held = Literal["patches_seen", "optimizer_steps", "views_seen"]
 Reads = Literal["slides", "offline", "labelled"]
@@ -249,6 +250,20 @@ def settings_of(study: Study, arm: Arm) -> dict[str, Any]:
     return merged
 
 
+def made_of(data: Data, kind: str) -> str:
+    """Slides, labelled patches and weights, in a line."""
+    if kind == "foreground":
+        return f"drawn thumbnails of {', '.join(map(str, data.pictures)) or 'no folder'}"
+    left_out = f" without {data.exclude}" if data.exclude else ""
+    slides = ", ".join(map(without_secrets, data.slides))
+    parts = [
+        *([f"slides {slides}{left_out}"] if slides else []),
+        *([f"labelled patches {data.patches}"] if data.patches else []),
+        f"weights {without_secrets(data.weights)}",
+    ]
+    return "; ".join(parts)
+
+
 def load_study(folder: Path, name: str, given: Sequence[str] = ()) -> Study:
     """The study `<folder>/<name>.yaml` with `KEY=VALUE` laid over it; `PathfmError` for what is none.
 
@@ -256,8 +271,10 @@ def load_study(folder: Path, name: str, given: Sequence[str] = ()) -> Study:
     """
     path = folder / f"{name}.yaml"
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,47}", name) or not path.is_file():
-        there = ", ".join(names_in(folder)) or "none"
-        raise PathfmError(f"no study {name!r} in {folder}; there: {there}")
+        there = names_in(folder)
+        near = difflib.get_close_matches(name, there, 1)
+        hint = f": did you mean {near[0]!r}?" if near else f"; there: {', '.join(there) or 'none'}"
+        raise PathfmError(f"no study {name!r} in {folder}{hint}")
     values = read_yaml(path)
     if (base := values.pop("base", None)) is not None:
         if f"{base}.yaml" not in {each.name for each in folder.glob("_*.yaml")}:

@@ -21,7 +21,7 @@ from online_patching.stores import is_remote, local_path
 from online_patching.stores.local import atomic_write_text
 from pathfm import foreground, index
 from pathfm.checkpoint import file_sha256
-from pathfm.cohorts import CohortOptions, write_csv
+from pathfm.cohorts import CohortOptions, absent, write_csv
 from pathfm.datasets import LabelledFolder, scan_folder, stratified_split
 from pathfm.pretrain import PretrainConfig
 from pathfm.runtime import PathfmError, make_folder
@@ -32,7 +32,6 @@ from pathfm.study.plan import Arm, Data, Study, cells_of
 _NOISE_STREAM = 471
 _TEST_SHARE, _VAL_SHARE = 0.3, 0.2
 _DONE = "prepared.json"
-_MAGIC = set("*?[")
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Prepared:
     """Where the shared things are: None what the study does not use.
 
     facts: digests and counts of them, which figures depend on. costs: of each offline grid, as measured.
+    caveats: what must be known of these data, whatever is asked of them.
     """
 
     corpus: Path | None
@@ -48,6 +48,7 @@ class Prepared:
     offline: dict[str, Path]
     facts: dict[str, Any]
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    caveats: tuple[str, ...] = ()
 
 
 def missing(study: Study) -> list[str]:
@@ -63,8 +64,7 @@ def missing(study: Study) -> list[str]:
     elif not data.patches.exists():
         found.append(f"labelled patches {data.patches} are not there: give --patches FOLDER")
     if any(arm.reads != "labelled" for arm in study.arms):
-        gone = [uri for uri in data.slides if not (is_remote(uri) or _MAGIC & set(uri))]
-        gone = [uri for uri in gone if not Path(local_path(uri)).exists()]
+        gone = absent(data.slides)
         if gone or not data.slides:
             told = f"slides {', '.join(gone)} are not there" if gone else "no slides"
             found.append(f"{told}: give --slides SLIDES")
@@ -103,7 +103,9 @@ def look_up(study: Study, out: Path) -> Prepared:
 def _prepared(study: Study, root: Path, make: bool) -> Prepared:
     if study.kind == "foreground":
         return Prepared(None, None, {}, {}, _drawn(study.data))
-    patches, train, facts = _patches(study, root, make)
+    assert study.data.patches is not None
+    labelled = scan_folder(study.data.patches)
+    patches, train, facts = _patches(study, labelled, root, make)
     corpus: Path | None = None
     offline: dict[str, Path] = {}
     costs: dict[str, dict[str, float]] = {}
@@ -120,7 +122,18 @@ def _prepared(study: Study, root: Path, make: bool) -> Prepared:
             facts[f"weights {cell.start}"] = _content(cell.weights)
     if sites := (study.robustness or {}).get("sites"):
         facts["sites"] = _content(str(sites))
-    return Prepared(corpus, patches, train, offline, facts, costs)
+    return Prepared(corpus, patches, train, offline, facts, costs, caveats_of(labelled))
+
+
+def caveats_of(labelled: LabelledFolder) -> tuple[str, ...]:
+    """What must be known of labelled pictures; that they have no groups the probe says itself."""
+    if not labelled.clustered:
+        return ()
+    told = (
+        "The labelled patches' groups are clusters of features (tools/cluster_groups.py), not slides: harder for the "
+        "backbone whose features they are than for what moved away from it."
+    )
+    return (told,)
 
 
 def _content(name: str) -> str:
@@ -174,21 +187,18 @@ def _not_made(folder: Path) -> PathfmError:
 
 
 def _patches(
-    study: Study, root: Path, make: bool
+    study: Study, folder: LabelledFolder, root: Path, make: bool
 ) -> tuple[Path, dict[float, Path], dict[str, Any]]:
     """The labelled folder that is probed, and its training part by label noise."""
-    given = study.data.patches
-    if given is None:
-        raise PathfmError("no labelled patches: give --patches FOLDER (one folder a class)")
-    folder = scan_folder(given)
+    digest = folder.digest  # of every picture and its group
     facts: dict[str, Any] = {
         "labelled": len(folder),
         "groups": len(set(folder.groups)),
-        "digest": folder.digest,  # of every picture and its group
+        "digest": digest,
     }
     if not study.split_labelled:
-        return given, {}, facts
-    whole = root / f"labelled-{folder.digest[:12]}"
+        return folder.root, {}, facts
+    whole = root / f"labelled-{digest[:12]}"
     with _made(whole, make) as draft:
         if draft is not None:
             _part(folder, draft)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pathfm.runtime import PathfmError, make_folder, save_config, scrubbed
 from pathfm.study.cell import Stopped, interrupting
-from pathfm.study.claims import in_turn
+from pathfm.study.claims import WORDS, aside, in_turn
 from pathfm.study.equal import check_plan
 from pathfm.study.judging import judge
 from pathfm.study.page import lead_of, write_page
-from pathfm.study.plan import Study
+from pathfm.study.plan import Study, made_of
 from pathfm.study.preparing import look_up, missing, prepare
 from pathfm.study.showing import rows_of, show_grid
 from pathfm.study.working import (
@@ -42,6 +42,10 @@ def run_study(study: Study, config: StudyConfig) -> StudyResult:
     from pathfm.study import StudyResult
 
     check_plan(study)
+    if config.worker is not None and config.processes is not None:
+        raise PathfmError(
+            "--worker is one process of several, --processes starts several: give one"
+        )
     share = share_of(config.worker)
     if gone := missing(study):
         raise PathfmError(f"study {study.name}: {'; '.join(gone)}")
@@ -50,7 +54,9 @@ def run_study(study: Study, config: StudyConfig) -> StudyResult:
         prepared = look_up(study, config.out)
     else:
         save_config(study, make_folder(folder), f"{study.name}.yaml")
-        prepared = prepare(study, config.out)
+        with aside(folder / WORDS):
+            prepared = prepare(study, config.out)
+        print(f"{study.name}: made of {made_of(study.data, study.kind)}; how, in {folder / WORDS}")
     tracking = config.tracking.filled(folder, study.name)
     grid = Grid(study, folder, prepared, tracking)
     alone = config.worker is not None or share.n > 1
@@ -110,14 +116,15 @@ def _wait(started: Sequence[subprocess.Popen[bytes]]) -> None:
 def make_page(grid: Grid, config: StudyConfig) -> tuple[str, Path]:
     """The page of all cells that are done, and its verdict for MLflow; (verdict, the HTML file)."""
     study = grid.study
-    with in_turn(grid.folder / "page"):
+    with in_turn(grid.folder):
         results: dict[str, Any] = {}
         for name, (_, place) in grid.places.items():
             found = place.result()
             if found is not None:
                 results[name] = {**found, "offline": grid.prepared.costs}
         judged = judge(study, results)
-        files = write_page(study, judged, results, commands_of(study, config), grid.folder)
+        commands, of_data = commands_of(study, config), grid.prepared.caveats
+        files = write_page(study, judged, results, commands, grid.folder, of_data)
     print(f"{study.name}: {lead_of(study, judged)}")
     print(f"the page: {files[0].resolve().as_uri()}")
     if judged.verdict != "not finished" and not config.status:

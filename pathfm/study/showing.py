@@ -10,11 +10,12 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from pathfm.runtime import console
+from pathfm.datasets import scan_folder
+from pathfm.runtime import console, told_time
 from pathfm.study.cell import TRAINED
 from pathfm.study.claims import State
 from pathfm.study.equal import check_plan, config_of, planned
-from pathfm.study.plan import START, Cell, Study, cells_of
+from pathfm.study.plan import START, Cell, Study, cells_of, made_of
 from pathfm.study.preparing import missing
 from pathfm.study.working import Grid
 
@@ -95,14 +96,20 @@ def show_grid(grid: Grid, workers: int = 1) -> None:
     rows = rows_of(grid)
     done = sum(row.state == "done" for row in rows)
     eta_s = left_s(rows, max(workers, sum(row.state == "running" for row in rows)))
-    until = f", about {_time(eta_s)} left" if eta_s == eta_s and done < len(rows) else ""
+    until = f", about {told_time(eta_s)} left" if eta_s == eta_s and done < len(rows) else ""
     table = Table(
         title=f"{grid.study.name}: {done} of {len(rows)} cells done{until}", title_justify="left"
     )
     for head in ("cell", "state", "", "time", "left"):
         table.add_column(head, justify="right" if head in ("time", "left") else "left")
     for row in rows:
-        cells = (row.name, row.state, escape(row.told[:90]), _time(row.seconds), _time(row.left_s))
+        cells = (
+            row.name,
+            row.state,
+            escape(row.told[:90]),
+            told_time(row.seconds),
+            told_time(row.left_s),
+        )
         table.add_row(*cells)
     console().print(table)
 
@@ -110,6 +117,7 @@ def show_grid(grid: Grid, workers: int = 1) -> None:
 def show_plan(study: Study) -> None:
     """Prints the grid of a dry run: what each arm sees, and how long it may take."""
     plans = check_plan(study)
+    pictures = pictures_of(study)
     table = Table(title=f"{study.name}: {study.question}", title_justify="left")
     for head in (
         "arm",
@@ -123,39 +131,51 @@ def show_plan(study: Study) -> None:
         table.add_column(head, justify="left" if head in ("arm", "what it is") else "right")
     total_s = 0.0
     for arm in study.arms:
-        plan, seconds = plans[arm.name], study.seeds * cell_s(study, plans[arm.name])
+        plan = plans[arm.name]
+        seconds = study.seeds * (trained_s(study, plan) + measured_s(study, pictures))
         total_s += seconds
         numbers = [f"{plan[k]:,}" for k in ("patches_seen", "optimizer_steps", "views_seen")]
         table.add_row(
             arm.name, escape(arm.tells), *numbers, str(study.seeds), f"{seconds / 3600:.2f}"
         )
+    cells = cells_of(study)
+    total_s += sum(cell.arm is None for cell in cells) * measured_s(study, pictures)
     out = console()
     out.print(table)
     rates = study.rates
     told = (
         f"held equal: {', '.join(study.equal)}; judged by {study.criterion.metric}\n"
-        f"{len(cells_of(study))} cells, about {_time(total_s)} one after the other, at {rates.patches_per_s:g} "
+        f"made of: {made_of(study.data, study.kind)}\n"
+        f"{len(cells)} cells, about {told_time(total_s)} one after the other, at {rates.patches_per_s:g} "
         f"patches/s in training and {rates.pictures_per_s:g} pictures/s in measuring ({rates.measured})"
     )
+    if study.curves is not None:
+        told += "; what is measured while training comes on top"
+    if study.seeds == 1:
+        told += "\nnote: one seed has no interval, and its answer is that it cannot tell: give --seeds 3"
     out.print(told, markup=False, highlight=False, soft_wrap=True)
-    for line in missing(study):
+    lacking = missing(study)
+    for line in lacking:
         out.print(f"before it can run: {line}", markup=False, highlight=False, soft_wrap=True)
+    if not lacking:
+        print("next: the same command without --dry-run")
 
 
-def cell_s(study: Study, plan: dict[str, int]) -> float:
-    """Seconds a cell may take by the study's rates: training, and every view of the labelled patches."""
-    seconds = plan["patches_seen"] / study.rates.patches_per_s
-    if study.kind == "pretrain":
-        pictures = study.rates.pictures * len(study.views)
-        if study.robustness is not None:
-            pictures += study.rates.robust_pictures
-        seconds += pictures / study.rates.pictures_per_s
-    return seconds
+def pictures_of(study: Study) -> int:
+    """Labelled pictures that are probed: those of the folder, or as many as the study was measured with."""
+    if study.data.patches is None or not study.data.patches.is_dir():
+        return study.rates.pictures
+    return len(scan_folder(study.data.patches))
 
 
-def _time(seconds: float) -> str:
-    if seconds != seconds:
-        return ""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def trained_s(study: Study, plan: dict[str, int]) -> float:
+    """Seconds that a training may take, by the study's rate."""
+    return plan["patches_seen"] / study.rates.patches_per_s
+
+
+def measured_s(study: Study, pictures: int) -> float:
+    """Seconds until weights are measured: every view of the labelled pictures, and damaged ones."""
+    if study.kind != "pretrain":
+        return 0.0
+    damaged = study.rates.robust_pictures if study.robustness is not None else 0
+    return (pictures * len(study.views) + damaged) / study.rates.pictures_per_s

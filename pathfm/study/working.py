@@ -14,9 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from online_patching.errors import PatchingError
-from pathfm.runtime import PathfmError, as_dict, console, make_folder, one_line, provenance
+from pathfm.runtime import (
+    PathfmError,
+    as_dict,
+    make_folder,
+    one_line,
+    provenance,
+    told_time,
+)
 from pathfm.study.cell import digest_of_cell, interrupting, run_cell, told_params
-from pathfm.study.claims import Place, in_turn
+from pathfm.study.claims import WORDS, Place, aside, in_turn
 from pathfm.study.plan import Cell, Study, cells_of
 from pathfm.study.preparing import Prepared
 from pathfm.tracking import Run, TrackingConfig, open_run
@@ -111,10 +118,11 @@ def work(grid: Grid, share: Share, look: Callable[[], None]) -> None:
 
 
 def _one(grid: Grid, cell: Cell, place: Place, parent: str) -> None:
-    console().rule(f"[bold]{grid.study.name}: {cell.name}", align="left")
+    words = place.folder / WORDS
+    print(f"{grid.study.name}: {cell.name}, its words in {words}", flush=True)
     began_s = time.monotonic()
     try:
-        with _tracked(grid, cell, place, parent) as (run, tracking):
+        with aside(words), _tracked(grid, cell, place, parent) as (run, tracking):
             facts = run_cell(grid.study, cell, grid.prepared, place.folder, run, tracking)
         about = {k: v for k, v in provenance().items() if k != "command"}
         place.finish({**facts, "provenance": about})
@@ -126,7 +134,7 @@ def _one(grid: Grid, cell: Cell, place: Place, parent: str) -> None:
             traceback.print_exc()
         print(f"study {grid.study.name}: {cell.name} failed: {why}", file=sys.stderr)
         return
-    print(f"{cell.name}: done in {time.monotonic() - began_s:.0f} s", flush=True)
+    print(f"{cell.name}: done in {told_time(time.monotonic() - began_s)}", flush=True)
 
 
 @contextmanager
