@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pathfm.datasets import scan_folder
 from pathfm.embeddings import Embeddings, EmbeddingsInfo
 from pathfm.runtime import PathfmError
 from tests.conftest import noise
@@ -48,6 +49,7 @@ def test_groups_are_the_clouds_of_features_and_a_mirrored_copy_is_in_its_origina
     told = TOOL["write_groups"](at, tmp_path / "data", 3, 0)
     found = groups_of(tmp_path / "data")
     assert [*found] == paths
+    assert scan_folder(tmp_path / "data").clustered  # whoever probes them says so
     of_cloud = {
         int(c): {found[p] for p, d in zip(paths[:-1], cloud, strict=False) if d == c} for c in cloud
     }

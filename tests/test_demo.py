@@ -170,7 +170,9 @@ def test_the_saved_config_of_a_demo_can_be_run_again(tmp_path: Path) -> None:
     config = DemoConfig(pretrain={"steps": 20}, foreground={"mpp": 16})
     (tmp_path / "slides").mkdir()  # it is saved before anything is read
     with pytest.raises(PathfmError, match="no slides found"):
-        run_stages(config.model_copy(update={"out": tmp_path, "slides": (str(tmp_path / "slides"),)}))
+        run_stages(
+            config.model_copy(update={"out": tmp_path, "slides": (str(tmp_path / "slides"),)})
+        )
     saved = load_config(DemoConfig, tmp_path / "demo.yaml")
     assert saved.pretrain == config.pretrain
     assert saved.foreground == config.foreground

@@ -164,6 +164,9 @@ def test_a_study_that_makes_no_sense_is_refused_in_one_line(
         (["tiny", "--set", "probe.k=0", "--dry-run"], "study tiny, probe: k = 0: should be greater"),
         (["tiny", "--seeds", "0"], "seeds = '0'"),
         (["tiny", "--worker", "2/2", "--out", "OUT"], "'2/2' should be K/N"),
+        (["tiny", "--worker", "0/2", "--processes", "2", "--out", "OUT"], "--worker is one process of several"),
+        (["tinny"], "no study 'tinny' in"),
+        (["tinny"], "did you mean 'tiny'?"),
         (["tiny", "--set", "foreground.steps=2"], "--set foreground.…: study tiny has no foreground"),
         (["tiny", "--set", "robustness.n_splits=1"], "study tiny has no robustness"),
         (["own", "--set", "pretrain.steps=7"], "--set pretrain.steps: arm b has its own, which would stay"),
@@ -443,6 +446,18 @@ def test_an_arm_that_learnt_nothing_cannot_show_that_there_is_nothing_to_gain() 
     assert judge(found, idle).verdict == "cannot tell"
     worse = results([0.401, 0.412, 0.387], [0.502, 0.510, 0.489])
     assert judge(found, worse).verdict == "no"  # a loss is one all the same
+
+
+def test_one_seed_cannot_tell_and_says_why(tmp_path: Path) -> None:
+    found = study(seeds=1)
+    cells = results([0.9], [0.5])
+    judged = judge(found, cells)
+    assert judged.verdict == "cannot tell"
+    write_page(found, judged, cells, [], tmp_path, ["Of these data."])
+    text = (tmp_path / "study.md").read_text()
+    assert "One seed has no interval, so nothing can be told: give --seeds 3." in text
+    assert "\n- Of these data.\n" in text
+    assert "made of: weights imagenet" in text
 
 
 def test_a_figure_that_no_cell_has_is_an_error_and_one_that_lacks_in_a_seed_is_told(

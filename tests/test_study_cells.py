@@ -208,6 +208,7 @@ def test_a_cell_that_breaks_in_any_way_is_told_and_the_others_go_on(
 
     def run_cell(_: Study, cell: Cell, *__: Any) -> dict[str, Any]:
         tried.append(cell.name)
+        print(f"a table of {cell.name}")
         if cell.name == "a-s0":
             raise MemoryError
         value = float("nan") if cell.name == "b-s0" else 0.5
@@ -220,7 +221,11 @@ def test_a_cell_that_breaks_in_any_way_is_told_and_the_others_go_on(
     told = {path.parent.name[:4]: path.read_text() for path in tmp_path.rglob("failed.txt")}
     assert told["b-s0"].startswith("ValueError: Out of range float")
     assert len(list(tmp_path.rglob("result.json"))) == 5
-    assert "5 of 7 cells done" in capsys.readouterr().out  # and the grid is shown as it goes
+    told_so = capsys.readouterr().out
+    assert "5 of 7 cells done" in told_so  # and the grid is shown as it goes
+    assert "a table of" not in told_so
+    said = sorted(path.read_text() for path in tmp_path.glob("tiny/cells/*/words.log"))
+    assert said == [f"a table of {name}\n" for name in sorted(tried)]
 
 
 def test_a_rank_does_not_end_the_others_with_a_cell_that_failed(
