@@ -142,7 +142,7 @@ def provenance() -> dict[str, str]:
     """
     facts = {
         "git_commit": git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *map(scrubbed, sys.argv[1:])]),
+        "command": " ".join([_program(), *map(scrubbed, sys.argv[1:])]),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
@@ -152,6 +152,12 @@ def provenance() -> dict[str, str]:
     if torch is not None and torch.cuda.is_available():
         facts["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     return facts
+
+
+def _program() -> str:
+    """What was typed first: of `python -m pathfm` no more than that it was pathfm."""
+    name = Path(sys.argv[0]).name
+    return "pathfm" if name == "__main__.py" else name
 
 
 def without_secrets(text: str) -> str:

@@ -62,7 +62,13 @@ def draw_curves(study: Study, results: Results, path: Path) -> Path | None:
             n = min(len(points) for points in curves)  # as far as all seeds have come
             mean = np.mean([points[:n] for points in curves], axis=0)
             panel.plot(
-                mean[:, 0], scale * mean[:, 1], "o-", color=colour, linewidth=2.4, markersize=4
+                mean[:, 0],
+                scale * mean[:, 1],
+                "o-",
+                color=colour,
+                linewidth=2.4,
+                markersize=4,
+                clip_on=False,
             )
             panel.annotate(
                 plain_words(arm), (mean[-1, 0], scale * mean[-1, 1]), (6, 0), color=colour,
@@ -71,7 +77,9 @@ def draw_curves(study: Study, results: Results, path: Path) -> Path | None:
     panel.margins(x=0.16)
     panel.set_xlim(left=0)
     panel.set_xlabel("optimizer steps")
-    panel.set_title(words_of_curve(name) + (", %" if scale == 100 else ""), fontsize=10, loc="left")
+    percent = ", %" if scale == 100 else ""
+    title = f"{words_of_curve(name)}{percent}; thin: each seed"
+    panel.set_title(title, fontsize=10, loc="left")
     _plain(panel)
     return atomic(path, save(figure))
 
