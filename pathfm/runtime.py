@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
 
 from online_patching.errors import redact
 from online_patching.philox import words
@@ -223,6 +225,22 @@ def console() -> Console:
     """Where tables are printed: stdout, wide enough for them where it is no terminal."""
     wide = Console()
     return wide if wide.is_terminal else Console(width=160)
+
+
+class _Titled(Table):
+    """A table whose title stands above it on a line of its own: rich breaks titles at the table's width."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        title, self.title = self.title, None
+        if title:
+            yield Text.from_markup(str(title), style="table.title")
+        yield from super().__rich_console__(console, options)
+        self.title = title
+
+
+def titled(title: str, *columns: str) -> Table:
+    """A table to be printed, with a title however long; markup in both."""
+    return _Titled(*columns, title=title)
 
 
 class Progress:

@@ -102,3 +102,13 @@ def test_saved_configs_hold_no_secrets(tmp_path: Path) -> None:
     assert "SIG" not in text
     tracking = TrackingConfig(uri="postgresql://me:s3cret@db/x?sslpassword=s3cret")
     assert "s3cret" not in runtime.save_config(tracking, tmp_path).read_text()
+
+
+def test_a_title_longer_than_its_table_stays_on_its_line(capsys):
+    table = runtime.titled("a title of many more words than the table is wide", "a")
+    table.add_row("1")
+    for _ in range(2):  # printing spends nothing
+        runtime.console().print(table)
+        told = capsys.readouterr().out.splitlines()
+        assert told[0].rstrip() == "a title of many more words than the table is wide"
+        assert len(told) == 6

@@ -29,7 +29,15 @@ from pathfm.compare.runs import (
     show_runs,
 )
 from pathfm.compare.settings import CompareConfig
-from pathfm.runtime import PathfmError, console, counted, make_folder, save_config, without_secrets
+from pathfm.runtime import (
+    PathfmError,
+    console,
+    counted,
+    make_folder,
+    save_config,
+    titled,
+    without_secrets,
+)
 from pathfm.tracking import RunRecord, read_runs, replay, ui_command
 
 if TYPE_CHECKING:
@@ -140,11 +148,10 @@ def _written(
 
 def _show(tables: list[Table], notes: tuple[str, ...]) -> None:
     from rich.markup import escape
-    from rich.table import Table as Printed
 
     out = console()
     for table in tables:
-        printed = Printed(title=escape(table.title), title_justify="left")
+        printed = titled(escape(table.title))
         for n, head in enumerate(table.columns):
             printed.add_column(escape(head), justify="right" if n else "left", overflow="fold")
         for n, row in enumerate(table.rows):

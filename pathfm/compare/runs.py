@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pathfm.compare.settings import CompareConfig
-from pathfm.runtime import PathfmError, console
+from pathfm.runtime import PathfmError, console, titled
 from pathfm.tracking import RunRecord
 
 _REPEATS = frozenset({"probe, one run"})
@@ -103,7 +103,7 @@ def show_runs(tree: Sequence[tuple[int, RunRecord]], stages: Sequence[Comparison
     out.print(table)
     for part in stages:
         title = escape(f"{part.stage or 'runs'}: metrics, and params that differ")
-        table = Table("", title=title, title_justify="left")
+        table = titled(title, "")
         for record in part.runs:
             table.add_column(escape(record.name), justify="right", overflow="fold")
         for name in part.params:

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from pathfm import compare, embed, foreground, index, pretrain, probe, report
 from pathfm.demo import SET_BY_DEMO, DemoConfig, DemoResult
 from pathfm.demo.inputs import find_inputs, refuse_missing
@@ -24,6 +22,7 @@ from pathfm.runtime import (
     provenance,
     save_config,
     stage,
+    titled,
     without_secrets,
 )
 from pathfm.tracking import Run, TrackingConfig, open_run, ui_command
@@ -228,7 +227,7 @@ def _show(
     demo: Demo, page: Path, compared: Path, probed: probe.ProbeResult, total_s: float
 ) -> None:
     out, config = console(), demo.config
-    table = Table(title=f"stages, {total_s:.0f} s in all", title_justify="left")
+    table = titled(f"stages, {total_s:.0f} s in all")
     table.add_column("stage")
     table.add_column("s", justify="right")
     for name, seconds in demo.seconds.items():

@@ -7,12 +7,11 @@ import shlex
 from pathlib import Path
 
 from PIL import Image
-from rich.table import Table
 
 from pathfm.foreground import ForegroundConfig, SlideForeground
 from pathfm.foreground.masking import paths_of
 from pathfm.pictures import jpeg_data_uri
-from pathfm.runtime import console, counted
+from pathfm.runtime import console, counted, titled
 
 MOST_PICTURED = 200
 """Slides on the page: each has its picture in it, of some 50 KB."""
@@ -26,7 +25,7 @@ def show(config: ForegroundConfig, rows: list[SlideForeground], page: Path) -> N
     reused = sum(row.reused for row in rows)
     again = f", {reused} as they were" if reused else ""
     title = f"{counted(len(rows), 'slide')}, masks by {_method(config)}{again}"
-    table = Table(title=title, title_justify="left")
+    table = titled(title)
     table.add_column("slide", overflow="fold")
     for name in ("tissue, mm²", "tissue, %", "IoU with " + _other(config), "µm/px"):
         table.add_column(name, justify="right")

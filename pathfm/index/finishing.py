@@ -22,7 +22,7 @@ from pathfm.index.tables import (
     told_by_cohort,
 )
 from pathfm.index.wanted import WantedSlides
-from pathfm.runtime import PathfmError, console, counted
+from pathfm.runtime import PathfmError, console, counted, titled
 
 
 def refuse_if_useless(sources: Sequence[str], wanted: WantedSlides, journal: Journal) -> None:
@@ -94,7 +94,7 @@ class Done:
             print(f"... and {more:,} more: {self.corpus / name}.parquet (or .csv)")
 
     def _slides(self, title: str) -> Table:
-        table = Table(title=title, title_justify="left")
+        table = titled(title)
         for name in ("slide", "size, px", "µm/px", "from", "levels", "container", "codec", "tiles"):
             right = name in ("size, px", "µm/px", "tiles")
             table.add_column(name, justify="right" if right else "left", overflow="fold")
@@ -107,7 +107,7 @@ class Done:
         return table
 
     def _refused(self, title: str) -> Table:
-        table = Table(title=title, title_justify="left")
+        table = titled(title)
         for name in ("file", "code", "why"):
             table.add_column(name, overflow="fold")
         for r in self.refused:

@@ -18,7 +18,7 @@ from pathfm.pictures import told_mpps
 from pathfm.pretrain import PretrainConfig
 from pathfm.pretrain.forecast import Reads, corpus_bytes, forecast, store_of
 from pathfm.pretrain.sampler import sampler_of
-from pathfm.runtime import console
+from pathfm.runtime import console, titled
 
 COUNTS = ("patches", "tiles", "requests", "bytes_wanted", "bytes_read")
 _MOST_SLIDES = 10
@@ -168,7 +168,7 @@ def _told_set(mpps: set[float]) -> str:
 
 
 def _table(title: str, names: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = titled(title)
     for name in names:
         table.add_column(name, overflow="fold")
     for name in ("patches", "share", "tiles", "requests", "GB wanted", "GB read", "KB a patch"):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.table import Table
 
 from online_patching import PatchBatch, PatchRef
 from online_patching.loading.ledger import LOST
@@ -20,7 +19,7 @@ from pathfm.pretrain import PretrainConfig
 from pathfm.pretrain.rows_log import Rows, RowsLog
 from pathfm.pretrain.seen import SEEN, Seen
 from pathfm.ranks import Ranks, gather_objects, together
-from pathfm.runtime import Progress, console, make_folder
+from pathfm.runtime import Progress, console, make_folder, titled
 from pathfm.tracking import Run
 from pathfm.views import ViewSpec
 from pathfm.views.render import make_views
@@ -177,7 +176,7 @@ def print_shares(facts: dict[str, Any], slides: Sequence[str], mpps: Sequence[fl
         ("share of the sampled patches", "slide", facts["slide_share"], list(slides)),
         ("realised magnifications", "µm/px", facts["mpp_share"], [str(mpp) for mpp in mpps]),
     ):
-        table = Table(title=title, title_justify="left")
+        table = titled(title)
         table.add_column(column)
         table.add_column("%", justify="right")
         every = sorted(dict.fromkeys([*wanted, *shares]), key=lambda key: -shares.get(key, 0.0))

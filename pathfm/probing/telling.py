@@ -7,7 +7,7 @@ from rich.table import Table
 
 from pathfm.probing.result import ProbeResult, by_model
 from pathfm.probing.scoring import Scores, sd_of
-from pathfm.runtime import console
+from pathfm.runtime import console, titled
 
 _NAMES = {"logistic": "logistic", "eva": "eva's head"}
 
@@ -103,7 +103,7 @@ def score_table(result: ProbeResult) -> Table:
 def calibration_table(result: ProbeResult) -> Table:
     """Calibration error of each probe, and which way it errs."""
     title = "calibration error (ECE, 15 bins), % (confidence minus accuracy: + too sure)"
-    table = Table("backbone", title=title, title_justify="left")
+    table = titled(title, "backbone")
     probes = list(result.backbones[0].probes)
     for probe in probes:
         table.add_column(_NAMES.get(probe, "kNN, shares of votes"), justify="right", no_wrap=True)
@@ -139,7 +139,7 @@ def _mpp_table(
 ) -> Table:
     title = f"balanced accuracy by µm/px of the input, %; {how}"
     every = sorted({mpp for _, at in rows for mpp in at})
-    table = Table("model", "probe", title=title, title_justify="left")
+    table = titled(title, "model", "probe")
     for mpp in every:
         table.add_column(f"{mpp:g} µm/px", justify="right", no_wrap=True)
     for name, at in rows:
@@ -153,7 +153,7 @@ def _mpp_table(
 
 def recall_table(result: ProbeResult) -> Table:
     """Recall of each class by the logistic probe."""
-    table = Table("backbone", title="recall of each class, %, logistic", title_justify="left")
+    table = titled("recall of each class, %, logistic", "backbone")
     for name in result.classes:
         table.add_column(escape(name), justify="right")
     for b in result.backbones:
@@ -167,7 +167,7 @@ def shot_table(result: ProbeResult) -> Table:
     first = next(b for b in result.backbones if b.few_shot)
     some = next(iter(first.few_shot.values()))
     title = f"few-shot, balanced accuracy, %, mean ± sd over {len(some.values[0])} draws"
-    table = Table("backbone", "method", title=title, title_justify="left")
+    table = titled(title, "backbone", "method")
     for k in some.shots:
         table.add_column(f"k={k}", justify="right", no_wrap=True)
     for b in result.backbones:

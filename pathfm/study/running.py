@@ -74,7 +74,8 @@ def run_study(study: Study, config: StudyConfig) -> StudyResult:
                 raise
             print(f"study {study.name}: stopped as it was told to; the same command goes on")
             return StudyResult("not finished", None, stopped.exit_code)
-        show_grid(grid)
+        if n > 1 or alone:  # else it was shown after the last cell
+            show_grid(grid)
     rows = rows_of(grid)
     page = make_page(grid, config) if any(row.state == "done" for row in rows) else None
     failed = [row for row in rows if row.state == "failed"]

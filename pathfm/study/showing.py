@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from rich.markup import escape
-from rich.table import Table
 
 from pathfm.datasets import scan_folder
-from pathfm.runtime import console, told_time
+from pathfm.runtime import console, titled, told_time
 from pathfm.study.cell import TRAINED
 from pathfm.study.claims import State
 from pathfm.study.equal import check_plan, config_of, planned
@@ -97,9 +96,7 @@ def show_grid(grid: Grid, workers: int = 1) -> None:
     done = sum(row.state == "done" for row in rows)
     eta_s = left_s(rows, max(workers, sum(row.state == "running" for row in rows)))
     until = f", about {told_time(eta_s)} left" if eta_s == eta_s and done < len(rows) else ""
-    table = Table(
-        title=f"{grid.study.name}: {done} of {len(rows)} cells done{until}", title_justify="left"
-    )
+    table = titled(f"{grid.study.name}: {done} of {len(rows)} cells done{until}")
     for head in ("cell", "state", "", "time", "left"):
         table.add_column(head, justify="right" if head in ("time", "left") else "left")
     for row in rows:
@@ -118,7 +115,7 @@ def show_plan(study: Study) -> None:
     """Prints the grid of a dry run: what each arm sees, and how long it may take."""
     plans = check_plan(study)
     pictures = pictures_of(study)
-    table = Table(title=f"{study.name}: {study.question}", title_justify="left")
+    table = titled(f"{study.name}: {study.question}")
     for head in (
         "arm",
         "what it is",
