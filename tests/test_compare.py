@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pathfm.compare import CompareConfig, as_tree, by_stage, differing_params, find_store, run
-from pathfm.compare.runs import listed
+from pathfm.compare.runs import listed, told_apart
 from pathfm.runtime import PathfmError
 from pathfm.tracking import RunRecord, TrackingConfig, open_run
 from tests.mlflow_store import new_store
@@ -65,6 +66,16 @@ def test_the_newest_runs_of_a_stage_are_compared() -> None:
     (part,) = by_stage(runs, CompareConfig(newest=3))
     assert [r.run_id for r in part.runs] == ["r6", "r7", "r8"]
     assert part.metrics == ["m"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents() -> None:
+    cells = [record("a-s0"), record("b-s0")]
+    trained = [replace(record(f"t{cell.name}", cell.run_id), name="pretrain") for cell in cells]
+    other = record("own", "gone")
+    found = told_apart([*trained, other], [*cells, *trained, other])
+    assert found == ["a-s0/pretrain", "b-s0/pretrain", "own"]
+    orphans = [replace(run, parent_id="gone") for run in trained]
+    assert told_apart(orphans, orphans) == ["pretrain", "pretrain"]
 
 
 def test_a_store_is_found_nearby_and_its_absence_is_an_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -88,6 +89,18 @@ def differing_params(runs: Sequence[RunRecord]) -> list[str]:
     ]
 
 
+def told_apart(runs: Sequence[RunRecord], known: Sequence[RunRecord]) -> list[str]:
+    """A name for each run: its own, after its parent's where several have one name, as cells of a study have."""
+    parents = {record.run_id: record.name for record in known}
+    alike = Counter(run.name for run in runs)
+    return [
+        f"{parents[run.parent_id]}/{run.name}"
+        if alike[run.name] > 1 and run.parent_id in parents
+        else run.name
+        for run in runs
+    ]
+
+
 def show_runs(tree: Sequence[tuple[int, RunRecord]], stages: Sequence[Comparison]) -> None:
     """Prints the tree of runs, and each stage's runs side by side."""
     from rich.markup import escape
@@ -104,8 +117,8 @@ def show_runs(tree: Sequence[tuple[int, RunRecord]], stages: Sequence[Comparison
     for part in stages:
         title = escape(f"{part.stage or 'runs'}: metrics, and params that differ")
         table = titled(title, "")
-        for record in part.runs:
-            table.add_column(escape(record.name), justify="right", overflow="fold")
+        for name in told_apart(part.runs, [record for _, record in tree]):
+            table.add_column(escape(name), justify="right", overflow="fold")
         for name in part.params:
             values = [record.params.get(name, "") for record in part.runs]
             table.add_row(escape(name), *map(escape, values), style="dim")
